@@ -1,0 +1,130 @@
+"""The engine's settings: resolved once, then frozen. Flags, fields and defaults follow vLLM's names.
+
+`EngineConfig` is what a caller asks for; nothing here touches a file or a model. What is not built is refused here,
+by name.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from octavo.errors import ConfigError, UnsupportedError
+
+DEFAULT_MODEL = "smollm2"
+BLOCK_SIZE = 16
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+RuntimeName = Literal["auto", "native", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes an engine.
+
+    Raises:
+        ConfigError: a value out of its bounds.
+        UnsupportedError: a known setting that is not built.
+    """
+
+    model: str = DEFAULT_MODEL
+    tokenizer: str | None = None  # folder, tokenizer.json or .gguf; default: the model's own
+    skip_tokenizer_init: bool = False  # token ids in and out
+    served_model_name: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    load_format: LoadFormat = "auto"
+    dtype: DTypeName = "auto"
+    quantization: str | None = None
+    seed: int = 0
+    runtime: RuntimeName = "auto"
+    num_threads: int | None = None  # of the native runtime; default: the cores this process may use
+
+    max_model_len: int | None = None  # default: the model's own, cut to what fits
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0  # 0: no cap on one request's share of a step
+    enable_prefix_caching: bool = True
+    prefix_caching_hash_key: str | None = None  # default: random per engine
+    scheduling_policy: str = "fcfs"
+
+    block_size: int = BLOCK_SIZE
+    kv_cache_dtype: str = "auto"
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None  # blocks of the pool, whatever the device (vLLM's name)
+    gpu_memory_utilization: float = 0.9  # read on a GPU only
+
+    max_logprobs: int = 20
+    enforce_eager: bool = False  # read on a GPU only: no graphs
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
+        _one_of("runtime", self.runtime, ("auto", "native", "reference"))
+        _one_of("scheduling_policy", self.scheduling_policy, ("fcfs",))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32"))
+        _range("max_model_len", self.max_model_len, 1, 1 << 24)
+        _range("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        _range("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 1 << 20)
+        _range("block_size", self.block_size, 1, 256)
+        _range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
+        _range("num_gpu_blocks_override", self.num_gpu_blocks_override, 1, 1 << 31)
+        _range("max_logprobs", self.max_logprobs, 0, 20)
+        _range("num_threads", self.num_threads, 1, 1024)
+        _range("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request needs one token a step"
+            )
+        self._refuse_unbuilt()
+
+    def _refuse_unbuilt(self) -> None:
+        unbuilt = {
+            "quantization": self.quantization is not None,
+            "tensor_parallel_size": self.tensor_parallel_size != 1,
+            "pipeline_parallel_size": self.pipeline_parallel_size != 1,
+            "trust_remote_code": self.trust_remote_code,
+            "enable_chunked_prefill": not self.enable_chunked_prefill,
+        }
+        for name, asked in unbuilt.items():
+            if asked:
+                raise UnsupportedError(f"{name}={getattr(self, name)!r} is not built; leave it at its default")
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
+        """Builds a config from keyword arguments; an unknown one is refused by name."""
+        known = {f.name for f in fields(cls)}
+        for name in kwargs:
+            if name not in known:
+                raise UnsupportedError(f"unknown engine argument {name!r}; known: {', '.join(sorted(known))}")
+        return cls(**kwargs)
+
+    def threads(self) -> int:
+        """Threads for the native runtime: what was asked, else the cores this process may use."""
+        return self.num_threads or len(
+            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _range(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")

@@ -1,0 +1,1 @@
+"""Where each request's KV lives: block pool, prefix hashes, tables. Counts only: neither numpy nor torch."""

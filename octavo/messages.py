@@ -1,0 +1,126 @@
+"""Typed messages between the front (text) and the engine (ids). Plain dataclasses: offline they are handed over
+as they are; between processes the channel encodes them as msgpack by their declared types. Never pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo.sampling_params import SamplingParams
+from octavo.step import TokenLogprobs
+
+# ---------------------------------------------------------------- front -> engine
+
+
+@dataclass(slots=True)
+class AddRequest:
+    """A new request. The front has already checked it against the model's limits."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int  # resolved against the context
+    seed: int
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(slots=True)
+class AbortRequests:
+    """These requests are wanted no more (a client left, a caller gave up)."""
+
+    request_ids: list[str]
+
+
+@dataclass(slots=True)
+class FinishRequest:
+    """The front saw a stop string: keep `num_kept` generated tokens; later ones are dropped and not billed."""
+
+    request_id: str
+    num_kept: int
+
+
+@dataclass(slots=True)
+class Shutdown:
+    """Stop after the current step; running requests are aborted."""
+
+
+# ---------------------------------------------------------------- engine -> front
+
+
+@dataclass(slots=True)
+class EngineReady:
+    """The engine can answer. Times are seconds; sizes bytes."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    weight_bytes: int
+    kv_bytes: int
+    runtime: str  # "native (portable, 2 threads)"
+    dtype: str
+    timings: dict[str, float]  # phase -> seconds; they add up to the start-up time
+    plan: str  # the memory plan, as printed
+
+
+@dataclass(slots=True)
+class EngineFailed:
+    """The engine cannot start, or cannot go on. `kind` is the class name in errors.py."""
+
+    kind: str
+    message: str
+
+
+@dataclass(slots=True)
+class RequestDelta:
+    """What one step brought one request."""
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None  # the stop token id
+    num_cached_tokens: int = 0
+    queue_time: float = 0.0  # seconds from arrival to first scheduling
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step in numbers: the single source of metrics, the live page, traces and the lab. Times: engine's monotonic
+    clock, seconds. Tokens unless said otherwise."""
+
+    step: int
+    time: float  # at the start of schedule()
+    schedule_seconds: float = 0.0
+    execute_seconds: float = 0.0
+    update_seconds: float = 0.0
+    num_running: int = 0  # requests in this step
+    num_waiting: int = 0  # requests left waiting
+    num_tokens: int = 0  # computed in this step
+    num_prefill_tokens: int = 0  # of these, positions before a request's last known token
+    num_sampled: int = 0  # new tokens
+    num_finished: int = 0  # requests
+    num_chunked: int = 0  # requests whose prompt was cut by the budget in this step
+    num_preempted: int = 0  # requests
+    num_preempted_tokens: int = 0  # computed tokens thrown away
+    num_recomputed_tokens: int = 0  # computed again after a preemption
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    num_evicted_blocks: int = 0
+    num_free_blocks: int = 0  # never used or unhashed
+    num_cached_blocks: int = 0  # free for the taking, but still holding a hashed prefix
+    num_used_blocks: int = 0
+    num_foreign_calls: int = 0  # into the native library
+    num_failed: int = 0  # requests whose step failed
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """Everything the front hears from one step (or several, merged, when the front is slow)."""
+
+    deltas: list[RequestDelta]
+    records: list[StepRecord]
+
+
+ToEngine = AddRequest | AbortRequests | FinishRequest | Shutdown
+FromEngine = EngineReady | EngineFailed | StepOutputs

@@ -1,0 +1,1 @@
+"""One StepRecord per step, and what is made of it."""

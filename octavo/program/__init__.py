@@ -1,0 +1,1 @@
+"""The model as data: ops, programs, and how they are printed."""

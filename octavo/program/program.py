@@ -1,0 +1,158 @@
+"""A program: the model as a list of nodes over buffers, recorded once by models/decoder.py and run by a runtime.
+
+There is one way to run a model: run its program. Liveness gives buffer reuse here; shapes give bytes, operations,
+the roofline and the memory plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from octavo.program.ops import AnyOp, Buffer, Rows, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """The KV cache of one attention layer. `group`: which block table it follows (global 0; windows later)."""
+
+    num_kv_heads: int
+    head_dim: int
+    group: int = 0
+    window: int = 0
+
+    @property
+    def width(self) -> int:
+        """Elements of K plus V at one position."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class BufferPlan:
+    """Buffers folded into reusable slots. `slot_of[i]` belongs to `program.buffers[i]`; widths are elements a row."""
+
+    slot_of: tuple[int, ...]
+    slot_rows: tuple[Rows, ...]
+    slot_width: tuple[int, ...]
+
+    def elements(self, num_tokens: int, num_logits: int) -> int:
+        """Elements of all slots for steps of at most these sizes."""
+        sizes = {Rows.TOKENS: num_tokens, Rows.LOGITS: num_logits}
+        return sum(sizes[rows] * width for rows, width in zip(self.slot_rows, self.slot_width, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Nodes in execution order. `hidden` holds the last normed states [R, hidden_size], `logits` [R, vocab_size]."""
+
+    nodes: tuple[AnyOp, ...]
+    kv_layers: tuple[KVLayer, ...]
+    hidden: Buffer
+    logits: Buffer
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """All buffers in order of first writing."""
+        return tuple(dict.fromkeys(b for node in self.nodes for b in node.outputs))
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """All parameters in order of first use; a tied one once."""
+        seen: dict[tuple[str, ...], Weight] = {}
+        for node in self.nodes:
+            for w in node.weights:
+                seen.setdefault(w.parts, w)
+        return tuple(seen.values())
+
+    @property
+    def num_kv_groups(self) -> int:
+        """Block tables a request needs."""
+        return 1 + max((layer.group for layer in self.kv_layers), default=0)
+
+    def kv_elements_per_block(self, block_size: int) -> int:
+        """Elements of K and V in one block, over all layers."""
+        return block_size * sum(layer.width for layer in self.kv_layers)
+
+    def plan_buffers(self) -> BufferPlan:
+        """Folds buffers whose lives do not overlap into slots (greedy, first fit by kind of row).
+
+        A node's outputs never share memory with its inputs, except the pairs it names in `inplace()`.
+        `hidden` and `logits` live to the end.
+        """
+        buffers = self.buffers
+        last_use = _last_uses(self.nodes)
+        for kept in (self.hidden, self.logits):
+            last_use[kept] = len(self.nodes)
+        slots: dict[Buffer, int] = {}
+        rows: list[Rows] = []
+        widths: list[int] = []
+        free: list[int] = []
+        for index, node in enumerate(self.nodes):
+            handed_over = set()
+            for out, source in node.inplace():
+                if last_use[source] == index and source.rows is out.rows and source.width == out.width:
+                    slots[out] = slots[source]
+                    handed_over.add(source)
+            for out in node.outputs:
+                if out in slots:
+                    continue
+                slot = _best_free(free, rows, widths, out)
+                if slot is None:
+                    slot = len(rows)
+                    rows.append(out.rows)
+                    widths.append(out.width)
+                else:
+                    free.remove(slot)
+                    widths[slot] = max(widths[slot], out.width)
+                slots[out] = slot
+            dying = {b for b in (*node.inputs, *node.outputs) if last_use.get(b, index) <= index}
+            free.extend(sorted({slots[b] for b in dying - handed_over}))
+        return BufferPlan(tuple(slots[b] for b in buffers), tuple(rows), tuple(widths))
+
+
+def _last_uses(nodes: Sequence[AnyOp]) -> dict[Buffer, int]:
+    last: dict[Buffer, int] = {}
+    for index, node in enumerate(nodes):
+        for b in (*node.outputs, *node.inputs):
+            last[b] = index
+    return last
+
+
+def _best_free(free: list[int], rows: list[Rows], widths: list[int], wanted: Buffer) -> int | None:
+    fitting = [s for s in free if rows[s] is wanted.rows]
+    return min(fitting, key=lambda s: abs(widths[s] - wanted.width), default=None)
+
+
+class ProgramBuilder:
+    """Collects nodes while the decoder records."""
+
+    def __init__(self) -> None:
+        self._nodes: list[AnyOp] = []
+        self._kv_layers: list[KVLayer] = []
+
+    def tokens(self, name: str, width: int) -> Buffer:
+        """A new buffer with one row per token."""
+        return Buffer(name, Rows.TOKENS, width)
+
+    def logit_rows(self, name: str, width: int) -> Buffer:
+        """A new buffer with one row per position whose logits are wanted."""
+        return Buffer(name, Rows.LOGITS, width)
+
+    def add(self, node: AnyOp) -> None:
+        """Appends a node."""
+        self._nodes.append(node)
+
+    def kv_layer(self, layer: KVLayer) -> int:
+        """Declares the KV cache of one attention layer and returns its index."""
+        self._kv_layers.append(layer)
+        return len(self._kv_layers) - 1
+
+    def __iter__(self) -> Iterator[AnyOp]:
+        return iter(self._nodes)
+
+    def finish(self, *, hidden: Buffer, logits: Buffer, hidden_size: int, vocab_size: int, max_len: int) -> Program:
+        """The recorded program."""
+        return Program(tuple(self._nodes), tuple(self._kv_layers), hidden, logits, vocab_size, hidden_size, max_len)

@@ -1,0 +1,79 @@
+"""A Request: what a client asked, from arrival to finish; the unit of scheduling. Owned by the engine process.
+
+It has no phase. `num_computed_tokens` tries to catch up with `num_tokens`; chunked prefill, prefix hits and
+resuming after a preemption are that one rule. (`n > 1` is several Requests of one group, made by the front.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from octavo.sampling_params import SamplingParams
+
+
+class RequestStatus(StrEnum):
+    """Where a Request stands with the scheduler."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"  # waits again, at the front
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    """Why a Request ended; the first two are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request as the engine sees it: token ids and counts, no text."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    stop_ids: frozenset[int]  # end-of-sequence ids (unless ignore_eos) and stop_token_ids
+    max_tokens: int  # resolved: never past the context
+    arrival_time: float  # engine's monotonic clock, seconds
+    seed: int = 0  # resolved: the request's own, or drawn once by the front
+    priority: int = 0
+    cache_salt: str | None = None
+    adapter_id: int = 0
+
+    status: RequestStatus = RequestStatus.WAITING
+    epoch: int = 0  # how often it was (re)admitted; stamps work in flight
+    row: int = -1  # its fixed index in the runtime's buffers while it runs
+    token_ids: list[int] = field(default_factory=list)  # prompt + generated
+    num_computed_tokens: int = 0  # tokens whose KV is in the cache (or is being computed by a step in flight)
+    num_cached_tokens: int = 0  # prompt tokens served by the prefix cache at first admission
+    num_preemptions: int = 0
+    first_scheduled_time: float | None = None
+    retry_alone: bool = False  # its step failed: it runs once alone, to find the guilty one
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens (a copy)."""
+        return self.token_ids[len(self.prompt_token_ids) :]

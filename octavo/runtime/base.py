@@ -1,0 +1,181 @@
+"""What runs a program. A Runtime owns the packed weights, the activation buffers, the KV cache and the sampler.
+
+It receives host arrays and returns host arrays; it knows nothing of requests. Three implementations: `reference`
+(numpy, float32: the definition), `native` (C++), `cuda` (torch, Triton).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.program.ops import Weight
+from octavo.program.program import Program
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Tensor:
+    """A tensor of the checkpoint on the host, as stored.
+
+    `type` is a GGUF type name: "F32", "F16", "BF16", "Q4_1", ... Float types: `data` has the logical shape (BF16 as
+    uint16 bit patterns). Block-quantised types: `data` is uint8 [rows, bytes per row].
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return int(self.data.nbytes)
+
+
+class WeightSource(Protocol):
+    """Where parameters come from: safetensors, GGUF, or seeded random numbers."""
+
+    def get(self, part: str) -> Tensor:
+        """The tensor with this canonical name, in logical order (q/k rows unpermuted, Conv1D transposed)."""
+        ...
+
+    def type_of(self, part: str) -> str:
+        """Its stored type name, without reading it."""
+        ...
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One step for the program. C-contiguous. T tokens, B requests, R positions to sample, G KV groups."""
+
+    token_ids: Int32  # [T]
+    positions: Int32  # [T]
+    slots: Int64  # [G, T]: where each token's K and V are written
+    query_start_loc: Int32  # [B + 1]
+    seq_lens: Int32  # [B]: KV length of each request after this step
+    block_tables: Int32  # [G, B, max blocks per request]
+    logits_indices: Int32  # [R]: which of the T tokens
+
+
+@dataclass(slots=True)
+class SamplingInputs:
+    """How each of the R positions chooses its token. C-contiguous. Ragged parts as (start [R + 1], values).
+
+    The order of stages is fixed (runtime/reference/sampler.py is the definition): bias, penalties, temperature,
+    top-k, top-p, min-p, draw. Noise is one uniform number from (seed, position).
+    """
+
+    temperature: Float32  # [R]; 0 is greedy
+    top_k: Int32  # [R]; 0 is off
+    top_p: Float32  # [R]; 1 is off
+    min_p: Float32  # [R]; 0 is off
+    seeds: UInt64  # [R]
+    positions: Int64  # [R]: index of the token being drawn within its request, the counter of the noise
+    num_logprobs: Int32  # [R]; -1 none, 0 the sampled token's alone, k its k alternatives too
+    bias_start: Int32  # [R + 1]
+    bias_ids: Int32
+    bias_values: Float32  # added to the logits; -inf bans
+    repetition_penalty: Float32  # [R]; 1 is off
+    presence_penalty: Float32  # [R]; 0 is off
+    frequency_penalty: Float32  # [R]; 0 is off
+    seen_start: Int32  # [R + 1]: distinct tokens seen, for rows with penalties only
+    seen_ids: Int32
+    seen_counts: Int32  # how often generated; 0 means in the prompt only
+
+
+@dataclass(slots=True)
+class SamplerOutput:
+    """Tokens for the R positions; K is the largest num_logprobs asked for (0 when none)."""
+
+    token_ids: Int32  # [R]
+    logprobs: Float32  # [R]: of the sampled token, raw distribution (NaN where not asked for)
+    ranks: Int32  # [R]: 1 is the most likely (0 where not asked for)
+    top_ids: Int32  # [R, K], best first
+    top_logprobs: Float32  # [R, K]
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What loading took."""
+
+    weight_bytes: int  # packed, resident
+    arena_bytes: int  # activations
+    description: str  # "native (portable, 2 threads, float32)"
+
+
+class Runtime(Protocol):
+    """Runs one program. Calls come from one thread, in this order: load, allocate_kv, then (execute, sample)*."""
+
+    name: str
+    num_foreign_calls: int  # calls into compiled code so far; one per step
+
+    def load(
+        self,
+        program: Program,
+        weights: WeightSource,
+        *,
+        dtype: str,
+        max_num_tokens: int,
+        max_num_logits: int,
+        max_num_requests: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> LoadReport:
+        """Packs the weights and plans the buffers. `dtype`: "float32" or "bfloat16", the type linear weights are kept in.
+        `progress` is called with the number of weights done. Raises MemoryPlanError, ModelFileError."""
+        ...
+
+    def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
+        """Bytes that load() would make resident, without reading any tensor."""
+        ...
+
+    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
+        """Bytes of one KV block over all layers."""
+        ...
+
+    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+        """Reserves the pool; untouched blocks cost no resident memory."""
+        ...
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies whole KV blocks (from, to), in all layers, before the next execute()."""
+        ...
+
+    def execute(self, inputs: StepInputs) -> None:
+        """Runs the program. A runtime may defer the work to sample(), to make both one foreign call."""
+        ...
+
+    def sample(self, sampling: SamplingInputs) -> SamplerOutput:
+        """Chooses one token for each of the R positions of the last execute(). R may be 0; the step still runs."""
+        ...
+
+    def logits(self) -> Float32:
+        """A copy of the last step's raw logits [R, vocab], after sample()."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything; threads end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Why a runtime was chosen for a model; printed at start."""
+
+    runtime: str
+    reason: str
+
+
+def weight_parts(program: Program) -> Iterator[tuple[Weight, str]]:
+    """Every (weight, part) of a program once."""
+    for weight in program.weights:
+        for part in weight.parts:
+            yield weight, part

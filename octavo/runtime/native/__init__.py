@@ -1,0 +1,1 @@
+"""The CPU runtime: a C++ library called once per step through ctypes."""

@@ -1,0 +1,1 @@
+"""The definition of every op: numpy, float32, written to be read."""

@@ -1,0 +1,1 @@
+"""Who runs in the next step. Counts only: neither numpy nor torch."""

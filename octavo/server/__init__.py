@@ -1,0 +1,1 @@
+"""The front: HTTP in OpenAI's shapes."""

@@ -1,0 +1,71 @@
+"""The contract between the counting half and the computing half: plain dataclasses, no tensors.
+
+`SchedulerOutput` goes down (scheduler -> executor -> worker), `ModelRunnerOutput` comes up. Nothing else passes.
+A Request owns one row of the worker from admission to finish or preemption; a step sends only what changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class NewRow:
+    """The whole state of a row, sent when its Request is admitted or comes back after a preemption."""
+
+    row: int
+    request_id: str
+    epoch: int
+    token_ids: list[int]  # everything known so far: the prompt, and what was generated before a preemption
+    num_prompt_tokens: int
+    block_ids: tuple[list[int], ...]  # per KV group, all blocks allocated so far (cached ones first)
+    num_computed_tokens: int  # KV already there (prefix hits)
+    params: SamplingParams
+    stop_ids: frozenset[int]  # banned while fewer than params.min_tokens tokens were generated
+    seed: int
+    adapter_id: int = 0
+
+
+@dataclass(slots=True)
+class ScheduledRow:
+    """One Request's share of a step: the next `num_tokens` positions after what is computed."""
+
+    row: int
+    request_id: str
+    epoch: int
+    start: int  # first position computed in this step (= num_computed_tokens before it)
+    num_tokens: int
+    samples: bool  # True when the last position is the Request's last token, so a new token comes out
+    new_block_ids: tuple[list[int], ...] = ((),)  # type: ignore[assignment]  # per KV group, appended to the row's table
+    num_drafts: int = 0
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step, decided. Once published it always executes."""
+
+    step: int
+    new_rows: list[NewRow] = field(default_factory=list)
+    scheduled: list[ScheduledRow] = field(default_factory=list)
+    copy_blocks: list[tuple[int, int]] = field(default_factory=list)  # (from, to), before anything is computed
+    num_tokens: int = 0  # sum over `scheduled`
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log probabilities at one generated position, of the raw distribution (before temperature and penalties)."""
+
+    token_logprob: float
+    rank: int  # of the sampled token; 1 is the most likely
+    top_ids: list[int]  # the most likely ids, best first (empty when only the sampled one was asked for)
+    top_logprobs: list[float]
+
+
+@dataclass(slots=True)
+class ModelRunnerOutput:
+    """What a step produced; both lists run parallel to `SchedulerOutput.scheduled`."""
+
+    token_ids: list[list[int]]  # new tokens per scheduled row; [] in mid-prefill
+    logprobs: list[list[TokenLogprobs] | None]  # one entry per new token where asked for

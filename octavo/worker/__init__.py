@@ -1,0 +1,1 @@
+"""Turns a step into the runtime's input arrays; owns the rows."""
