@@ -113,9 +113,9 @@ class EngineConfig:
 
     def threads(self) -> int:
         """Threads for the native runtime: what was asked, else the cores this process may use."""
-        return self.num_threads or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        if self.num_threads:
+            return self.num_threads
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

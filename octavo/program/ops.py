@@ -67,6 +67,7 @@ class Sizes:
     context_len: int  # mean KV length a query attends to
 
 
+WeightBytes = Callable[[Weight], int]  # resident bytes of a weight in the runtime that will run it
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu_mul", "gelu_tanh_mul"]
 
 

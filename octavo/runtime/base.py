@@ -129,7 +129,7 @@ class Runtime(Protocol):
         max_num_requests: int,
         progress: Callable[[int], None] | None = None,
     ) -> LoadReport:
-        """Packs the weights and plans the buffers. `dtype`: "float32" or "bfloat16", the type linear weights are kept in.
+        """Packs the weights and plans the buffers. `dtype` ("float32" or "bfloat16") is how matrices are kept.
         `progress` is called with the number of weights done. Raises MemoryPlanError, ModelFileError."""
         ...
 

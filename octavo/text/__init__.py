@@ -1,1 +1,1 @@
-"""Text in, text out: tokenizers, chat templates, detokenisation, stop strings. Used by the server and the offline LLM."""
+"""Text in, text out: tokenizers, chat templates, detokenisation, stop strings."""
