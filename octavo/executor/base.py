@@ -1,0 +1,35 @@
+"""What carries a step to the workers. The engine sees only this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+from octavo.step import ModelRunnerOutput, SchedulerOutput
+from octavo.worker.worker import WorkerInfo
+
+
+class Executor(Protocol):
+    """`start` once, then per step `execute` and `sample`, in the order the steps were scheduled."""
+
+    def start(self, progress: Callable[[int], None] | None = None) -> WorkerInfo:
+        """Loads the model on every worker. Raises what the workers raise."""
+        ...
+
+    def execute(self, output: SchedulerOutput) -> None:
+        """Publishes a step: from here on it always executes."""
+        ...
+
+    def sample(self) -> Future[ModelRunnerOutput]:
+        """The result of the oldest published step, to come. An exception in it is that step's failure."""
+        ...
+
+    @property
+    def num_foreign_calls(self) -> int:
+        """Calls into compiled code so far."""
+        ...
+
+    def close(self) -> None:
+        """Ends the workers."""
+        ...

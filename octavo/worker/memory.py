@@ -1,0 +1,167 @@
+"""The memory plan: what weights take, what is left for KV, how many tokens and requests that is; explained at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.errors import ConfigError, MemoryPlanError
+
+CPU_KV_SHARE = 0.4  # of the free memory, unless --kv-cache-memory-bytes says otherwise
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes and what they hold. Printed by `describe`."""
+
+    free_bytes: int
+    weight_bytes: int
+    arena_bytes: int
+    block_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    reason: str  # why the pool has this size
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Token positions in the pool."""
+        return self.num_blocks * self.block_size
+
+    def describe(self) -> str:
+        """The plan as lined-up text."""
+        per_request = blocks_for(self.max_model_len, self.block_size)
+        rows = [
+            ("memory free", self.free_bytes, "of this machine or its cgroup, before loading"),
+            ("weights", self.weight_bytes, "packed, resident"),
+            ("activations", self.arena_bytes, "for the largest step"),
+            ("KV cache", self.kv_bytes, f"{self.num_blocks:,} blocks of {self.block_size} tokens; {self.reason}"),
+        ]
+        lines = [f"  {name:<12} {size / MIB:>10,.1f} MiB  {note}" for name, size, note in rows]
+        whole = self.num_blocks // per_request
+        lines.append(f"  that holds   {self.num_tokens:>10,} tokens: {whole:,} requests of {self.max_model_len:,} tokens")
+        return "\n".join(lines)
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // block_size)
+
+
+def plan_memory(
+    *,
+    free_bytes: int,
+    weight_bytes: int,
+    arena_bytes: int,
+    block_bytes: int,
+    block_size: int,
+    max_num_seqs: int,
+    wanted_len: int,
+    len_is_fixed: bool,
+    kv_cache_memory_bytes: int | None,
+    num_blocks_override: int | None,
+) -> MemoryPlan:
+    """Sizes the KV pool.
+
+    `wanted_len` is the model length asked for (`len_is_fixed`) or the model's own, which is cut to what fits.
+
+    Raises:
+        MemoryPlanError: weights do not fit, or a fixed length does not; with the numbers and the largest that would.
+    """
+    left = free_bytes - weight_bytes - arena_bytes
+    if left <= 0:
+        raise MemoryPlanError(
+            f"the model needs {weight_bytes / MIB:,.0f} MiB for weights and {arena_bytes / MIB:,.0f} MiB for "
+            f"activations, but only {free_bytes / MIB:,.0f} MiB are free: take a smaller model, --dtype bfloat16, or "
+            "free memory"
+        )
+    most_useful = max_num_seqs * blocks_for(wanted_len, block_size)
+    if num_blocks_override is not None:
+        num_blocks, reason = num_blocks_override, "--num-gpu-blocks-override"
+    elif kv_cache_memory_bytes is not None:
+        num_blocks, reason = kv_cache_memory_bytes // block_bytes, "--kv-cache-memory-bytes"
+    else:
+        share = int(CPU_KV_SHARE * left) // block_bytes
+        if most_useful <= share:
+            num_blocks, reason = most_useful, "max_num_seqs x max_model_len"
+        else:
+            num_blocks, reason = share, f"{CPU_KV_SHARE:.0%} of the free memory"
+    if num_blocks * block_bytes > left:
+        raise MemoryPlanError(
+            f"{num_blocks:,} KV blocks take {num_blocks * block_bytes / MIB:,.0f} MiB, but {left / MIB:,.0f} MiB are "
+            f"left after the weights: ask for at most {left // MIB} MiB"
+        )
+    fitting_len = num_blocks * block_size
+    if fitting_len < wanted_len and (len_is_fixed or num_blocks < 1):
+        raise MemoryPlanError(
+            f"one request of max_model_len={wanted_len:,} tokens needs {blocks_for(wanted_len, block_size):,} KV blocks "
+            f"({blocks_for(wanted_len, block_size) * block_bytes / MIB:,.1f} MiB), but the pool has {num_blocks:,} "
+            f"({num_blocks * block_bytes / MIB:,.1f} MiB; {reason}): the largest --max-model-len that fits is "
+            f"{fitting_len:,}"
+        )
+    return MemoryPlan(
+        free_bytes=free_bytes,
+        weight_bytes=weight_bytes,
+        arena_bytes=arena_bytes,
+        block_bytes=block_bytes,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=min(wanted_len, fitting_len),
+        reason=reason,
+    )
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: the machine's available memory, or what its cgroup leaves, if less."""
+    available = _meminfo_available()
+    limits = [available] if available is not None else []
+    limit, current = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit is not None and current is not None:
+        limits.append(limit - current + (_cgroup_reclaimable() or 0))
+    if not limits:
+        raise ConfigError("cannot tell the free memory of this system: give --kv-cache-memory-bytes")
+    return max(min(limits), 0)
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return _sysctl_memory()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def _sysctl_memory() -> int | None:
+    """macOS has no /proc: total memory is the best bound at hand."""
+    import os
+
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _cgroup(name: str) -> int | None:
+    """A number of this process's cgroup (v2), or None where there is no limit."""
+    try:
+        text = (Path("/sys/fs/cgroup") / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cgroup_reclaimable() -> int | None:
+    """Page cache counted in memory.current that the kernel drops under pressure."""
+    try:
+        lines = (Path("/sys/fs/cgroup") / "memory.stat").read_text().splitlines()
+    except OSError:
+        return None
+    stats = dict(line.split() for line in lines)
+    return int(stats.get("inactive_file", 0)) + int(stats.get("active_file", 0))

@@ -1,0 +1,121 @@
+"""The worker's rows: one per running Request, persistent host arrays that each step patches and gathers from.
+
+A Request keeps its row from admission to finish or preemption, so a step costs its differences, not its state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.step import NewRow, ScheduledRow
+
+
+class Rows:
+    """Token ids, block tables and sampling state by row.
+
+    token_ids     int32 [rows, max_model_len + 1]   prompt and generated (lazily touched)
+    block_tables  int32 [groups, rows, max blocks]
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int, num_groups: int) -> None:
+        max_blocks = -(-max_model_len // block_size)
+        self.block_size = block_size
+        self.token_ids = np.zeros((num_rows, max_model_len + 1), np.int32)
+        self.block_tables = np.zeros((num_groups, num_rows, max_blocks), np.int32)
+        self.num_blocks = np.zeros((num_groups, num_rows), np.int32)
+        self.num_prompt_tokens = np.zeros(num_rows, np.int32)
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.seeds = np.zeros(num_rows, np.uint64)
+        self.num_logprobs = np.full(num_rows, -1, np.int32)
+        self.repetition_penalty = np.ones(num_rows, np.float32)
+        self.presence_penalty = np.zeros(num_rows, np.float32)
+        self.frequency_penalty = np.zeros(num_rows, np.float32)
+        self._bias: dict[int, RowBias] = {}
+        self._seen: dict[int, dict[int, int]] = {}  # row -> token id -> times generated
+
+    def admit(self, new: NewRow) -> None:
+        """Writes a row whole: a Request was admitted, or came back after a preemption."""
+        row, params = new.row, new.params
+        self.token_ids[row, : len(new.token_ids)] = new.token_ids
+        self.num_prompt_tokens[row] = new.num_prompt_tokens
+        for group, ids in enumerate(new.block_ids):
+            self.block_tables[group, row, : len(ids)] = ids
+            self.num_blocks[group, row] = len(ids)
+        self.temperature[row] = params.temperature
+        self.top_k[row] = max(params.top_k, 0)
+        self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.seeds[row] = new.seed & 0xFFFFFFFFFFFFFFFF
+        self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.repetition_penalty[row] = params.repetition_penalty
+        self.presence_penalty[row] = params.presence_penalty
+        self.frequency_penalty[row] = params.frequency_penalty
+        self._bias.pop(row, None)
+        self._seen.pop(row, None)
+        if params.logit_bias or params.min_tokens:
+            self._bias[row] = RowBias(params.logit_bias or {}, new.stop_ids, params.min_tokens)
+        if params.has_penalties:
+            seen = dict.fromkeys(new.token_ids[: new.num_prompt_tokens], 0)
+            for token in new.token_ids[new.num_prompt_tokens :]:
+                seen[token] = seen.get(token, 0) + 1
+            self._seen[row] = seen
+
+    def extend_tables(self, scheduled: list[ScheduledRow]) -> None:
+        """Appends the blocks that this step added to running rows."""
+        for item in scheduled:
+            for group, ids in enumerate(item.new_block_ids):
+                if ids:
+                    start = self.num_blocks[group, item.row]
+                    self.block_tables[group, item.row, start : start + len(ids)] = ids
+                    self.num_blocks[group, item.row] = start + len(ids)
+
+    def append(self, row: int, position: int, token: int) -> None:
+        """Writes the token just sampled at `position`, where the row's next step reads it."""
+        self.token_ids[row, position] = token
+        if (seen := self._seen.get(row)) is not None:
+            seen[token] = seen.get(token, 0) + 1
+
+    def biases(self, rows: list[int], drawn: list[int]) -> Ragged:
+        """Logit biases of these rows as (start [R + 1], ids, values); `drawn`: tokens generated so far."""
+        if not self._bias:
+            return _no_entries(len(rows))
+        entries = [b.at(n) if (b := self._bias.get(row)) else {} for row, n in zip(rows, drawn, strict=True)]
+        return _ragged(entries, np.float32)
+
+    def seen(self, rows: list[int]) -> Ragged:
+        """Distinct tokens seen by rows with penalties as (start [R + 1], ids, times generated)."""
+        if not self._seen:
+            return _no_entries(len(rows), np.int32)
+        return _ragged([self._seen.get(row, {}) for row in rows], np.int32)
+
+
+Ragged = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32] | npt.NDArray[np.int32]]
+
+
+class RowBias:
+    """What is added to a row's logits: its logit_bias, and -inf on stop ids until min_tokens were generated."""
+
+    def __init__(self, logit_bias: dict[int, float], stop_ids: frozenset[int], min_tokens: int) -> None:
+        self._always = logit_bias
+        self._early = {**logit_bias, **dict.fromkeys(stop_ids, -np.inf)}
+        self._min_tokens = min_tokens
+
+    def at(self, num_generated: int) -> dict[int, float]:
+        """Token id -> bias when `num_generated` tokens exist."""
+        return self._early if num_generated < self._min_tokens else self._always
+
+
+def _no_entries(num_rows: int, dtype: type[np.float32] | type[np.int32] = np.float32) -> Ragged:
+    return np.zeros(num_rows + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, dtype)
+
+
+def _ragged(entries: list[dict[int, float]] | list[dict[int, int]], dtype: type[np.float32] | type[np.int32]) -> Ragged:
+    start = np.zeros(len(entries) + 1, np.int32)
+    np.cumsum([len(e) for e in entries], out=start[1:])
+    ids = np.fromiter((token for e in entries for token in e), np.int32, start[-1])
+    values = np.fromiter((value for e in entries for value in e.values()), dtype, start[-1])
+    return start, ids, values

@@ -1,0 +1,143 @@
+"""One worker: loads its share of the model, plans memory, then runs steps. Knows nothing of queues or clients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from octavo.config import EngineConfig
+from octavo.models.decoder import record
+from octavo.models.reader import read_spec
+from octavo.models.spec import ModelFiles, ModelSpec
+from octavo.models.weights import open_weights
+from octavo.program.program import Program
+from octavo.runtime.base import Runtime, WeightSource
+from octavo.runtime.choose import choose, create
+from octavo.sampling_params import SamplingParams
+from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput
+from octavo.worker.memory import MemoryPlan, free_memory, plan_memory
+from octavo.worker.model_runner import ModelRunner
+from octavo.worker.rows import Rows
+
+
+@dataclass(slots=True)
+class WorkerInfo:
+    """What the engine must know of a loaded worker."""
+
+    spec: ModelSpec
+    plan: MemoryPlan
+    runtime: str
+    dtype: str
+    num_kv_groups: int
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
+
+
+class Worker:
+    """Loads in `start`, then `execute` and `sample` once per step."""
+
+    def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
+        self._config = config
+        self._files = files
+        self._runtime: Runtime | None = None
+        self._runner: ModelRunner | None = None
+
+    def start(self, progress: Callable[[int], None] | None = None) -> WorkerInfo:
+        """Reads the model, packs the weights, reserves KV, runs one step.
+
+        Raises ModelError, ConfigError or MemoryPlanError, each with the numbers and the next step.
+        """
+        config, clock = self._config, _PhaseClock()
+        spec = read_spec(self._files, max_model_len=config.max_model_len)
+        choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype)
+        runtime = self._runtime = create(choice, config.threads())
+        weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
+        program = record(spec)
+        plan = self._plan(spec, program, runtime, weights, dtype)
+        if plan.max_model_len < spec.max_model_len:  # RoPE is fixed for the length that is really served
+            spec = read_spec(self._files, max_model_len=plan.max_model_len)
+            program = record(spec)
+        clock.ends("files")
+        report = runtime.load(
+            program,
+            weights,
+            dtype=dtype,
+            max_num_tokens=config.max_num_batched_tokens,
+            max_num_logits=config.max_num_seqs,
+            max_num_requests=config.max_num_seqs,
+            progress=progress,
+        )
+        clock.ends("weights")
+        runtime.allocate_kv(plan.num_blocks, config.block_size)
+        rows = Rows(config.max_num_seqs, spec.max_model_len, config.block_size, program.num_kv_groups)
+        self._runner = ModelRunner(runtime, rows)
+        clock.ends("kv cache")
+        self._warm_up(program.num_kv_groups)
+        clock.ends("warm-up")
+        return WorkerInfo(spec, plan, report.description, dtype, program.num_kv_groups, clock.seconds)
+
+    @property
+    def num_foreign_calls(self) -> int:
+        """Calls into compiled code so far."""
+        return self._runtime.num_foreign_calls if self._runtime else 0
+
+    @property
+    def runtime(self) -> Runtime:
+        """The loaded runtime."""
+        assert self._runtime is not None, "start() first"
+        return self._runtime
+
+    def execute(self, output: SchedulerOutput) -> None:
+        """Starts a step."""
+        assert self._runner is not None, "start() first"
+        self._runner.execute(output)
+
+    def sample(self) -> ModelRunnerOutput:
+        """Ends it."""
+        assert self._runner is not None, "start() first"
+        return self._runner.sample()
+
+    def close(self) -> None:
+        """Frees weights, KV and threads."""
+        if self._runtime is not None:
+            self._runtime.close()
+
+    def _plan(
+        self, spec: ModelSpec, program: Program, runtime: Runtime, weights: WeightSource, dtype: str
+    ) -> MemoryPlan:
+        config = self._config
+        arena = program.plan_buffers().elements(config.max_num_batched_tokens, config.max_num_seqs)
+        return plan_memory(
+            free_bytes=free_memory(),
+            weight_bytes=runtime.weight_bytes(program, weights, dtype),
+            arena_bytes=4 * arena,
+            block_bytes=runtime.kv_bytes_per_block(program, config.block_size),
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            wanted_len=spec.max_model_len,
+            len_is_fixed=config.max_model_len is not None,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            num_blocks_override=config.num_gpu_blocks_override,
+        )
+
+    def _warm_up(self, num_groups: int) -> None:
+        """One token through the real path; block 0 is free again afterwards, and nothing hashes it."""
+        tables = tuple([0] for _ in range(num_groups))
+        new = NewRow(0, "warm-up", 0, [0], 1, tables, 0, SamplingParams(temperature=0.0), frozenset(), 0)
+        step = SchedulerOutput(step=0, new_rows=[new], scheduled=[ScheduledRow(0, "warm-up", 0, 0, 1, True)])
+        step.num_tokens = 1
+        self.execute(step)
+        self.sample()
+
+
+class _PhaseClock:
+    """Names the time since the last phase ended, so that phases add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def ends(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = now - self._last
+        self._last = now
