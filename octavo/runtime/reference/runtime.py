@@ -1,0 +1,194 @@
+"""An interpreter: walks the nodes of a program and calls the function that defines each op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from octavo.errors import UnsupportedError
+from octavo.program.ops import (
+    Add,
+    AnyOp,
+    Attention,
+    Buffer,
+    Embedding,
+    GatherRows,
+    Linear,
+    Norm,
+    RopeKVWrite,
+    Weight,
+)
+from octavo.program.program import BufferPlan, Program
+from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.reference import ops
+from octavo.runtime.reference.sampler import sample
+from octavo.runtime.reference.tensors import stack
+
+FLOAT_BYTES = 4
+
+
+class ReferenceRuntime:
+    """Implements runtime.base.Runtime in numpy float32. Slow, and right by definition.
+
+    Buffers live in the slots of the program's plan, so that a plan that folds two living buffers gives wrong numbers.
+    """
+
+    name = "reference"
+
+    def __init__(self) -> None:
+        self.num_foreign_calls = 0
+        self._weights: dict[tuple[str, ...], Float32] = {}  # by parts: a tied weight is there once
+        self._keys: list[Float32] = []  # per KV layer: [slots, KV heads, head_dim]
+        self._values: list[Float32] = []
+        self._block_size = 0
+        self._arena: dict[int, Float32] = {}
+
+    def load(
+        self,
+        program: Program,
+        weights: WeightSource,
+        *,
+        dtype: str,
+        max_num_tokens: int,
+        max_num_logits: int,
+        max_num_requests: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> LoadReport:
+        """Reads every weight as float32 (rounded to bfloat16 values first where that is asked for)."""
+        if dtype not in ("float32", "bfloat16"):
+            raise UnsupportedError(f"the reference runtime keeps float32 or bfloat16 values, not {dtype}")
+        self._program = program
+        plan: BufferPlan = program.plan_buffers()
+        self._slot_of = dict(zip(program.buffers, plan.slot_of, strict=True))
+        for done, weight in enumerate(program.weights, start=1):
+            self._weights[weight.parts] = stack(weight, weights, dtype)
+            if progress is not None:
+                progress(done)
+        return LoadReport(
+            weight_bytes=sum(w.nbytes for w in self._weights.values()),
+            arena_bytes=plan.elements(max_num_tokens, max_num_logits) * FLOAT_BYTES,
+            description=f"reference (numpy, {dtype})",
+        )
+
+    def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
+        """Everything is kept as float32, whatever `dtype` its values were rounded to."""
+        return sum(int(np.prod(w.shape)) for w in program.weights) * FLOAT_BYTES
+
+    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
+        """Bytes of one KV block over all layers."""
+        return program.kv_elements_per_block(block_size) * FLOAT_BYTES
+
+    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+        """Reserves zeroed pages, which the system backs when they are first written."""
+        self._block_size = block_size
+        shapes = [(num_blocks * block_size, kv.num_kv_heads, kv.head_dim) for kv in self._program.kv_layers]
+        self._keys = [np.zeros(shape, dtype=np.float32) for shape in shapes]
+        self._values = [np.zeros(shape, dtype=np.float32) for shape in shapes]
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies whole KV blocks (from, to) in all layers."""
+        size = self._block_size
+        for pool in (*self._keys, *self._values):
+            for source, target in pairs:
+                pool[target * size : (target + 1) * size] = pool[source * size : (source + 1) * size]
+
+    def execute(self, inputs: StepInputs) -> None:
+        """Runs the nodes in order."""
+        for node in self._program.nodes:
+            self._run(node, inputs)
+
+    def sample(self, sampling: SamplingInputs) -> SamplerOutput:
+        """Chooses one token for each of the R positions of the last execute()."""
+        return sample(self._read(self._program.logits), sampling)
+
+    def logits(self) -> Float32:
+        """A copy of the last step's raw logits [R, vocab]."""
+        return self._read(self._program.logits).copy()
+
+    def close(self) -> None:
+        """Lets go of weights, KV and buffers."""
+        self._weights.clear()
+        self._keys.clear()
+        self._values.clear()
+        self._arena.clear()
+
+    def _read(self, buffer: Buffer) -> Float32:
+        return self._arena[self._slot_of[buffer]]
+
+    def _write(self, buffer: Buffer, values: Float32) -> None:
+        self._arena[self._slot_of[buffer]] = values
+
+    def _weight(self, weight: Weight) -> Float32:
+        return self._weights[weight.parts]
+
+    def _optional(self, weight: Weight | None) -> Float32 | None:
+        return None if weight is None else self._weights[weight.parts]
+
+    def _run(self, node: AnyOp, inputs: StepInputs) -> None:
+        match node:
+            case Embedding():
+                self._embedding(node, inputs)
+            case Norm():
+                self._norm(node)
+            case Add():
+                self._write(node.out, self._read(node.x) + self._read(node.y))
+            case Linear():
+                x, weight = self._read(node.x), self._weight(node.weight)
+                product = ops.linear(x, weight, self._optional(node.bias), node.scale)
+                self._write(node.out, ops.softcap(ops.activate(product, node.activation), node.softcap))
+            case RopeKVWrite():
+                self._rope_kv_write(node, inputs)
+            case Attention():
+                self._attention(node, inputs)
+            case GatherRows():
+                self._write(node.out, self._read(node.x)[inputs.logits_indices])
+
+    def _embedding(self, node: Embedding, inputs: StepInputs) -> None:
+        out = self._weight(node.weight)[inputs.token_ids] * np.float32(node.scale)
+        if node.position_weight is not None:
+            out += self._weight(node.position_weight)[inputs.positions + node.position_offset]
+        self._write(node.out, out)
+
+    def _norm(self, node: Norm) -> None:
+        x = self._read(node.x)
+        if node.residual is not None:
+            x = x + self._read(node.residual)
+        if node.residual_out is not None:
+            self._write(node.residual_out, x)
+        weight = self._weight(node.weight)
+        if node.kind == "rms":
+            self._write(node.out, ops.rms_norm(x, weight, node.eps))
+        else:
+            self._write(node.out, ops.layer_norm(x, weight, self._optional(node.bias), node.eps))
+
+    def _rope_kv_write(self, node: RopeKVWrite, inputs: StepInputs) -> None:
+        num_tokens = len(inputs.token_ids)
+        heads = self._read(node.qkv).reshape(num_tokens, -1, node.head_dim)
+        q, k, v = np.split(heads, (node.num_heads, node.num_heads + node.num_kv_heads), axis=1)
+        if node.q_norm is not None:
+            q = ops.rms_norm(q, self._weight(node.q_norm), node.eps)
+        if node.k_norm is not None:
+            k = ops.rms_norm(k, self._weight(node.k_norm), node.eps)
+        if node.rope is not None:
+            q = ops.rotate(q, inputs.positions, node.rope)
+            k = ops.rotate(k, inputs.positions, node.rope)
+        slots = inputs.slots[self._program.kv_layers[node.kv_layer].group]
+        self._keys[node.kv_layer][slots] = k
+        self._values[node.kv_layer][slots] = v
+        self._write(node.out, q.reshape(num_tokens, -1))
+
+    def _attention(self, node: Attention, inputs: StepInputs) -> None:
+        q = self._read(node.q)
+        mixed = ops.attention(
+            q.reshape(len(q), node.num_heads, node.head_dim),
+            self._keys[node.kv_layer],
+            self._values[node.kv_layer],
+            inputs,
+            group=self._program.kv_layers[node.kv_layer].group,
+            block_size=self._block_size,
+            scale=node.scale,
+            window=node.window,
+            cap=node.softcap,
+        )
+        self._write(node.out, mixed.reshape(len(q), -1))

@@ -1,0 +1,61 @@
+"""Stored tensors as float32 arrays: every float type, every GGUF block type."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.program.ops import Weight
+from octavo.runtime.base import Float32, Tensor, WeightSource
+
+
+def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> Float32:
+    """The float32 numbers whose upper halves are these bit patterns; exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
+    """Bit patterns of the nearest bfloat16 numbers, ties to even; a NaN stays a NaN."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    quiet_nan = (bits >> 16) | 0x40
+    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+
+
+def to_float32(tensor: Tensor) -> Float32:
+    """Dequantises a stored tensor to its logical shape.
+
+    Raises:
+        UnsupportedModelError: a block type that the gguf package cannot dequantise.
+    """
+    if tensor.type == "BF16":
+        return bfloat16_to_float32(tensor.data)
+    if tensor.type in ("F32", "F16"):
+        return tensor.data.astype(np.float32)
+    import gguf  # only GGUF checkpoints need it
+
+    try:
+        values = gguf.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.type])
+    except (KeyError, NotImplementedError):
+        raise UnsupportedModelError(f"tensor {tensor.name}: type {tensor.type} cannot be dequantised") from None
+    return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
+
+
+def stack(weight: Weight, source: WeightSource, dtype: str) -> Float32:
+    """A weight's parts as one float32 array of `weight.shape`; with dtype "bfloat16" matrices hold rounded values.
+
+    Raises:
+        ModelFileError: a part whose shape is not the one the program was recorded for.
+    """
+    arrays = []
+    for part, rows in zip(weight.parts, weight.part_rows, strict=True):
+        tensor = source.get(part)
+        expected = (rows, *weight.shape[1:])
+        if tensor.shape != expected:
+            raise ModelFileError(f"tensor {tensor.name} has shape {tensor.shape}, but {part} must be {expected}")
+        arrays.append(to_float32(tensor))
+    values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if dtype == "bfloat16" and weight.role != "vector":
+        values = bfloat16_to_float32(float32_to_bfloat16(values))
+    return np.ascontiguousarray(values)
