@@ -120,9 +120,12 @@ def rows_of(buffer: Buffer, sizes: Sizes) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding(Op):
-    """out[t] = weight[token_ids[t]] * scale (+ position_weight[positions[t] + position_offset] when given)."""
+    """out[t] = weight[token_ids[t]] * scale (+ position_weight[positions[t] + position_offset] when given).
 
-    weight: Weight  # [vocab, width], role "embedding"
+    weight None: the position term alone (OPT-350m widens token embeddings before it adds positions).
+    """
+
+    weight: Weight | None  # [vocab, width], role "embedding"
     out: Buffer
     scale: float = 1.0
     position_weight: Weight | None = None  # [max positions, width]: GPT-2, OPT
@@ -131,7 +134,7 @@ class Embedding(Op):
     def bytes_moved(
         self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: int, act_bytes: int = 4
     ) -> int:
-        per_row = weight_bytes(self.weight) // self.weight.shape[0]
+        per_row = sum(weight_bytes(w) // w.shape[0] for w in self.weights)
         return sizes.num_tokens * (per_row + self.out.width * act_bytes)
 
 

@@ -145,7 +145,9 @@ class ReferenceRuntime:
                 self._write(node.out, self._read(node.x)[inputs.logits_indices])
 
     def _embedding(self, node: Embedding, inputs: StepInputs) -> None:
-        out = self._weight(node.weight)[inputs.token_ids] * np.float32(node.scale)
+        out = np.zeros((len(inputs.token_ids), node.out.width), dtype=np.float32)
+        if node.weight is not None:
+            out += self._weight(node.weight)[inputs.token_ids] * np.float32(node.scale)
         if node.position_weight is not None:
             out += self._weight(node.position_weight)[inputs.positions + node.position_offset]
         self._write(node.out, out)
