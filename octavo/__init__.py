@@ -1,3 +1,57 @@
-"""Octavo: an LLM serving engine that an engineer reads in an afternoon."""
+"""Octavo: an LLM serving engine that an engineer reads in an afternoon.
+
+    from octavo import LLM, SamplingParams
+    llm = LLM("smollm2")
+    print(llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].outputs[0].text)
+
+The public names are those below; each is loaded when it is first used, so `import octavo` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "LLM": "octavo.engine.llm",
+    "AsyncEngine": "octavo.engine.async_engine",
+    "EngineConfig": "octavo.config",
+    "SamplingParams": "octavo.sampling_params",
+    "RequestOutputKind": "octavo.sampling_params",
+    "RequestOutput": "octavo.outputs",
+    "CompletionOutput": "octavo.outputs",
+    "Logprob": "octavo.outputs",
+    "OctavoError": "octavo.errors",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "OctavoError",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]
+
+if TYPE_CHECKING:
+    from octavo.config import EngineConfig
+    from octavo.engine.async_engine import AsyncEngine
+    from octavo.engine.llm import LLM
+    from octavo.errors import OctavoError
+    from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+    from octavo.sampling_params import RequestOutputKind, SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

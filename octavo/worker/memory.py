@@ -45,7 +45,9 @@ class MemoryPlan:
         ]
         lines = [f"  {name:<12} {size / MIB:>10,.1f} MiB  {note}" for name, size, note in rows]
         whole = self.num_blocks // per_request
-        lines.append(f"  that holds   {self.num_tokens:>10,} tokens: {whole:,} requests of {self.max_model_len:,} tokens")
+        lines.append(
+            f"  that holds   {self.num_tokens:>10,} tokens: {whole:,} requests of {self.max_model_len:,} tokens"
+        )
         return "\n".join(lines)
 
 
@@ -98,10 +100,11 @@ def plan_memory(
             f"left after the weights: ask for at most {left // MIB} MiB"
         )
     fitting_len = num_blocks * block_size
+    blocks_wanted = blocks_for(wanted_len, block_size)
     if fitting_len < wanted_len and (len_is_fixed or num_blocks < 1):
         raise MemoryPlanError(
-            f"one request of max_model_len={wanted_len:,} tokens needs {blocks_for(wanted_len, block_size):,} KV blocks "
-            f"({blocks_for(wanted_len, block_size) * block_bytes / MIB:,.1f} MiB), but the pool has {num_blocks:,} "
+            f"one request of max_model_len={wanted_len:,} tokens needs {blocks_wanted:,} KV blocks "
+            f"({blocks_wanted * block_bytes / MIB:,.1f} MiB), but the pool has {num_blocks:,} "
             f"({num_blocks * block_bytes / MIB:,.1f} MiB; {reason}): the largest --max-model-len that fits is "
             f"{fitting_len:,}"
         )

@@ -1,0 +1,211 @@
+"""Messages between the front and the engine process: msgpack frames over an anonymous AF_UNIX socket pair.
+
+A frame is: u32 little-endian payload length, u8 message kind, payload (msgpack of the message's dataclass, decoded by
+its declared types). Length is bounded, kinds are a closed list, nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from octavo.config import EngineConfig
+from octavo.errors import EngineDeadError
+from octavo.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    FinishRequest,
+    RequestDelta,
+    Shutdown,
+    StepOutputs,
+)
+
+MAX_FRAME = 256 << 20  # bytes; a prompt of a million tokens is 5 MB
+MAX_UNSENT_RECORDS = 4096
+_HEADER = struct.Struct("<IB")
+
+
+@dataclass(slots=True)
+class StartEngine:
+    """The first message to a new engine process."""
+
+    config: EngineConfig
+    model_name: str
+    model_format: str
+    model_path: str
+
+
+_KINDS: tuple[type, ...] = (
+    StartEngine,
+    AddRequest,
+    AbortRequests,
+    FinishRequest,
+    Shutdown,
+    EngineReady,
+    EngineFailed,
+    StepOutputs,
+)
+_KIND_OF = {cls: kind for kind, cls in enumerate(_KINDS)}
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(cls) for cls in _KINDS]
+
+
+def encode(message: object) -> bytes:
+    """One frame."""
+    payload = _ENCODER.encode(message)
+    if len(payload) > MAX_FRAME:
+        raise ValueError(f"message of {len(payload)} bytes is over the limit of {MAX_FRAME}")
+    return _HEADER.pack(len(payload), _KIND_OF[type(message)]) + payload
+
+
+def decode(kind: int, payload: bytes | bytearray | memoryview) -> Any:
+    """The message in a frame. Raises EngineDeadError on a kind or payload that no peer of ours would send."""
+    if kind >= len(_KINDS):
+        raise EngineDeadError(f"unknown message kind {kind} on the engine channel")
+    try:
+        return _DECODERS[kind].decode(payload)
+    except msgspec.DecodeError as error:
+        raise EngineDeadError(f"malformed {_KINDS[kind].__name__} on the engine channel: {error}") from error
+
+
+class EngineChannel:
+    """The engine's end: never blocks on a slow front. Outputs that cannot be sent are merged until they can."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sock.setblocking(False)
+        self._received = bytearray()
+        self._unsent = b""  # the rest of a frame that is under way
+        self._held: StepOutputs | None = None  # outputs merged behind it
+        self._held_index: dict[str, RequestDelta] = {}
+        self.closed = False
+
+    def receive(self, *, wait: bool) -> list[Any]:
+        """All messages that have arrived; with `wait`, at least one unless the front is gone (then `closed`)."""
+        messages: list[Any] = []
+        while not self.closed:
+            self._read_available()
+            messages.extend(self._take_frames())
+            if messages or not wait or self.closed:
+                break
+            writers = [self._sock] if self._unsent or self._held else []
+            _, writable, _ = select.select([self._sock], writers, [])
+            if writable:
+                self._flush()
+        return messages
+
+    def send(self, message: object) -> None:
+        """Sends a start-up message, waiting for room."""
+        self._sock.setblocking(True)
+        self._sock.sendall(encode(message))
+        self._sock.setblocking(False)
+
+    def publish(self, outputs: StepOutputs) -> None:
+        """Sends outputs as far as the socket takes them; the rest is merged into what goes next."""
+        if not (outputs.deltas or outputs.records):
+            return
+        if self._unsent or self._held:
+            self._merge(outputs)
+        else:
+            self._unsent = encode(outputs)
+        self._flush()
+
+    def _read_available(self) -> None:
+        try:
+            while data := self._sock.recv(1 << 20):
+                self._received += data
+            self.closed = True
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            self.closed = True
+
+    def _take_frames(self) -> list[Any]:
+        messages = []
+        offset = 0
+        while len(self._received) - offset >= _HEADER.size:
+            length, kind = _HEADER.unpack_from(self._received, offset)
+            if length > MAX_FRAME:
+                raise EngineDeadError(f"a frame of {length} bytes on the engine channel is over {MAX_FRAME}")
+            end = offset + _HEADER.size + length
+            if len(self._received) < end:
+                break
+            messages.append(decode(kind, self._received[offset + _HEADER.size : end]))
+            offset = end
+        del self._received[:offset]
+        return messages
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent or self._held:
+                if not self._unsent and self._held is not None:
+                    self._unsent, self._held, self._held_index = encode(self._held), None, {}
+                sent = self._sock.send(self._unsent)
+                self._unsent = self._unsent[sent:]
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            self.closed = True
+            self._unsent, self._held, self._held_index = b"", None, {}
+
+    def _merge(self, outputs: StepOutputs) -> None:
+        held = self._held = self._held or StepOutputs([], [])
+        held.records.extend(outputs.records)
+        del held.records[:-MAX_UNSENT_RECORDS]
+        for delta in outputs.deltas:
+            earlier = self._held_index.get(delta.request_id)
+            if earlier is None:
+                held.deltas.append(delta)
+                self._held_index[delta.request_id] = delta
+            else:
+                merge_delta(earlier, delta)
+
+
+def merge_delta(earlier: RequestDelta, later: RequestDelta) -> None:
+    """Adds what a later step brought to a delta that was not taken yet."""
+    earlier.token_ids.extend(later.token_ids)
+    if later.logprobs is not None:
+        earlier.logprobs = [*(earlier.logprobs or []), *later.logprobs]
+    earlier.finish_reason = later.finish_reason
+    earlier.stop_reason = later.stop_reason
+    earlier.error = later.error
+
+
+class FrontChannel:
+    """The front's end, on its event loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> FrontChannel:
+        """Wraps a connected socket."""
+        return cls(*await asyncio.open_unix_connection(sock=sock, limit=1 << 22))
+
+    def send(self, message: object) -> None:
+        """Queues a message; the loop writes it."""
+        if not self._writer.is_closing():
+            self._writer.write(encode(message))
+
+    async def receive(self) -> Any | None:
+        """The next message, or None when the engine is gone."""
+        try:
+            length, kind = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+            if length > MAX_FRAME:
+                raise EngineDeadError(f"a frame of {length} bytes on the engine channel is over {MAX_FRAME}")
+            return decode(kind, await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def close(self) -> None:
+        """Closes the socket; the engine process ends on it."""
+        self._writer.close()

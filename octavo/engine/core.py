@@ -1,0 +1,170 @@
+"""The engine's loop: drain the inbox, schedule, launch, sample, update, publish. One step at a time, `depth` in flight.
+
+The same loop runs in the engine process (process.py) and in the caller's own (client.py); only the way messages come
+and go differs.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from octavo.config import EngineConfig
+from octavo.executor.base import Executor
+from octavo.kvcache.manager import KVCacheManager
+from octavo.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineReady,
+    FinishRequest,
+    RequestDelta,
+    StepOutputs,
+    StepRecord,
+    ToEngine,
+)
+from octavo.observe.step_log import StepLog
+from octavo.request import FinishReason, Request
+from octavo.scheduler.scheduler import Scheduler
+from octavo.step import ModelRunnerOutput, SchedulerOutput
+from octavo.worker.worker import WorkerInfo
+
+
+@dataclass(slots=True)
+class _InFlight:
+    output: SchedulerOutput
+    record: StepRecord
+    result: Future[ModelRunnerOutput]
+
+
+class EngineCore:
+    """Scheduler and executor, joined. `handle` takes messages, `step` makes progress and returns what to publish."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo, *, depth: int = 1) -> None:
+        self.config = config
+        self.info = info
+        self.log = StepLog()
+        self._executor = executor
+        self._depth = depth
+        self._in_flight: deque[_InFlight] = deque()
+        self._pending: list[RequestDelta] = []  # of requests that ended outside a step
+        self._eos_ids = frozenset(info.spec.eos_token_ids)
+        key = config.prefix_caching_hash_key
+        kv = KVCacheManager(
+            num_blocks=info.plan.num_blocks,
+            block_size=config.block_size,
+            num_groups=info.num_kv_groups,
+            enable_prefix_caching=config.enable_prefix_caching,
+            hash_key=key.encode() if key is not None else secrets.token_bytes(32),
+        )
+        self.scheduler = Scheduler(
+            kv,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=info.spec.max_model_len,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+        )
+
+    def ready(self) -> EngineReady:
+        """What the front is told once the engine can answer."""
+        plan = self.info.plan
+        return EngineReady(
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            max_model_len=self.info.spec.max_model_len,
+            weight_bytes=plan.weight_bytes,
+            kv_bytes=plan.kv_bytes,
+            runtime=self.info.runtime,
+            dtype=self.info.dtype,
+            timings=self.info.timings,
+            plan=plan.describe(),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """True while step() has something to do or to publish."""
+        return bool(self._pending or self._in_flight or self.scheduler.has_unfinished)
+
+    def handle(self, message: ToEngine) -> None:
+        """Takes one message from the front; it acts at the next step."""
+        if isinstance(message, AddRequest):
+            self._add(message)
+        elif isinstance(message, AbortRequests):
+            for request_id in message.request_ids:
+                self._pending.extend(self.scheduler.abort(request_id))
+        elif isinstance(message, FinishRequest):
+            self.scheduler.finish(message.request_id, message.num_kept)
+
+    def step(self) -> StepOutputs:
+        """Launches a step if there is room in flight, else waits for the oldest; returns what happened since."""
+        launched = len(self._in_flight) < self._depth and self._launch()
+        records: list[StepRecord] = []
+        if self._in_flight and (len(self._in_flight) == self._depth or not launched):
+            records.append(self._finish_oldest())
+        deltas, self._pending = self._pending, []
+        return StepOutputs(deltas, records)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._executor.close()
+
+    def _add(self, message: AddRequest) -> None:
+        params = message.params
+        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+        request = Request(
+            request_id=message.request_id,
+            prompt_token_ids=message.prompt_token_ids,
+            params=params,
+            stop_ids=eos_ids | frozenset(params.stop_token_ids or ()),
+            max_tokens=message.max_tokens,
+            arrival_time=time.monotonic(),
+            seed=message.seed,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+        )
+        try:
+            self.scheduler.add(request)
+        except Exception as error:  # the front checked it; whatever is left ends this request and no other
+            self._pending.append(_failed(request.request_id, str(error)))
+
+    def _launch(self) -> bool:
+        record = StepRecord(step=self.log.num_steps + len(self._in_flight), time=time.monotonic())
+        output = self.scheduler.schedule()
+        if not output.scheduled:
+            return False
+        self.scheduler.fill(record, output)
+        scheduled_at = time.monotonic()
+        record.schedule_seconds = scheduled_at - record.time
+        calls = self._executor.num_foreign_calls
+        self._executor.execute(output)
+        result = self._executor.sample()
+        record.execute_seconds = time.monotonic() - scheduled_at
+        record.num_foreign_calls = self._executor.num_foreign_calls - calls
+        self._in_flight.append(_InFlight(output, record, result))
+        return True
+
+    def _finish_oldest(self) -> StepRecord:
+        oldest = self._in_flight.popleft()
+        record = oldest.record
+        waiting_since = time.monotonic()
+        try:
+            result = oldest.result.result()
+        except Exception as error:
+            record.num_failed = len(oldest.output.scheduled)
+            self._pending.extend(self.scheduler.fail(oldest.output, f"{type(error).__name__}: {error}"))
+        else:
+            done_at = time.monotonic()
+            record.execute_seconds += done_at - waiting_since
+            deltas = self.scheduler.update(oldest.output, result)
+            record.num_sampled = sum(len(tokens) for tokens in result.token_ids)
+            record.num_finished = sum(d.finish_reason is not None for d in deltas)
+            record.update_seconds = time.monotonic() - done_at
+            self._pending.extend(deltas)
+        self.log.append(record)
+        return record
+
+
+def _failed(request_id: str, message: str) -> RequestDelta:
+    return RequestDelta(request_id, finish_reason=FinishReason.ERROR, error=message)

@@ -1,0 +1,319 @@
+"""The front half without a transport: prompts become engine requests, deltas become RequestOutputs.
+
+Owns text (tokenise, detokenise, stop strings) and groups (`n > 1` is n engine requests that share their prompt's
+blocks). Used by the offline LLM and by AsyncEngine alike.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from octavo.errors import ContextLengthError, InvalidValueError
+from octavo.messages import AddRequest, FinishRequest, RequestDelta
+from octavo.models.spec import ModelSpec
+from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from octavo.request import FinishReason
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.step import TokenLogprobs
+from octavo.text.stream import TextStream
+from octavo.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, object]
+
+
+@dataclass(slots=True)
+class Child:
+    """One of the n engine requests of a group."""
+
+    parent: Group
+    request_id: str
+    output: CompletionOutput
+    stream: TextStream | None
+    last_token_time: float | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+
+@dataclass(slots=True)
+class Group:
+    """What the caller asked for: one prompt, n answers."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    queue_seconds: float = 0.0
+    num_cached_tokens: int = 0
+    children: list[Child] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(child.finished for child in self.children)
+
+    @property
+    def error(self) -> str | None:
+        return next((child.error for child in self.children if child.error), None)
+
+
+@dataclass(slots=True)
+class Update:
+    """What a batch of deltas brought one group: the output to hand out (if its kind wants one now)."""
+
+    group: Group
+    output: RequestOutput | None
+
+
+class Frontend:
+    """Turns prompts into AddRequests and RequestDeltas into RequestOutputs. Not thread-safe: one caller at a time."""
+
+    def __init__(self, tokenizer: Tokenizer | None, spec: ModelSpec, *, max_model_len: int, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.max_model_len = max_model_len
+        self._children: dict[str, Child] = {}
+        self._seeds = random.Random(seed)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Engine requests that still run."""
+        return len(self._children)
+
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The prompt's text (None when it came as ids) and its checked token ids.
+
+        Raises InvalidValueError for a wrong type, an empty prompt, an id outside the vocabulary.
+        """
+        text, ids = self._encode(prompt)
+        if not ids:
+            raise InvalidValueError("the prompt is empty: give at least one token", param="prompt")
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.spec.vocab_size:
+                raise InvalidValueError(
+                    f"prompt token ids must be integers from 0 to {self.spec.vocab_size - 1}, not {token!r:.40}",
+                    param="prompt",
+                )
+        return text, ids
+
+    def add(
+        self,
+        request_id: str,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> tuple[Group, list[AddRequest]]:
+        """Registers a group and makes its engine requests.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for a token.
+            InvalidValueError: this id is already running, or stop strings without a tokenizer.
+        """
+        room = self.max_model_len - len(ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens; the context is {self.max_model_len} and at least one is for the "
+                "answer: shorten the prompt",
+                param="prompt",
+            )
+        if params.stops and self.tokenizer is None:
+            raise InvalidValueError("stop strings need a tokenizer; use stop_token_ids", param="stop")
+        if params.min_tokens > room:
+            raise InvalidValueError(f"min_tokens is {params.min_tokens}, but only {room} fit", param="min_tokens")
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        base_seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        group = Group(request_id, text, ids, params, RequestMetrics(arrival_time=time.monotonic()))
+        requests = []
+        for index in range(params.n):
+            child_id = request_id if params.n == 1 else f"{request_id}#{index}"
+            if child_id in self._children:
+                raise InvalidValueError(f"request_id {request_id!r} is already running", param="request_id")
+            stream = TextStream(self.tokenizer, params) if self.tokenizer and params.detokenize else None
+            output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
+            if params.logprobs is not None:
+                output.cumulative_logprob = 0.0
+            group.children.append(Child(group, child_id, output, stream))
+            requests.append(AddRequest(child_id, ids, params, max_tokens, base_seed + index, priority, cache_salt))
+        self._children.update((child.request_id, child) for child in group.children)
+        return group, requests
+
+    def running(self, request_id: str) -> list[str]:
+        """Ids of the engine requests of a group that still run."""
+        return [c.request_id for c in self._children.values() if c.parent.request_id == request_id]
+
+    def abort(self, group: Group) -> list[str]:
+        """Forgets a group; returns the ids of its engine requests that still run."""
+        return [c.request_id for c in group.children if self._children.pop(c.request_id, None)]
+
+    def fail_all(self) -> list[Group]:
+        """Forgets everything that runs (the engine is gone); returns the groups."""
+        groups = {id(child.parent): child.parent for child in self._children.values()}
+        self._children.clear()
+        return list(groups.values())
+
+    def process(self, deltas: list[RequestDelta]) -> tuple[list[Update], list[FinishRequest], list[Arrival]]:
+        """Applies what a step brought. Returns outputs per group, finishes for the engine (stop strings found), and
+        when tokens arrived, for the metrics."""
+        touched: dict[int, Update] = {}
+        finishes: list[FinishRequest] = []
+        arrivals: list[Arrival] = []
+        now = time.monotonic()
+        for delta in deltas:
+            child = self._children.get(delta.request_id)
+            if child is None:
+                continue  # aborted, or ended by a stop string: what the engine had in flight is dropped
+            before = _Mark(child)
+            finish = self._apply(child, delta)
+            if finish is not None:
+                finishes.append(finish)
+            new = len(child.output.token_ids) - before.num_tokens
+            if new > 0:
+                arrivals.append(Arrival(child.parent, child.last_token_time, new))
+                child.last_token_time = now
+                metrics = child.parent.metrics
+                metrics.first_token_time = metrics.first_token_time or now
+                metrics.last_token_time = now
+            if child.finished:
+                del self._children[child.request_id]
+            self._collect(touched, child, before)
+        for update in touched.values():
+            self._close(update, now)
+        return list(touched.values()), finishes, arrivals
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise InvalidValueError(
+                    'a prompt mapping has the key "prompt" or "prompt_token_ids"'
+                    + (f", not {sorted(unknown)[0]!r}" if unknown else ""),
+                    param="prompt",
+                )
+            inner = prompt.get("prompt_token_ids")
+            prompt = inner if inner is not None else prompt["prompt"]  # type: ignore[assignment]
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidValueError("this engine runs without a tokenizer: give prompt_token_ids", param="prompt")
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise InvalidValueError(f"a prompt is a string or token ids, not {type(prompt).__name__}", param="prompt")
+        return None, list(prompt)
+
+    def _apply(self, child: Child, delta: RequestDelta) -> FinishRequest | None:
+        group, output = child.parent, child.output
+        group.num_cached_tokens = delta.num_cached_tokens or group.num_cached_tokens
+        group.queue_seconds = delta.queue_time or group.queue_seconds
+        output.token_ids.extend(delta.token_ids)
+        if output.logprobs is not None:
+            self._add_logprobs(output, delta.token_ids, delta.logprobs or [])
+        stopped = self._add_text(child, delta)
+        if stopped is not None:
+            return stopped
+        if delta.finish_reason is not None:
+            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+            child.error = delta.error
+        return None
+
+    def _add_text(self, child: Child, delta: RequestDelta) -> FinishRequest | None:
+        output, stream = child.output, child.stream
+        if stream is None:
+            return None
+        ids = delta.token_ids
+        ended_by_token = delta.finish_reason == FinishReason.STOP
+        if ended_by_token and not child.parent.params.include_stop_str_in_output:
+            ids = ids[:-1]  # the stop token is part of token_ids, not of the text
+        text = stream.add(ids)
+        output.text += text.text
+        if text.stop is not None and text.num_kept is not None:
+            del output.token_ids[text.num_kept :]
+            if output.logprobs is not None:
+                del output.logprobs[text.num_kept :]
+            output.finish_reason, output.stop_reason = FinishReason.STOP, text.stop
+            return FinishRequest(child.request_id, text.num_kept)
+        if delta.finish_reason is not None:
+            output.text += stream.finish()
+        return None
+
+    def _add_logprobs(self, output: CompletionOutput, ids: list[int], logprobs: list[TokenLogprobs]) -> None:
+        assert output.logprobs is not None
+        for token, entry in zip(ids, logprobs, strict=True):
+            chosen = {token: self._logprob(token, entry.token_logprob, entry.rank)}
+            for rank, (other, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
+                chosen.setdefault(other, self._logprob(other, logprob, rank))
+            output.logprobs.append(chosen)
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + entry.token_logprob
+
+    def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
+        return Logprob(logprob, rank, self.tokenizer.token_text(token) if self.tokenizer else None)
+
+    def _collect(self, touched: dict[int, Update], child: Child, before: _Mark) -> None:
+        group = child.parent
+        update = touched.setdefault(id(group), Update(group, None))
+        kind = group.params.output_kind
+        if kind is RequestOutputKind.DELTA:
+            if update.output is None:
+                update.output = self._output(group, [])
+            update.output.outputs.append(before.delta(child))
+        elif kind is RequestOutputKind.CUMULATIVE or group.finished:
+            update.output = self._output(group, [_copy(c.output) for c in group.children])
+
+    def _close(self, update: Update, now: float) -> None:
+        group = update.group
+        if group.finished:
+            group.metrics.finished_time = now
+        if update.output is not None:
+            update.output.finished = group.finished
+            update.output.metrics = replace(group.metrics)
+
+    def _output(self, group: Group, outputs: list[CompletionOutput]) -> RequestOutput:
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=group.prompt_token_ids,
+            outputs=outputs,
+            finished=False,
+            num_cached_tokens=group.num_cached_tokens,
+        )
+
+
+@dataclass(slots=True)
+class Arrival:
+    """Tokens of one request that arrived together; `previous` is when its last ones did."""
+
+    group: Group
+    previous: float | None
+    count: int
+
+
+class _Mark:
+    """How far a child was before a delta, to cut out what is new."""
+
+    def __init__(self, child: Child) -> None:
+        self.num_tokens = len(child.output.token_ids)
+        self.num_chars = len(child.output.text)
+
+    def delta(self, child: Child) -> CompletionOutput:
+        full = child.output
+        return CompletionOutput(
+            index=full.index,
+            text=full.text[self.num_chars :],
+            token_ids=full.token_ids[self.num_tokens :],
+            cumulative_logprob=full.cumulative_logprob,
+            logprobs=None if full.logprobs is None else full.logprobs[self.num_tokens :],
+            finish_reason=full.finish_reason,
+            stop_reason=full.stop_reason,
+        )
+
+
+def _copy(output: CompletionOutput) -> CompletionOutput:
+    """A snapshot whose lists no later token changes."""
+    logprobs = None if output.logprobs is None else list(output.logprobs)
+    return replace(output, token_ids=list(output.token_ids), logprobs=logprobs)

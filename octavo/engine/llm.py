@@ -1,0 +1,228 @@
+"""The offline entrance: `LLM(model).generate(prompts, params)`, in the caller's process. Names and shapes are vLLM's.
+
+The same frontend and engine core as the server's; messages are handed over unencoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.engine.frontend import Frontend, Group, Prompt
+from octavo.errors import ConfigError, InvalidValueError, StepError
+from octavo.executor.local import LocalExecutor
+from octavo.messages import AbortRequests
+from octavo.models.hub import resolve_model
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.text.chat import ChatTemplate
+from octavo.text.load import load_text
+from octavo.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, loaded, that answers batches of prompts.
+
+    Keyword arguments are the fields of `EngineConfig` (dtype, max_model_len, max_num_seqs, ...).
+
+    Raises ConfigError, ModelError or MemoryPlanError when it cannot be built; each says what to do next.
+    """
+
+    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+        if model is not None:
+            kwargs["model"] = model
+        config = EngineConfig.from_kwargs(**kwargs)
+        files = resolve_model(
+            config.model,
+            revision=config.revision,
+            download_dir=config.download_dir,
+            load_format=config.load_format,
+        )
+        executor = LocalExecutor(config, files)
+        self.core = EngineCore(config, executor, executor.start())
+        self.config = config
+        self._text = load_text(config, files)
+        self._frontend = Frontend(
+            self._text.tokenizer, self.core.info.spec, max_model_len=self.core.info.spec.max_model_len, seed=config.seed
+        )
+        self._next_id = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompt_token_ids: Sequence[Sequence[int]] | Sequence[int] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[RequestOutput]:
+        """Answers prompts, in order. A prompt is a string or `{"prompt_token_ids": [...]}` or `{"prompt": "..."}`.
+
+        Args:
+            prompts: one or many.
+            sampling_params: one for all, or one per prompt; default `SamplingParams()`.
+            prompt_token_ids: instead of prompts (the older vLLM spelling).
+            use_tqdm: show a progress bar with tokens per second.
+
+        Raises:
+            RequestError: a prompt or its parameters are wrong; nothing was started.
+            StepError: the engine failed on a request even when it was retried alone.
+        """
+        todo = _prompt_list(prompts, prompt_token_ids)
+        params = _params_list(sampling_params, len(todo))
+        tokenized = [self._frontend.tokenize(prompt) for prompt in todo]
+        return self._run(tokenized, params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many: renders the model's chat template, then generates."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        template = self._template(chat_template)
+        texts = [
+            template.render(
+                [dict(m) for m in conversation],  # type: ignore[call-overload]
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        params = _params_list(sampling_params, len(texts))
+        tokenizer = self.get_tokenizer()
+        # the template writes the special tokens itself: none may be added
+        tokenized = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return self._run(tokenized, params, use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ConfigError when the engine runs without one."""
+        if self._text.tokenizer is None:
+            raise ConfigError("this engine runs without a tokenizer (skip_tokenizer_init, or a bare config.json)")
+        return self._text.tokenizer
+
+    def close(self) -> None:
+        """Frees weights, KV and threads."""
+        self.core.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _template(self, source: str | None) -> ChatTemplate:
+        if source is not None:
+            return ChatTemplate(source, self.get_tokenizer())
+        if self._text.chat_template is None:
+            raise InvalidValueError("this model has no chat template: pass chat_template=", param="messages")
+        return self._text.chat_template
+
+    def _run(
+        self,
+        tokenized: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        use_tqdm: bool | Callable[..., Any],
+    ) -> list[RequestOutput]:
+        groups: list[Group] = []
+        requests = []
+        try:
+            for (text, ids), p in zip(tokenized, params, strict=True):
+                self._next_id += 1
+                wanted = replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
+                group, added = self._frontend.add(str(self._next_id), text, ids, wanted)
+                groups.append(group)
+                requests.extend(added)
+            for request in requests:
+                self.core.handle(request)
+            return self._collect(groups, use_tqdm)
+        except BaseException:  # Ctrl-C too: what was started must not run on in the next call
+            self._abandon(groups)
+            raise
+
+    def _collect(self, groups: list[Group], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        with _Progress(len(groups), use_tqdm) as progress:
+            while len(done) < len(groups):
+                updates, finishes, arrivals = self._frontend.process(self.core.step().deltas)
+                for finish in finishes:
+                    self.core.handle(finish)
+                for update in updates:
+                    if update.group.error:
+                        raise StepError(f"request {update.group.request_id} failed: {update.group.error}")
+                    if update.output is not None:
+                        done[update.group.request_id] = update.output
+                        progress.finished(update.output)
+                progress.tokens(sum(a.count for a in arrivals))
+        return [done[group.request_id] for group in groups]
+
+    def _abandon(self, groups: Iterable[Group]) -> None:
+        running = [request_id for group in groups for request_id in self._frontend.abort(group)]
+        self.core.handle(AbortRequests(running))
+        while self.core.has_work:
+            self.core.step()
+
+
+class _Progress:
+    """A bar that counts requests and shows tokens per second."""
+
+    def __init__(self, total: int, use_tqdm: bool | Callable[..., Any]) -> None:
+        self._bar = None
+        self._in = self._out = 0
+        if use_tqdm:
+            from tqdm.auto import tqdm
+
+            make = use_tqdm if callable(use_tqdm) else tqdm
+            self._bar = make(total=total, desc="Generating", unit="req", dynamic_ncols=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def tokens(self, count: int) -> None:
+        self._out += count
+        if self._bar is not None and count:
+            elapsed = self._bar.format_dict["elapsed"] or 1e-9
+            self._bar.set_postfix_str(
+                f"in {self._in / elapsed:.0f}, out {self._out / elapsed:.0f} tok/s", refresh=False
+            )
+            self._bar.update(0)
+
+    def finished(self, output: RequestOutput) -> None:
+        self._in += len(output.prompt_token_ids)
+        if self._bar is not None:
+            self._bar.update(1)
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt] | None, ids: Any) -> list[Prompt]:
+    if (prompts is None) == (ids is None):
+        raise InvalidValueError("give either prompts or prompt_token_ids", param="prompts")
+    if ids is not None:
+        many = bool(ids) and not isinstance(ids[0], int)
+        return [{"prompt_token_ids": list(p)} for p in (ids if many else [ids])]
+    assert prompts is not None
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [{"prompt_token_ids": list(prompts)}]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidValueError(f"{count} prompts, but {len(params)} sampling_params", param="sampling_params")
+    return list(params)

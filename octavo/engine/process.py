@@ -1,0 +1,58 @@
+"""The engine process: `python -m octavo.engine.process FD`. Owns ids, blocks and the runtime; knows no text, no HTTP.
+
+One thread: messages are read between steps, outputs are written without blocking. It ends when the front does.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from octavo.engine.channel import EngineChannel, StartEngine
+from octavo.engine.core import EngineCore
+from octavo.errors import OctavoError
+from octavo.executor.local import LocalExecutor
+from octavo.messages import EngineFailed, Shutdown
+from octavo.models.spec import ModelFiles
+
+
+def main(fd: int) -> int:
+    """Serves one front over the socket `fd`; returns the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the front's to handle
+    channel = EngineChannel(socket.socket(fileno=fd))
+    first = channel.receive(wait=True)
+    if not first or not isinstance(first[0], StartEngine):
+        return 0 if channel.closed else 1
+    try:
+        core = _build(first[0])
+    except OctavoError as error:
+        channel.send(EngineFailed(type(error).__name__, str(error)))
+        return 2
+    except MemoryError:
+        channel.send(EngineFailed("MemoryPlanError", "out of memory while loading: take a smaller --max-model-len"))
+        return 2
+    channel.send(core.ready())
+    for message in first[1:]:
+        core.handle(message)
+    while not channel.closed:
+        for message in channel.receive(wait=not core.has_work):
+            if isinstance(message, Shutdown):
+                core.close()
+                return 0
+            core.handle(message)
+        if core.has_work:
+            channel.publish(core.step())
+    core.close()
+    return 0
+
+
+def _build(start: StartEngine) -> EngineCore:
+    files = ModelFiles(start.model_name, "gguf" if start.model_format == "gguf" else "hf", Path(start.model_path))
+    executor = LocalExecutor(start.config, files)
+    return EngineCore(start.config, executor, executor.start())
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
