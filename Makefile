@@ -1,0 +1,45 @@
+# Verbs: make setup | serve | test | check | bench | clean | help. Each does the set-up it needs; CI runs the same ones.
+.DEFAULT_GOAL := help
+SHELL := bash
+VENV := .venv
+RUN := $(VENV)/bin
+ARGS :=
+export MAKECMDGOALS
+
+# What an editable install must be redone for; edits to Python need nothing.
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
+INPUTS := pyproject.toml $(wildcard setup.py MANIFEST.in) $(NATIVE) tools/setup.sh
+
+.PHONY: setup serve test check bench clean help
+
+setup: $(VENV)/.installed  ## make .venv and install Octavo into it
+
+serve: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000 (ARGS="MODEL --port 9000 ..." is passed on)
+	@$(RUN)/octavo serve $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the tests (ARGS="tests/unit -k name" is passed on)
+	@$(RUN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev  ## format, lint, types, ceilings, who may import whom
+	@$(RUN)/ruff format --check .
+	@$(RUN)/ruff check .
+	@$(RUN)/mypy
+	@$(RUN)/python tools/ceilings.py
+	@$(RUN)/python -m pytest tests/unit/test_import_rules.py
+
+bench: $(VENV)/.installed  ## offline throughput of the default model (ARGS="--num-prompts 64" is passed on)
+	@$(RUN)/octavo bench throughput $(ARGS)
+
+clean:  ## remove .venv and everything built (the model cache stays)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find octavo -name '*.so' -delete -o -name '*.dylib' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: $(INPUTS)
+	@bash tools/setup.sh $(VENV) base
+
+$(VENV)/.installed-dev: $(INPUTS)
+	@bash tools/setup.sh $(VENV) dev

@@ -1,0 +1,111 @@
+"""Who may import whom (docs/architecture.md), read from the source: imports inside functions count as well."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAVES = {"config", "errors", "messages", "outputs", "request", "sampling_params", "step"}
+
+# room -> the rooms it may import, itself and the leaves aside
+MAY_IMPORT: dict[str, set[str]] = {
+    "cli": {"server", "engine", "models", "program", "runtime", "text", "observe", "worker"},
+    "server": {"engine", "text", "observe", "models"},
+    "engine": {"scheduler", "kvcache", "executor", "worker", "observe", "text", "models"},
+    "scheduler": {"kvcache"},
+    "kvcache": set(),
+    "executor": {"worker", "models", "runtime"},
+    "worker": {"models", "program", "runtime"},
+    "models": {"program", "runtime"},
+    "runtime": {"program"},
+    "program": set(),
+    "text": {"models"},
+    "observe": set(),
+}
+NARROW = {("text", "models"): {"gguf_file", "spec"}, ("models", "runtime"): {"base"}, ("server", "models"): {"spec"}}
+BANNED = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+WEB = ["fastapi", "uvicorn", "starlette", "pydantic", "msgspec", "gguf", "typer", "rich", "prometheus_client"]
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a file; `from a import b` counts as a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    """(file, room) of the package; the room of octavo/config.py is "config"."""
+    for path in sorted((ROOT / "octavo").rglob("*.py")):
+        yield path, path.relative_to(ROOT / "octavo").parts[0].removesuffix(".py")
+
+
+def test_rooms_import_only_what_the_map_allows() -> None:
+    wrong = []
+    for path, room in modules():
+        if room in {"__init__", "__main__"}:
+            continue
+        for line, name in imports_of(path):
+            if not name.startswith("octavo."):
+                continue
+            target, *rest = name.split(".")[1:]
+            if target in LEAVES | {room, "__version__"}:
+                continue
+            narrow = NARROW.get((room, target))
+            allowed = target in MAY_IMPORT.get(room, set()) and (narrow is None or (rest and rest[0] in narrow))
+            if not allowed:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} may not import {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_room_is_on_the_map() -> None:
+    rooms = {room for path, room in modules() if (ROOT / "octavo" / room).is_dir()}
+    assert rooms == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("rooms", "banned"), [({"scheduler", "kvcache"}, {"numpy", "torch"}), (set(MAY_IMPORT), {"torch"})]
+)
+def test_counting_needs_no_numpy_and_nothing_needs_torch(rooms: set[str], banned: set[str]) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path, room in modules()
+        if room in rooms
+        for line, name in imports_of(path)
+        if name.split(".")[0] in banned
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    wrong = []
+    for path, _ in modules():
+        wrong += [f"{path}:{line}: {name}" for line, name in imports_of(path) if name.split(".")[0] in BANNED]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
+                wrong.append(f"{path}:{node.lineno}: {node.func.id}()")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_offline_llm_imports_without_web_packages() -> None:
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {WEB!r}:
+            raise ImportError("refused: " + name)
+sys.meta_path.insert(0, Refuse())
+import octavo
+octavo.LLM, octavo.SamplingParams
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
