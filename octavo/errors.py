@@ -15,9 +15,10 @@ OctavoError
 |   |-- ContextLengthError   prompt (+ max_tokens) longer than the context
 |   |-- UnknownModelError    404
 |   `-- QueueFullError       429, with the predicted wait
-`-- EngineError              our fault
-    |-- StepError            a step failed; the requests that failed alone carry it
-    `-- EngineDeadError      the engine process is gone; 503
+|-- EngineError              our fault
+|   |-- StepError            a step failed; the requests that failed alone carry it
+|   `-- EngineDeadError      the engine process is gone; 503
+`-- ServerError              what our own HTTP client heard: nobody there, or an error in answer
 """
 
 from __future__ import annotations
@@ -127,3 +128,7 @@ class EngineDeadError(EngineError):
     status = 503
     type = "service_unavailable"
     code = "engine_dead"
+
+
+class ServerError(OctavoError):
+    """A server that the command line talks to cannot be reached, or answered with an error."""
