@@ -52,6 +52,7 @@ class Request:
     num_computed_tokens: int = 0  # tokens whose KV is in the cache (or is being computed by a step in flight)
     num_cached_tokens: int = 0  # prompt tokens served by the prefix cache at first admission
     num_preemptions: int = 0
+    num_lost_tokens: int = 0  # the most it had computed when its KV was taken: up to there it computes again
     first_scheduled_time: float | None = None
     retry_alone: bool = False  # its step failed: it runs once alone, to find the guilty one
 

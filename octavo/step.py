@@ -38,7 +38,8 @@ class ScheduledRow:
     start: int  # first position computed in this step (= num_computed_tokens before it)
     num_tokens: int
     samples: bool  # True when the last position is the Request's last token, so a new token comes out
-    new_block_ids: tuple[list[int], ...] = ((),)  # type: ignore[assignment]  # per KV group, appended to the row's table
+    # per KV group, appended to the row's table; empty for a row that is new in this step (NewRow carries them all)
+    new_block_ids: tuple[list[int], ...] = ((),)  # type: ignore[assignment]
     num_drafts: int = 0
 
 
