@@ -1,0 +1,126 @@
+"""The blocks of the KV cache: who is free, who is shared, which prefix each full one holds. Every operation is O(1)
+a block.
+
+A touched block is in exactly one of three places:
+
+    used     reference count > 0: in the table of that many Requests (hashed or not)
+    cached   reference count 0, but hashed: its prefix can be hit; least recently used first
+    free     reference count 0, unhashed: nothing worth keeping
+
+Blocks that were never touched are free too, and cost no resident memory until then.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class BlockPool:
+    """`num_blocks` blocks with ids from 0, reference counts, and a map from digest to block.
+
+    A block is taken from the free ones first (the last freed: its memory is warm), then from the never touched, and
+    only then by evicting the least recently used cached one: memory costs less than computing a prefix again.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.num_evictions = 0  # cached prefixes lost so far
+        self._ref_counts: list[int] = []  # by block id; grows as blocks are first touched
+        self._digests: list[bytes | None] = []  # by block id
+        self._holders: dict[bytes, int] = {}  # digest -> block id
+        self._free: list[int] = []
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing: freed unhashed, or never touched."""
+        return len(self._free) + self.num_blocks - len(self._ref_counts)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody uses, but whose prefix can still be hit."""
+        return len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that allocate() can hand out."""
+        return self.num_free + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks in the table of at least one Request."""
+        return self.num_blocks - self.num_available
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` (<= num_available) unhashed blocks, each with one reference."""
+        blocks = []
+        for _ in range(count):
+            if self._free:
+                block = self._free.pop()
+                self._ref_counts[block] = 1
+            elif len(self._ref_counts) < self.num_blocks:
+                block = len(self._ref_counts)
+                self._ref_counts.append(1)
+                self._digests.append(None)
+            else:
+                block = self._evict()
+                self._ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def touch(self, blocks: Iterable[int]) -> None:
+        """Adds one reference to each: they were hit."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+            self._ref_counts[block] += 1
+
+    def free(self, blocks: list[int]) -> None:
+        """Gives up one reference to each block of a table, the last first, so that tails are evicted before heads."""
+        for block in reversed(blocks):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if self._digests[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+
+    def holder(self, digest: bytes) -> int | None:
+        """The block that holds the prefix with this digest."""
+        return self._holders.get(digest)
+
+    def hash(self, block: int, digest: bytes) -> bool:
+        """Makes a used block findable; False, and it stays unhashed, when another one holds the same prefix already."""
+        if digest in self._holders:
+            return False
+        self._holders[digest] = block
+        self._digests[block] = digest
+        return True
+
+    def unhash(self, block: int) -> None:
+        """Forgets what a hashed block holds, because its KV was never (fully) written."""
+        digest = self._digests[block]
+        assert digest is not None, f"block {block} is not hashed"
+        del self._holders[digest]
+        self._digests[block] = None
+        if self._ref_counts[block] == 0:
+            del self._cached[block]
+            self._free.append(block)
+
+    def digest(self, block: int) -> bytes | None:
+        """The digest under which a touched block can be found; None when it is unhashed."""
+        return self._digests[block]
+
+    def ref_count(self, block: int) -> int:
+        """How many tables a block is in."""
+        return self._ref_counts[block] if block < len(self._ref_counts) else 0
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        digest = self._digests[block]
+        assert digest is not None, f"cached block {block} is not hashed"
+        del self._holders[digest]
+        self._digests[block] = None
+        self.num_evictions += 1
+        return block

@@ -1,0 +1,141 @@
+"""Where each Request's KV lives: block tables over one pool, and the prefixes found in it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from octavo.errors import ConfigError, UnsupportedError
+from octavo.kvcache.block_hash import BlockHasher
+from octavo.kvcache.block_pool import BlockPool
+from octavo.request import Request
+
+
+@dataclass(slots=True)
+class _Table:
+    """One Request's blocks. The digests outlive a preemption: each full block is hashed once."""
+
+    root: bytes
+    block_ids: list[int] = field(default_factory=list)  # position p lies in block_ids[p // block_size]
+    digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as needed yet
+    num_hashed: int = 0  # leading blocks of block_ids that were offered to the pool under their digest
+
+
+class KVCacheManager:
+    """Block tables of all Requests. A Request needs add() before anything else and forget() in the end.
+
+    Args:
+        num_blocks: size of the pool.
+        block_size: token positions per block.
+        num_groups: KV groups of the model; one table each.
+        enable_prefix_caching: off, no block is ever hashed or hit.
+        hash_key: secret key of the prefix hash; random when None.
+
+    Raises:
+        ConfigError: an empty pool.
+        UnsupportedError: more than one KV group.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_groups: int = 1,
+        enable_prefix_caching: bool = True,
+        hash_key: bytes | None = None,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ConfigError(f"the KV pool needs at least one block of one token, not {num_blocks} of {block_size}")
+        if num_groups != 1:
+            raise UnsupportedError(f"the model has {num_groups} KV groups; tables for more than one are not built")
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.pool = BlockPool(num_blocks)
+        self._hasher = BlockHasher(block_size, hash_key if hash_key is not None else secrets.token_bytes(32))
+        self._tables: dict[str, _Table] = {}
+
+    def add(self, request: Request) -> None:
+        """Begins an empty table."""
+        self._tables[request.request_id] = _Table(self._hasher.root(request.cache_salt, request.adapter_id))
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many positions."""
+        return -(-num_tokens // self.block_size)
+
+    def block_ids(self, request: Request) -> tuple[list[int], ...]:
+        """The Request's table (a copy), per KV group."""
+        return (list(self._tables[request.request_id].block_ids),)
+
+    def lookup(self, request: Request) -> list[int]:
+        """The cached blocks of the longest known prefix. It never covers the last token: its logits are needed."""
+        hits: list[int] = []
+        if self.enable_prefix_caching:
+            table = self._tables[request.request_id]
+            for index in range((request.num_tokens - 1) // self.block_size):
+                block = self.pool.holder(self._digest(request, table, index))
+                if block is None:
+                    break
+                hits.append(block)
+        return hits
+
+    def try_allocate(self, request: Request, num_tokens: int, hits: Sequence[int] = ()) -> list[int] | None:
+        """Makes the table long enough for positions 0 to `num_tokens`, beginning with `hits` when it is empty.
+
+        Returns the blocks added after the hits; None, with nothing changed, when the pool cannot give them.
+        """
+        table = self._tables[request.request_id]
+        missing = -(-num_tokens // self.block_size) - len(table.block_ids) - len(hits)
+        if missing <= 0 and not hits:
+            return []
+        num_idle_hits = sum(1 for block in hits if self.pool.ref_count(block) == 0)
+        if missing > self.pool.num_available - num_idle_hits:
+            return None
+        if hits:
+            self.pool.touch(hits)
+            table.block_ids.extend(hits)
+            table.num_hashed = len(hits)
+        blocks = self.pool.allocate(missing)
+        table.block_ids.extend(blocks)
+        return blocks
+
+    def hash_full(self, request: Request, num_tokens: int) -> list[tuple[int, bytes]]:
+        """Makes the full blocks among the first `num_tokens` positions findable; their ids must be final.
+
+        Returns what became findable, for unhash(): (block, digest).
+        """
+        hashed: list[tuple[int, bytes]] = []
+        if self.enable_prefix_caching:
+            table = self._tables[request.request_id]
+            for index in range(table.num_hashed, num_tokens // self.block_size):
+                block, digest = table.block_ids[index], self._digest(request, table, index)
+                if self.pool.hash(block, digest):
+                    hashed.append((block, digest))
+                table.num_hashed = index + 1
+        return hashed
+
+    def unhash(self, hashed: list[tuple[int, bytes]]) -> None:
+        """Takes hash_full() back, where the block was not evicted meanwhile: the step that fills it failed."""
+        for block, digest in hashed:
+            if self.pool.digest(block) == digest:
+                self.pool.unhash(block)
+
+    def free(self, request: Request) -> None:
+        """Gives the Request's blocks back; what is hashed can still be hit, also by itself when it resumes."""
+        table = self._tables[request.request_id]
+        self.pool.free(table.block_ids)
+        table.block_ids = []
+        table.num_hashed = 0
+
+    def forget(self, request: Request) -> None:
+        """Gives the blocks back and drops the table: the Request has ended."""
+        self.free(request)
+        del self._tables[request.request_id]
+
+    def _digest(self, request: Request, table: _Table, index: int) -> bytes:
+        digests = table.digests
+        while len(digests) <= index:
+            start = len(digests) * self.block_size
+            parent = digests[-1] if digests else table.root
+            digests.append(self._hasher.digest(parent, request.token_ids[start : start + self.block_size]))
+        return digests[index]
