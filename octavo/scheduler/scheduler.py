@@ -1,0 +1,417 @@
+"""Who runs in the next step. No phases: each Request's `num_computed_tokens` tries to catch up with its tokens.
+
+`schedule()` decides a step, `update()` or `fail()` takes its result; other steps may be scheduled in between (a
+Request whose next token is still to come just has nothing to compute). A Request is WAITING or PREEMPTED in the queue,
+or RUNNING with a row and blocks; one whose step failed is a *suspect* and runs its next step alone.
+
+Two rules keep it free of livelock: the oldest running Request can take blocks from everybody else, and a Request that
+an empty pool could not finish is refused at the door.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from octavo.errors import ConfigError, ContextLengthError, InvalidValueError
+from octavo.kvcache.manager import KVCacheManager
+from octavo.messages import RequestDelta, StepRecord
+from octavo.request import FinishReason, Request, RequestStatus
+from octavo.scheduler.policies import FcfsQueue, WaitingQueue
+from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput, TokenLogprobs
+
+
+@dataclass(slots=True)
+class _Step:
+    """What the scheduler remembers of a step in flight."""
+
+    requests: list[Request] = field(default_factory=list)  # parallel to SchedulerOutput.scheduled
+    hashed: list[tuple[int, bytes]] = field(default_factory=list)  # blocks made findable before they are written
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What happened since the last StepRecord was filled; the fields are StepRecord's."""
+
+    num_prefill_tokens: int = 0
+    num_chunked: int = 0
+    num_preempted: int = 0
+    num_preempted_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class Scheduler:
+    """Admits, runs, preempts and finishes Requests over one KV pool.
+
+    Args:
+        kv: the block tables; owned by the scheduler from now on.
+        max_num_seqs: rows, so the most Requests that run at once.
+        max_num_batched_tokens: the token budget of one step, prompts and single tokens alike.
+        max_model_len: most tokens of a Request, prompt and generated.
+        long_prefill_token_threshold: most tokens of one Request in a step; 0 for no cap.
+        waiting: the queue, in its policy's order; first come, first served by default.
+        clock: seconds, the clock of Request.arrival_time.
+
+    Raises:
+        ConfigError: a limit below 1.
+    """
+
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        long_prefill_token_threshold: int = 0,
+        waiting: WaitingQueue | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_model_len", max_model_len),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        self.kv = kv
+        self.max_model_len = max_model_len
+        self._budget = max_num_batched_tokens
+        self._max_share = long_prefill_token_threshold or max_num_batched_tokens
+        self._clock = clock
+        self._free_rows = list(range(max_num_seqs))  # a heap: the lowest is taken first
+        self._requests: dict[str, Request] = {}
+        self._waiting: WaitingQueue = waiting if waiting is not None else FcfsQueue()
+        self._running: dict[str, Request] = {}  # in the order of admission
+        self._suspects: dict[str, Request] = {}  # waiting or running, to be tried alone, in this order
+        self._in_flight: dict[int, _Step] = {}
+        self._next_step = 0
+        self._counts = _Counts()
+        self._evictions_told = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while any Request has not ended. With no step in flight, schedule() then makes progress."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a row and blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait to be admitted, for the first time or again."""
+        return len(self._requests) - len(self._running)
+
+    def add(self, request: Request) -> None:
+        """Puts a new Request into the queue.
+
+        Raises:
+            InvalidValueError: an empty prompt, or an id that is in use.
+            ContextLengthError: too long for the context, or for the whole KV pool.
+        """
+        num_prompt = request.num_prompt_tokens
+        if request.request_id in self._requests:
+            raise InvalidValueError(f"request_id {request.request_id!r} is already running", param="request_id")
+        if num_prompt < 1:
+            raise InvalidValueError("the prompt is empty: give at least one token", param="prompt")
+        if num_prompt >= self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens; the context is {self.max_model_len} and at least one is for the "
+                "answer: shorten the prompt",
+                param="prompt",
+            )
+        longest = min(num_prompt + request.max_tokens, self.max_model_len) - 1  # the last token's KV is never needed
+        needed, total = self.kv.blocks_for(longest), self.kv.pool.num_blocks
+        if needed > total:
+            raise ContextLengthError(
+                f"{num_prompt} prompt tokens and {request.max_tokens} to generate need {needed} KV blocks of "
+                f"{self.kv.block_size}, but the whole pool has {total}: lower max_tokens, or give more KV memory",
+                param="max_tokens",
+            )
+        self.kv.add(request)
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_id: str) -> list[RequestDelta]:
+        """Ends a Request nobody wants any more, at once: its last delta, or nothing if it has ended already."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        self._end(request)
+        return [_delta(request, finish_reason=FinishReason.ABORT)]
+
+    def finish(self, request_id: str, num_kept: int) -> None:
+        """Ends a Request after `num_kept` generated tokens, because the front saw a stop string in them.
+
+        Later tokens are dropped. The front knows already, so there is no delta; an id that has ended is ignored.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            del request.token_ids[request.num_prompt_tokens + max(num_kept, 0) :]
+            self._end(request)
+
+    # ------------------------------------------------------------------------------------------------- schedule
+
+    def schedule(self) -> SchedulerOutput:
+        """Decides the next step: running Requests in order, then waiting ones, under one token budget.
+
+        An output without rows means that there is nothing to compute now; it must not be executed. Any other one must
+        come back, in order, through update() or fail().
+        """
+        output, step = SchedulerOutput(step=self._next_step), _Step()
+        if self._suspects:
+            self._schedule_suspect(output, step)
+        elif not self._schedule_running(output, step):
+            self._schedule_waiting(output, step)
+        if output.scheduled:
+            self._in_flight[output.step] = step
+            self._next_step += 1
+        return output
+
+    def _schedule_suspect(self, output: SchedulerOutput, step: _Step) -> None:
+        """Runs the first suspect with no other Request in its step, or in flight: a failure is then its own."""
+        if self._in_flight:
+            return
+        request = next(iter(self._suspects.values()))
+        if request.status is RequestStatus.RUNNING:
+            self._schedule_row(output, step, request, self._share(output, request), [])
+        elif not self._try_admit(output, step, request):
+            self._schedule_running(output, step)  # no row or blocks yet: those that hold them go on, and end
+
+    def _schedule_running(self, output: SchedulerOutput, step: _Step) -> int:
+        """Gives each running Request its share, oldest first. Returns how many were preempted."""
+        num_preempted = 0
+        for request in list(self._running.values()):
+            if output.num_tokens == self._budget:
+                break
+            if request.status is not RequestStatus.RUNNING:  # preempted a moment ago, for an older one
+                continue
+            share = self._share(output, request)
+            if not share:
+                continue
+            end = request.num_computed_tokens + share
+            while (blocks := self.kv.try_allocate(request, end)) is None:
+                victim = next(reversed(self._running.values()))
+                self._preempt(victim)
+                num_preempted += 1
+                if victim is request:
+                    break
+            if blocks is not None:
+                self._schedule_row(output, step, request, share, blocks)
+        return num_preempted
+
+    def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
+        """Admits the queue's first, again and again, until something is used up."""
+        while (request := self._waiting.first()) is not None and self._try_admit(output, step, request):
+            self._waiting.remove(request)
+
+    def _try_admit(self, output: SchedulerOutput, step: _Step, request: Request) -> bool:
+        """Look up, count, allocate: a waiting Request gets a row and the blocks of all its known tokens.
+
+        All of them at once, although its first chunk may be shorter: so a prefill never preempts anybody, nor starts
+        what the pool cannot hold.
+        """
+        if not self._free_rows or output.num_tokens == self._budget:
+            return False
+        hits = self.kv.lookup(request)
+        if self.kv.try_allocate(request, request.num_tokens, hits) is None:
+            return False
+        num_hit = len(hits) * self.kv.block_size
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+            request.num_cached_tokens = num_hit
+            if self.kv.enable_prefix_caching:
+                self._counts.prefix_queries += request.num_tokens
+                self._counts.prefix_hits += num_hit
+        request.num_computed_tokens = num_hit
+        request.status = RequestStatus.RUNNING
+        request.row = heapq.heappop(self._free_rows)
+        self._running[request.request_id] = request
+        output.new_rows.append(self._new_row(request))
+        self._schedule_row(output, step, request, self._share(output, request), [])
+        return True
+
+    def _share(self, output: SchedulerOutput, request: Request) -> int:
+        """How many tokens the Request computes in this step: what it lacks, cut by the budget and the cap."""
+        lacking = len(request.token_ids) - request.num_computed_tokens
+        return min(lacking, self._max_share, self._budget - output.num_tokens)
+
+    def _schedule_row(
+        self, output: SchedulerOutput, step: _Step, request: Request, share: int, blocks: list[int]
+    ) -> None:
+        """Puts a running Request's share, with the blocks it needed, into the step."""
+        start = request.num_computed_tokens
+        end = start + share
+        samples = end == len(request.token_ids)
+        row = ScheduledRow(request.row, request.request_id, request.epoch, start, share, samples)
+        if blocks:
+            row.new_block_ids = (blocks,)
+        output.scheduled.append(row)
+        output.num_tokens += share
+        step.requests.append(request)
+        request.num_computed_tokens = end
+        num_prompt = len(request.prompt_token_ids)
+        if start < num_prompt:  # Requests of this very step may hit them: every layer writes KV before it attends
+            step.hashed += self.kv.hash_full(request, min(end, num_prompt))
+        counts = self._counts
+        counts.num_prefill_tokens += share - samples
+        counts.num_chunked += not samples
+        if start < request.num_lost_tokens:
+            counts.num_recomputed_tokens += min(end, request.num_lost_tokens) - start
+
+    def _new_row(self, request: Request) -> NewRow:
+        return NewRow(
+            row=request.row,
+            request_id=request.request_id,
+            epoch=request.epoch,
+            token_ids=list(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            block_ids=self.kv.block_ids(request),
+            num_computed_tokens=request.num_computed_tokens,
+            params=request.params,
+            stop_ids=request.stop_ids,
+            seed=request.seed,
+            adapter_id=request.adapter_id,
+        )
+
+    # --------------------------------------------------------------------------------------------------- update
+
+    def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestDelta]:
+        """Takes a step's tokens: hashes, appends, stops. What is of an old epoch is dropped."""
+        step = self._in_flight.pop(output.step)
+        deltas: list[RequestDelta] = []
+        for request, item, tokens, logprobs in zip(
+            step.requests, output.scheduled, result.token_ids, result.logprobs, strict=True
+        ):
+            if request.epoch != item.epoch:
+                continue
+            self.kv.hash_full(request, item.start + item.num_tokens)
+            if tokens:
+                deltas.append(self._append(request, tokens, logprobs))
+        return deltas
+
+    def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> RequestDelta:
+        """Appends new tokens up to the one that ends the Request, if any does."""
+        if request.retry_alone:  # it sampled: it was not the guilty one
+            request.retry_alone = False
+            del self._suspects[request.request_id]
+        for count, token in enumerate(tokens, 1):
+            request.token_ids.append(token)
+            reason = self._finish_reason(request, token)
+            if reason is not None:
+                self._end(request)
+                delta = _delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
+                if reason is FinishReason.STOP and token in (request.params.stop_token_ids or ()):
+                    delta.stop_reason = token
+                return delta
+        return _delta(request, tokens, logprobs)
+
+    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        num_output = request.num_output_tokens
+        if token in request.stop_ids and num_output > request.params.min_tokens:
+            return FinishReason.STOP
+        if num_output >= request.max_tokens or request.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def fail(self, output: SchedulerOutput, error: str) -> list[RequestDelta]:
+        """A step failed, and with it every later one in flight, for which this is called too, in order.
+
+        What the step was to fill is unhashed; its Requests start over, each alone. One that fails alone ends with
+        `error`; the others never notice.
+        """
+        step = self._in_flight.pop(output.step)
+        self.kv.unhash(step.hashed)
+        deltas: list[RequestDelta] = []
+        suspects: dict[str, Request] = {}
+        for request, item in zip(step.requests, output.scheduled, strict=True):
+            if request.epoch != item.epoch:
+                continue
+            if request.retry_alone:
+                self._end(request)
+                deltas.append(_delta(request, finish_reason=FinishReason.ERROR, error=error))
+                continue
+            request.num_computed_tokens = item.start
+            self._release(request)
+            request.status = RequestStatus.PREEMPTED
+            request.retry_alone = True
+            suspects[request.request_id] = request
+        self._suspects |= suspects
+        return deltas
+
+    # -------------------------------------------------------------------------------------------- ends and counts
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a running Request's row and blocks; it waits again, before all others."""
+        self._counts.num_preempted += 1
+        self._counts.num_preempted_tokens += request.num_computed_tokens
+        request.num_preemptions += 1
+        self._release(request)
+        request.status = RequestStatus.PREEMPTED
+        self._waiting.put_back(request)
+
+    def _release(self, request: Request) -> None:
+        """Takes row and blocks, and raises the epoch: results in flight are stale from here on."""
+        self.kv.free(request)
+        del self._running[request.request_id]
+        heapq.heappush(self._free_rows, request.row)
+        request.row = -1
+        request.epoch += 1
+        request.num_lost_tokens = max(request.num_lost_tokens, request.num_computed_tokens)
+        request.num_computed_tokens = 0
+
+    def _end(self, request: Request) -> None:
+        """Forgets a Request, wherever it is."""
+        if request.status is RequestStatus.RUNNING:
+            self._release(request)
+        elif not request.retry_alone:
+            self._waiting.remove(request)
+        self._suspects.pop(request.request_id, None)
+        self.kv.forget(request)
+        del self._requests[request.request_id]
+        request.status = RequestStatus.FINISHED
+
+    def fill(self, record: StepRecord, output: SchedulerOutput) -> None:
+        """Writes the counts of schedule() into the step's record; preemptions since the last record included."""
+        counts, self._counts = self._counts, _Counts()
+        pool = self.kv.pool
+        record.num_running = len(output.scheduled)
+        record.num_waiting = self.num_waiting
+        record.num_tokens = output.num_tokens
+        record.num_prefill_tokens = counts.num_prefill_tokens
+        record.num_chunked = counts.num_chunked
+        record.num_preempted = counts.num_preempted
+        record.num_preempted_tokens = counts.num_preempted_tokens
+        record.num_recomputed_tokens = counts.num_recomputed_tokens
+        record.prefix_queries = counts.prefix_queries
+        record.prefix_hits = counts.prefix_hits
+        record.num_evicted_blocks = pool.num_evictions - self._evictions_told
+        self._evictions_told = pool.num_evictions
+        record.num_free_blocks = pool.num_free
+        record.num_cached_blocks = pool.num_cached
+        record.num_used_blocks = pool.num_used
+
+
+def _delta(
+    request: Request,
+    token_ids: list[int] | None = None,
+    logprobs: list[TokenLogprobs] | None = None,
+    finish_reason: FinishReason | None = None,
+    error: str | None = None,
+) -> RequestDelta:
+    first = request.first_scheduled_time
+    return RequestDelta(
+        request_id=request.request_id,
+        token_ids=token_ids if token_ids is not None else [],
+        logprobs=logprobs,
+        finish_reason=finish_reason,
+        num_cached_tokens=request.num_cached_tokens,
+        queue_time=first - request.arrival_time if first is not None else 0.0,
+        error=error,
+    )
