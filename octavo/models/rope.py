@@ -159,7 +159,7 @@ def _longrope(p: RopeParameters, dim: int, max_model_len: int) -> tuple[Frequenc
     scale = p.attention_factor
     if scale is None:
         scale = math.sqrt(1 + math.log(p.factor) / math.log(p.original)) if p.factor > 1 else 1.0
-    return 1 / (np.asarray(factors, dtype=np.float32) * _powers(p.theta, dim)), scale
+    return np.float32(1) / (np.asarray(factors, dtype=np.float32) * _powers(p.theta, dim)), scale
 
 
 _KINDS: dict[str, Callable[[RopeParameters, int, int], tuple[Frequencies, float]]] = {

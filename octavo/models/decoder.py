@@ -1,0 +1,212 @@
+"""The one parametric decoder: records a program from a ModelSpec. It computes nothing and never looks at a dtype."""
+
+from __future__ import annotations
+
+from octavo.models.spec import LayerSpec, ModelSpec
+from octavo.program.ops import (
+    Activation,
+    Add,
+    Attention,
+    Buffer,
+    Embedding,
+    GatherRows,
+    Linear,
+    Norm,
+    RopeKVWrite,
+    Rows,
+    Weight,
+)
+from octavo.program.program import KVLayer, Program, ProgramBuilder
+
+
+def record(spec: ModelSpec) -> Program:
+    """The program of a model: embedding, layers, then norm and logits for the positions that are wanted."""
+    return _Decoder(spec).record()
+
+
+class _Decoder:
+    """Holds the spec and the builder while recording.
+
+    Between blocks the residual stream is a pair (stream, update): `update` is what the last block made and the next
+    norm adds, so that sum and norm are one node. It is None where there is nothing to add.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._build = ProgramBuilder()
+        self._embedding_size = spec.embedding_size or spec.hidden_size
+        self._embed = Weight(
+            "embed", ("embed",), (spec.vocab_size,), (spec.vocab_size, self._embedding_size), "embedding"
+        )
+
+    def record(self) -> Program:
+        spec = self._spec
+        stream, update = self._embedding(), None
+        for index, layer in enumerate(spec.layers):
+            stream, update = self._attention_block(f"layers.{index}", layer, stream, update)
+            stream, update = self._mlp_block(f"layers.{index}", stream, update)
+        hidden = self._last_states(stream, update)
+        return self._build.finish(
+            hidden=hidden,
+            logits=self._logits(hidden),
+            hidden_size=spec.hidden_size,
+            vocab_size=spec.vocab_size,
+            max_len=spec.max_model_len,
+        )
+
+    def _embedding(self) -> Buffer:
+        """Token embeddings plus learned positions; narrow ones are widened before positions are added (OPT-350m)."""
+        spec = self._spec
+        is_narrow = self._embedding_size != spec.hidden_size
+        table = self._position_table()
+        tokens = self._build.tokens("embed", self._embedding_size)
+        if not is_narrow:
+            self._build.add(Embedding("embed", self._embed, tokens, spec.embedding_scale, table, spec.position_offset))
+            return tokens
+        self._build.add(Embedding("embed", self._embed, tokens, spec.embedding_scale))
+        widened = self._linear("project_in", tokens, spec.hidden_size)
+        if table is None:
+            return widened
+        positions = self._build.tokens("position_embed", spec.hidden_size)
+        self._build.add(Embedding("position_embed", None, positions, 1.0, table, spec.position_offset))
+        return self._sum("embed_sum", widened, positions)
+
+    def _position_table(self) -> Weight | None:
+        rows, width = self._spec.learned_positions, self._spec.hidden_size
+        return Weight("position_embed", ("position_embed",), (rows,), (rows, width), "embedding") if rows else None
+
+    def _attention_block(
+        self, label: str, layer: LayerSpec, stream: Buffer, update: Buffer | None
+    ) -> tuple[Buffer, Buffer | None]:
+        spec, build = self._spec, self._build
+        q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        kv_layer = build.kv_layer(KVLayer(spec.num_kv_heads, spec.head_dim, window=layer.window))
+
+        x, stream = self._enter(f"{label}.attn_norm", stream, update)
+        rows = {f"{label}.q": q_width, f"{label}.k": kv_width, f"{label}.v": kv_width}
+        qkv = self._stacked_linear(f"{label}.qkv", x, rows, has_bias=spec.qkv_bias)
+        q = build.tokens(f"{label}.rope", q_width)
+        build.add(
+            RopeKVWrite(
+                f"{label}.rope",
+                qkv,
+                q,
+                kv_layer,
+                spec.num_heads,
+                spec.num_kv_heads,
+                spec.head_dim,
+                layer.rope,
+                q_norm=_vector(f"{label}.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
+                k_norm=_vector(f"{label}.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
+                eps=spec.norm_eps,
+            )
+        )
+        mixed = build.tokens(f"{label}.attention", q_width)
+        build.add(
+            Attention(
+                f"{label}.attention",
+                q,
+                mixed,
+                kv_layer,
+                spec.num_heads,
+                spec.num_kv_heads,
+                spec.head_dim,
+                scale=spec.attention_scale or spec.head_dim**-0.5,
+                window=layer.window,
+                softcap=spec.attention_softcap,
+            )
+        )
+        out = self._stacked_linear(
+            f"{label}.o", mixed, {f"{label}.o": spec.hidden_size}, has_bias=spec.attention_out_bias
+        )
+        return self._leave(f"{label}.attn", stream, out)
+
+    def _mlp_block(self, label: str, stream: Buffer, update: Buffer | None) -> tuple[Buffer, Buffer | None]:
+        spec = self._spec
+        x, stream = self._enter(f"{label}.mlp_norm", stream, update)
+        names = ("gate", "up") if spec.activation.endswith("_mul") else ("up",)
+        rows = {f"{label}.{name}": spec.intermediate_size for name in names}
+        inner = self._stacked_linear(
+            f"{label}.{'_'.join(names)}", x, rows, has_bias=spec.mlp_bias, activation=spec.activation
+        )
+        out = self._stacked_linear(f"{label}.down", inner, {f"{label}.down": spec.hidden_size}, has_bias=spec.mlp_bias)
+        return self._leave(f"{label}.mlp", stream, out)
+
+    def _enter(self, norm: str, stream: Buffer, update: Buffer | None) -> tuple[Buffer, Buffer]:
+        """What a block reads, and the stream with the last update added."""
+        if not self._spec.pre_norm:
+            return stream, stream
+        if update is None:
+            return self._norm(norm, stream), stream
+        summed = self._build.tokens(f"{norm}.stream", self._spec.hidden_size)
+        return self._norm(norm, update, residual=stream, residual_out=summed), summed
+
+    def _leave(self, block: str, stream: Buffer, out: Buffer) -> tuple[Buffer, Buffer | None]:
+        """The stream and the update after a block."""
+        if not self._spec.pre_norm:
+            return self._norm(f"{block}_norm", out, residual=stream), None
+        return stream, self._norm(f"{block}_post_norm", out) if self._spec.post_norms else out
+
+    def _last_states(self, stream: Buffer, update: Buffer | None) -> Buffer:
+        """The last states [R, hidden] of the positions whose logits are wanted, normed where the model norms them."""
+        stream = self._gather("gather", stream)
+        if update is None:
+            return self._norm("final_norm", stream) if self._spec.final_norm else stream
+        update = self._gather("gather_update", update)
+        if self._spec.final_norm:
+            return self._norm("final_norm", update, residual=stream)
+        return self._sum("final_sum", update, stream)
+
+    def _logits(self, hidden: Buffer) -> Buffer:
+        spec = self._spec
+        if self._embedding_size != spec.hidden_size:
+            hidden = self._linear("project_out", hidden, self._embedding_size)
+        shape = (spec.vocab_size, self._embedding_size)
+        tied = spec.tie_word_embeddings
+        weight = self._embed if tied else Weight("lm_head", ("lm_head",), (spec.vocab_size,), shape, "linear")
+        out = self._build.logit_rows("logits", spec.vocab_size)
+        self._build.add(Linear("lm_head", hidden, weight, out, softcap=spec.logits_softcap, scale=spec.logits_scale))
+        return out
+
+    def _norm(
+        self, label: str, x: Buffer, *, residual: Buffer | None = None, residual_out: Buffer | None = None
+    ) -> Buffer:
+        spec = self._spec
+        out = Buffer(label, x.rows, spec.hidden_size)
+        weight = _vector(f"{label}.weight", spec.hidden_size)
+        bias = _vector(f"{label}.bias", spec.hidden_size) if spec.norm == "layer" else None
+        self._build.add(Norm(label, x, weight, out, spec.norm_eps, spec.norm, bias, residual, residual_out))
+        return out
+
+    def _stacked_linear(
+        self, label: str, x: Buffer, rows: dict[str, int], *, has_bias: bool, activation: Activation = "none"
+    ) -> Buffer:
+        """One product for matrices that read the same input; `rows` maps each layer-qualified name to its rows."""
+        total = sum(rows.values())
+        counts = tuple(rows.values())
+        weight = Weight(f"{label}.weight", tuple(f"{n}.weight" for n in rows), counts, (total, x.width), "linear")
+        bias = Weight(f"{label}.bias", tuple(f"{n}.bias" for n in rows), counts, (total,), "vector")
+        out = Buffer(label, x.rows, total // 2 if activation.endswith("_mul") else total)
+        self._build.add(Linear(label, x, weight, out, bias if has_bias else None, activation))
+        return out
+
+    def _linear(self, name: str, x: Buffer, out_features: int) -> Buffer:
+        """A product with one matrix without bias."""
+        weight = Weight(name, (name,), (out_features,), (out_features, x.width), "linear")
+        out = Buffer(name, x.rows, out_features)
+        self._build.add(Linear(name, x, weight, out))
+        return out
+
+    def _sum(self, label: str, x: Buffer, y: Buffer) -> Buffer:
+        out = Buffer(label, x.rows, x.width)
+        self._build.add(Add(label, x, y, out))
+        return out
+
+    def _gather(self, label: str, x: Buffer) -> Buffer:
+        out = Buffer(label, Rows.LOGITS, x.width)
+        self._build.add(GatherRows(label, x, out))
+        return out
+
+
+def _vector(name: str, size: int) -> Weight:
+    return Weight(name, (name,), (size,), (size,), "vector")

@@ -1,0 +1,40 @@
+"""Seeded random weights from a bare config.json: for benchmarks and tests without a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from octavo.models.decoder import record
+from octavo.models.spec import ModelSpec
+from octavo.runtime.base import Tensor, weight_parts
+
+STANDARD_DEVIATION = 0.02  # the initialiser of most models; logits stay sane
+
+
+class DummyWeights:
+    """Implements runtime.base.WeightSource. A tensor depends on its name and the seed only, never on order.
+
+    Matrices and biases are normal with standard deviation 0.02, norm weights lie around one.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int) -> None:
+        self._seed = seed
+        self._shapes = {
+            part: (weight.part_rows[weight.parts.index(part)], *weight.shape[1:])
+            for weight, part in weight_parts(record(spec))
+        }
+
+    def get(self, part: str) -> Tensor:
+        """The float32 tensor with this canonical name."""
+        digest = hashlib.blake2b(f"{self._seed}:{part}".encode(), digest_size=16).digest()
+        random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+        values = random.standard_normal(self._shapes[part], dtype=np.float32) * np.float32(STANDARD_DEVIATION)
+        if part.endswith("norm.weight"):
+            values += np.float32(1)
+        return Tensor(part, "F32", values.shape, values)
+
+    def type_of(self, part: str) -> str:
+        """Always F32."""
+        return "F32"
