@@ -268,7 +268,7 @@ class AsyncEngine:
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
     async def _end_process(self) -> None:
-        self._channel.close()
+        await self._channel.close()
         try:
             await asyncio.to_thread(self._process.wait, SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:

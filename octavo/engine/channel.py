@@ -7,6 +7,7 @@ its declared types). Length is bounded, kinds are a closed list, nothing is ever
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
 import struct
@@ -118,6 +119,10 @@ class EngineChannel:
             self._unsent = encode(outputs)
         self._flush()
 
+    def close(self) -> None:
+        """Closes the socket; the front sees the end."""
+        self._sock.close()
+
     def _read_available(self) -> None:
         try:
             while data := self._sock.recv(1 << 20):
@@ -206,6 +211,8 @@ class FrontChannel:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Closes the socket; the engine process ends on it."""
         self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()

@@ -1,0 +1,100 @@
+"""The channel: frames survive any cut, a slow front gets merged deltas, nonsense is refused."""
+
+import asyncio
+import socket
+
+import pytest
+
+from octavo.engine.channel import MAX_FRAME, EngineChannel, FrontChannel, decode, encode
+from octavo.errors import EngineDeadError
+from octavo.messages import AbortRequests, AddRequest, RequestDelta, StepOutputs, StepRecord
+from octavo.sampling_params import SamplingParams
+from octavo.step import TokenLogprobs
+
+
+def pair():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return ours, EngineChannel(theirs)
+
+
+def add_request(name="r"):
+    params = SamplingParams(stop=["a", "b"], logit_bias={5: -1.5}, seed=3, temperature=0.5)
+    return AddRequest(name, [1, 2, 3], params, max_tokens=9, seed=3)
+
+
+def test_messages_survive_any_cut():
+    front, channel = pair()
+    messages = [add_request("a"), AbortRequests(["a", "b"]), add_request("c")]
+    data = b"".join(encode(m) for m in messages)
+    got = []
+    for i in range(0, len(data), 7):
+        front.sendall(data[i : i + 7])
+        got += channel.receive(wait=False)
+    assert got == messages
+    front.close()
+    assert channel.receive(wait=True) == []
+    assert channel.closed
+    channel.close()
+
+
+def test_a_slow_front_gets_merged_deltas_and_loses_nothing():
+    front, channel = pair()
+    steps = 4000
+    logprobs = [TokenLogprobs(-0.5, 1, [1], [-0.5])]
+    for step in range(steps):
+        deltas = [RequestDelta(f"r{i}", [step], logprobs) for i in range(8)]
+        if step == steps - 1:
+            deltas[0].finish_reason = "length"
+        channel.publish(StepOutputs(deltas, [StepRecord(step, 0.0)]))
+    assert channel._held is not None, "the socket should have been full"
+    assert len(channel._held.deltas) == 8, "what waits is one delta per request, however many steps went by"
+
+    async def flush_on():
+        while True:
+            channel._flush()
+            await asyncio.sleep(0)
+
+    async def read():
+        reader = await FrontChannel.open(front)
+        tokens = {f"r{i}": [] for i in range(8)}
+        reason = None
+        flusher = asyncio.create_task(flush_on())
+        while reason is None:
+            outputs = await reader.receive()
+            for delta in outputs.deltas:
+                tokens[delta.request_id] += delta.token_ids
+                assert len(delta.logprobs) == len(delta.token_ids)
+                reason = reason or delta.finish_reason
+        flusher.cancel()
+        await reader.close()
+        return tokens
+
+    tokens = asyncio.run(read())
+    channel.close()
+    assert all(ids == list(range(steps)) for ids in tokens.values())
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(EngineDeadError, match="unknown message kind"):
+        decode(99, b"")
+    with pytest.raises(EngineDeadError, match="malformed AddRequest"):
+        decode(encode(add_request())[4], b"\xc1")
+    front, channel = pair()
+    front.sendall((MAX_FRAME + 1).to_bytes(4, "little") + b"\x01")
+    with pytest.raises(EngineDeadError, match="over"):
+        channel.receive(wait=False)
+    front.close()
+    channel.close()
+
+
+def test_front_learns_that_the_engine_is_gone():
+    front, channel = pair()
+    channel.close()
+
+    async def read():
+        reader = await FrontChannel.open(front)
+        message = await reader.receive()
+        await reader.close()
+        return message
+
+    assert asyncio.run(read()) is None

@@ -1,0 +1,50 @@
+"""EngineConfig: bounds, and refusal by name of what is not built."""
+
+import dataclasses
+
+import pytest
+
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError, UnsupportedError
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("dtype", "int3"),
+        ("load_format", "pickle"),
+        ("runtime", "tpu"),
+        ("scheduling_policy", "random"),
+        ("kv_cache_dtype", "fp8"),
+        ("max_model_len", 0),
+        ("max_num_seqs", 0),
+        ("max_num_seqs", 600),  # above max_num_batched_tokens
+        ("max_num_batched_tokens", -1),
+        ("block_size", 257),
+        ("gpu_memory_utilization", 0.0),
+        ("num_threads", 0),
+        ("max_logprobs", 21),
+    ],
+)
+def test_bad_values_name_the_field(name, bad):
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(**{name: bad})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("quantization", "awq"), ("tensor_parallel_size", 2), ("pipeline_parallel_size", 2), ("trust_remote_code", True)],
+)
+def test_unbuilt_settings_are_refused_by_name(name, value):
+    with pytest.raises(UnsupportedError, match=name):
+        EngineConfig(**{name: value})
+
+
+def test_an_unknown_argument_is_refused_and_the_known_ones_listed():
+    with pytest.raises(UnsupportedError, match="max_model_len"):
+        EngineConfig.from_kwargs(max_model_length=3)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig().seed = 1

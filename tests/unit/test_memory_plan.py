@@ -1,0 +1,73 @@
+"""The memory plan: what fits is computed, what does not is refused with the numbers."""
+
+import pytest
+
+from octavo.errors import MemoryPlanError
+from octavo.worker.memory import MIB, free_memory, plan_memory
+
+
+def plan(**changes):
+    settings = {
+        "free_bytes": 1000 * MIB,
+        "weight_bytes": 200 * MIB,
+        "arena_bytes": 0,
+        "block_bytes": MIB,
+        "block_size": 16,
+        "max_num_seqs": 4,
+        "wanted_len": 160,
+        "len_is_fixed": False,
+        "kv_cache_memory_bytes": None,
+        "num_blocks_override": None,
+    }
+    return plan_memory(**{**settings, **changes})
+
+
+def test_pool_is_no_larger_than_useful():
+    assert plan().num_blocks == 40  # 4 requests x 10 blocks
+
+
+def test_pool_is_cut_to_a_share_of_what_the_weights_leave():
+    assert plan(max_num_seqs=1000).num_blocks == 320  # 40 % of 800 MiB
+
+
+def test_a_default_length_is_cut_to_what_fits():
+    assert plan(wanted_len=100_000).max_model_len == 320 * 16
+
+
+def test_a_fixed_length_that_does_not_fit_is_refused_with_the_one_that_would():
+    with pytest.raises(MemoryPlanError, match=r"largest --max-model-len that fits is 5,120"):
+        plan(wanted_len=100_000, len_is_fixed=True)
+
+
+def test_the_length_named_in_the_refusal_does_fit():
+    assert plan(wanted_len=5120, len_is_fixed=True).max_model_len == 5120
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_numbers():
+    with pytest.raises(MemoryPlanError, match=r"1,200 MiB.*1,000 MiB"):
+        plan(weight_bytes=1200 * MIB)
+
+
+def test_kv_bytes_are_a_bound():
+    assert plan(kv_cache_memory_bytes=25 * MIB + 5).num_blocks == 25
+    with pytest.raises(MemoryPlanError, match="at most 800 MiB"):
+        plan(kv_cache_memory_bytes=801 * MIB)
+
+
+def test_no_block_at_all_is_refused():
+    with pytest.raises(MemoryPlanError):
+        plan(kv_cache_memory_bytes=1)
+
+
+def test_override_counts_blocks():
+    assert plan(num_blocks_override=7).num_blocks == 7
+
+
+def test_free_memory_is_plausible():
+    assert 64 * MIB < free_memory() < 1 << 50
+
+
+def test_describe_names_every_part():
+    text = plan().describe()
+    for part in ("weights", "activations", "KV cache", "4 requests of 160 tokens"):
+        assert part in text

@@ -1,0 +1,41 @@
+"""A slow consumer gets larger outputs, never fewer tokens."""
+
+import asyncio
+
+from octavo.engine.outbox import Outbox
+from octavo.outputs import CompletionOutput, RequestOutput
+from octavo.sampling_params import RequestOutputKind
+
+
+def output(tokens, text, index=0, finished=False):
+    reason = "stop" if finished else None
+    return RequestOutput("r", None, [1], [CompletionOutput(index, text, tokens, finish_reason=reason)], finished)
+
+
+def take(box):
+    return asyncio.run(box.take())
+
+
+def test_deltas_add_up_per_index():
+    box = Outbox(RequestOutputKind.DELTA)
+    box.put(output([1], "a"))
+    box.put(output([2], "b", index=1))
+    box.put(output([3, 4], "cd", finished=True))
+    merged = take(box)
+    assert [(o.index, o.token_ids, o.text) for o in merged.outputs] == [(0, [1, 3, 4], "acd"), (1, [2], "b")]
+    assert merged.finished
+    assert merged.outputs[0].finish_reason == "stop"
+
+
+def test_cumulative_outputs_replace():
+    box = Outbox(RequestOutputKind.CUMULATIVE)
+    box.put(output([1], "a"))
+    box.put(output([1, 2], "ab"))
+    assert take(box).outputs[0].token_ids == [1, 2]
+
+
+def test_an_error_is_not_lost_behind_an_output():
+    box = Outbox(RequestOutputKind.DELTA)
+    box.put(output([1], "a"))
+    box.put(ValueError("x"))
+    assert isinstance(take(box), ValueError)

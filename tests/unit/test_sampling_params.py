@@ -1,0 +1,74 @@
+"""Every bound of SamplingParams holds, and its error names the parameter."""
+
+import math
+
+import pytest
+
+from octavo.errors import InvalidValueError, UnsupportedParameterError
+from octavo.sampling_params import MAX_STOP, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("n", 0),
+        ("n", 129),
+        ("n", True),
+        ("n", 1.0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "0"),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_k", -2),
+        ("min_p", 1.5),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0.0),
+        ("seed", 1 << 63),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 17),  # above max_tokens
+        ("logprobs", 21),
+        ("stop", ["x"] * (MAX_STOP + 1)),
+        ("stop", [""]),
+        ("stop", [3]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", "12"),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: 101.0}),
+        ("logit_bias", {i: 1.0 for i in range(301)}),
+    ],
+)
+def test_out_of_bounds_is_refused_by_name(name, bad):
+    with pytest.raises(InvalidValueError) as caught:
+        SamplingParams(**{name: bad})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("best_of", 2),
+        ("prompt_logprobs", 1),
+        ("use_beam_search", True),
+        ("bad_words", ["x"]),
+        ("allowed_token_ids", [1]),
+        ("truncate_prompt_tokens", 4),
+    ],
+)
+def test_unbuilt_parameters_are_refused_by_name(name, value):
+    with pytest.raises(UnsupportedParameterError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+
+
+def test_neutral_values_of_unbuilt_parameters_are_accepted():
+    assert SamplingParams(best_of=1, use_beam_search=False, bad_words=[]).n == 1
+
+
+def test_stop_is_one_string_or_many():
+    assert SamplingParams(stop="a").stops == ["a"]
+    assert SamplingParams(stop=["a", "b"]).stops == ["a", "b"]
+    assert SamplingParams().stops == []
