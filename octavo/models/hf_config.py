@@ -105,12 +105,13 @@ class Fields:
         return tuple(float(v) for v in value)
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """A token id or a list of them; empty when absent."""
+        """A token id or a list of them; empty when absent. Ids outside the vocabulary (-1 is common) can never come
+        out and are left out."""
         value = self.raw(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
-            raise self.wrong(name, f"a token id below {vocab_size}, or a list of them")
-        return tuple(dict.fromkeys(ids))
+        if not all(isinstance(i, int) and not isinstance(i, bool) and -1 <= i < MAX_SIZE for i in ids):
+            raise self.wrong(name, "a token id or a list of them")
+        return tuple(i for i in dict.fromkeys(ids) if 0 <= i < vocab_size)
 
     def child(self, name: str) -> Fields:
         """A nested object; an empty one when absent."""
