@@ -1,0 +1,105 @@
+"""One answer on the wire, whole or streamed, and the client who may leave before its end.
+
+The answer is a generator of byte strings. Nothing is sent before its first one is there, so whatever goes wrong until
+the first token still gets an honest status. When the client leaves, the generator is closed, which closes the engine's
+iterators in it: the requests are aborted at the next step boundary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from octavo.outputs import RequestOutput
+from octavo.server.errors import failure_of
+
+DONE = b"data: [DONE]\n\n"
+MERGED_AHEAD = 64  # outputs of several prompts that may wait for a slow client
+
+
+class Answer(Response):
+    """A JSON document (the generator's one part) or, with `stream`, server-sent events."""
+
+    def __init__(self, parts: AsyncGenerator[bytes, None], *, request_id: str, stream: bool) -> None:
+        super().__init__()
+        self.parts = parts
+        self.request_id = request_id
+        self.stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the answer until it ends or the client is gone."""
+        work = asyncio.create_task(self._send(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.wait((work, gone))
+        with contextlib.suppress(asyncio.CancelledError):
+            work.result()
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.parts) as parts:
+            first = await anext(parts)
+            if not self.stream:
+                await Response(first, media_type="application/json")(scope, receive, send)
+                return
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            try:
+                async for part in parts:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            except Exception as error:  # the status is sent: the error goes into the stream
+                body = failure_of(error, self.request_id).body()
+                await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def merge(
+    streams: list[AsyncGenerator[RequestOutput, None]],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Outputs of several prompts as they come, with the number of the prompt. The first error ends them all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for output in only:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(MERGED_AHEAD)
+    pumps = [asyncio.create_task(_pump(number, stream, queue)) for number, stream in enumerate(streams)]
+    try:
+        for _ in streams:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.wait(pumps)
+
+
+async def _pump(
+    number: int,
+    stream: AsyncGenerator[RequestOutput, None],
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None],
+) -> None:
+    try:
+        async with aclosing(stream):
+            async for output in stream:
+                await queue.put((number, output))
+    except Exception as error:
+        await queue.put(error)
+    else:
+        await queue.put(None)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,74 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from octavo.outputs import CompletionOutput
+from octavo.server.answer import Answer
+from octavo.server.chunks import ChunkWriter
+from octavo.server.front import Front
+from octavo.server.generation import Generation
+from octavo.server.logprobs import LogprobsWriter
+from octavo.server.protocol import CompletionRequest
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class Completion(Generation):
+    """Completions of one or more prompts. `echoes` are their texts where `echo` asks for them, else empty."""
+
+    object = chunk_object = "text_completion"
+    is_chat = False
+    echoes: list[str]
+
+    def choice(self, number: int, output: CompletionOutput) -> dict[str, Any]:
+        """The text, behind its prompt if that is echoed."""
+        choice: dict[str, Any] = {"text": self.echoes[number] + output.text}
+        if self.body.return_token_ids:
+            choice["prompt_token_ids"] = self.prompts[number]
+        return choice
+
+    def opening(self, writer: ChunkWriter, number: int) -> list[bytes]:
+        """The echoed prompt and its ids, if asked for."""
+        if not self.echoes[number] and not self.body.return_token_ids:
+            return []
+        fields: dict[str, Any] = {"prompt_token_ids": self.prompts[number]} if self.body.return_token_ids else {}
+        first = number * self.params.n
+        return [writer.choice(index, self.echoes[number], **fields) for index in range(first, first + self.params.n)]
+
+    def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
+        """Four parallel lists."""
+        return writer.completion(output)
+
+
+async def complete(front: Front, body: CompletionRequest, request_id: str) -> Answer:
+    """Checks a completion request and begins to answer it. max_tokens defaults to 16, as OpenAI's."""
+    front.model(body.model)
+    texts = _prompts(body)
+    prompts = []
+    for prompt in texts:
+        if isinstance(prompt, str):
+            ids = await front.encode(prompt, add_special_tokens=body.add_special_tokens)
+        else:
+            ids = prompt
+        front.check_prompt_ids(ids, "prompt")
+        prompts.append(ids)
+    longest = max(map(len, prompts))
+    max_tokens = front.max_tokens(longest, body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
+    params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
+    job = Completion(front, body, prompts, params, f"cmpl-{body.request_id or request_id}")
+    job.echoes = [_echo(front, prompt) if body.echo else "" for prompt in texts]
+    return job.answer(request_id)
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    """The prompts one by one: a string or a list of ids is one prompt."""
+    prompt = body.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt:
+        return [cast("str | list[int]", prompt)]
+    return cast("list[str | list[int]]", prompt)
+
+
+def _echo(front: Front, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else front.tokenizer.decode(prompt)

@@ -1,0 +1,179 @@
+"""What every endpoint needs: the engine, the names it serves under, and the way from a body to prompt ids and
+SamplingParams. What is wrong with a request is refused here, with the limit in the message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.server.protocol import ChatRequest, GenerationRequest, Message, TokenizeRequest
+
+if TYPE_CHECKING:
+    from octavo.engine.async_engine import AsyncEngine
+    from octavo.text.tokenizer import Tokenizer
+
+LONG_TEXT = 4096  # characters; from here on templates and tokenisation leave the event loop
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
+RESERVED_KWARGS = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
+
+
+@dataclass(slots=True)
+class Front:
+    """One server: an engine under its served names."""
+
+    engine: AsyncEngine
+    model_names: list[str]
+    created: int = field(default_factory=lambda: int(time.time()))
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def model(self, asked: str | None) -> str:
+        """The name to answer under. Raises UnknownModelError for one that is not served."""
+        if asked is None:
+            return self.model_names[0]
+        if asked not in self.model_names:
+            served = ", ".join(self.model_names)
+            raise UnknownModelError(f"the model {asked!r} is not served here; served: {served}", param="model")
+        return asked
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises InvalidValueError when this server takes token ids only."""
+        if self.engine.tokenizer is None:
+            raise InvalidValueError(
+                "this server runs without a tokenizer: send token ids as prompt to /v1/completions", param="prompt"
+            )
+        return self.engine.tokenizer
+
+    def generate(
+        self, ids: list[int], params: SamplingParams, body: GenerationRequest, request_id: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Hands a prompt to the engine. Clients may repeat their ids; the engine's get a number behind."""
+        return self.engine.generate(ids, params, f"{request_id}-{next(self._numbers)}", cache_salt=body.cache_salt)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; a long one is tokenised off the event loop."""
+        tokenizer = self.tokenizer
+        if len(text) < LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def render(self, body: ChatRequest | TokenizeRequest) -> str:
+        """The messages of `body` as one prompt, through the model's chat template."""
+        messages = [_plain(message) for message in body.messages or ()]
+        if sum(len(message["content"]) for message in messages) < LONG_TEXT:
+            return self._render(messages, body)
+        return await asyncio.to_thread(self._render, messages, body)
+
+    def _render(self, messages: list[dict[str, str]], body: ChatRequest | TokenizeRequest) -> str:
+        template = self.engine.chat_template
+        if self.engine.tokenizer is None or template is None:
+            missing = "tokenizer" if self.engine.tokenizer is None else "chat template"
+            remedy = "" if missing == "tokenizer" else " or start it with --chat-template"
+            raise InvalidValueError(
+                f"this server has no {missing}, so it cannot chat: use /v1/completions{remedy}", param="messages"
+            )
+        kwargs: Mapping[str, Any] = body.chat_template_kwargs or {}
+        if reserved := RESERVED_KWARGS & kwargs.keys():
+            raise InvalidValueError(f"{min(reserved)} cannot be set here", param="chat_template_kwargs")
+        text = template.render(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
+        return _cut_after_last_message(text, messages) if body.continue_final_message else text
+
+    def check_prompt_ids(self, ids: list[int], param: str) -> None:
+        """Raises InvalidValueError for an empty prompt or an id that the model does not have."""
+        vocab_size = self.engine.spec.vocab_size
+        if not ids:
+            raise InvalidValueError("the prompt is empty: give at least one token", param=param)
+        if max(ids) >= vocab_size:
+            raise InvalidValueError(f"token id {max(ids)} is outside the vocabulary of {vocab_size}", param=param)
+
+    def max_tokens(self, num_prompt: int, asked: int | None, *, default: int | None, param: str) -> int:
+        """How many tokens to generate at most; `default` None is the rest of the context.
+
+        Raises ContextLengthError with the numbers when it cannot fit.
+        """
+        limit = self.engine.max_model_len
+        room = limit - num_prompt
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens; the context is {limit} tokens, of which at least one is for the "
+                f"answer: shorten the prompt by {1 - room}",
+                param=param,
+            )
+        if asked is not None and asked > room:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens and max_tokens is {asked}, together {num_prompt + asked}; the "
+                f"context is {limit} tokens: shorten the prompt or lower max_tokens to {room}",
+                param=param,
+            )
+        return asked or min(room, default or room)
+
+    def sampling_params(self, body: GenerationRequest, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """SamplingParams of a body; what it leaves out comes from the model's generation_config, then from OpenAI."""
+        engine = self.engine
+        if logprobs is not None and logprobs > engine.config.max_logprobs:
+            raise InvalidValueError(
+                f"{logprobs} logprobs were asked for; this server gives at most {engine.config.max_logprobs}",
+                param="top_logprobs" if isinstance(body, ChatRequest) else "logprobs",
+            )
+        if body.stop and engine.tokenizer is None:
+            raise UnsupportedParameterError("stop strings need a tokenizer: use stop_token_ids", param="stop")
+        given = {
+            name: getattr(body, name)
+            for name in (*MODEL_DEFAULTS, "n", "presence_penalty", "frequency_penalty")
+            if getattr(body, name) is not None
+        }
+        defaults = {k: v for k, v in engine.spec.generation_defaults.items() if k in MODEL_DEFAULTS}
+        if "top_k" in defaults:
+            defaults["top_k"] = int(defaults["top_k"])
+        return SamplingParams(
+            **{**defaults, **given},
+            best_of=getattr(body, "best_of", None),
+            seed=body.seed,
+            stop=body.stop,
+            stop_token_ids=body.stop_token_ids,
+            include_stop_str_in_output=body.include_stop_str_in_output,
+            ignore_eos=body.ignore_eos,
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens,
+            logprobs=logprobs,
+            logit_bias=self._logit_bias(body),
+            skip_special_tokens=body.skip_special_tokens,
+            detokenize=engine.tokenizer is not None,
+            output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _logit_bias(self, body: GenerationRequest) -> dict[int, float] | None:
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+        vocab_size = self.engine.spec.vocab_size
+        if bias and max(bias) >= vocab_size:
+            raise InvalidValueError(
+                f"token id {max(bias)} is outside the vocabulary of {vocab_size}", param="logit_bias"
+            )
+        return bias or None
+
+
+def _plain(message: Message) -> dict[str, str]:
+    """A message as templates know it: text parts are joined by newlines."""
+    content = message.content or ""
+    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _cut_after_last_message(text: str, messages: list[dict[str, str]]) -> str:
+    """Drops what the template wrote behind the last message, so that the model goes on with it."""
+    last = messages[-1]["content"]
+    for ending in (last, last.strip()):  # many templates trim
+        if ending and (found := text.rfind(ending)) >= 0:
+            return text[: found + len(ending)]
+    raise InvalidValueError("the chat template changes the last message: it cannot be continued", param="messages")

@@ -1,0 +1,129 @@
+"""One generating HTTP request: its prompts go to the engine, its answer comes back whole or as events.
+
+Chat and completions differ in how a choice looks and how a stream opens; those are the methods of the subclasses.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from octavo.outputs import CompletionOutput, RequestOutput
+from octavo.sampling_params import SamplingParams
+from octavo.server.answer import Answer, merge
+from octavo.server.chunks import ChunkWriter, Usage, encode
+from octavo.server.front import Front
+from octavo.server.logprobs import LogprobsWriter
+from octavo.server.protocol import GenerationRequest
+
+
+class Generation(ABC):
+    """A checked request. `prompts` are token ids; choice `prompt * n + i` is the i-th answer to a prompt.
+
+    Streams send a chunk when there is text; a token that completes no character brings none, except with logprobs or
+    `return_token_ids`, where every token is told.
+    """
+
+    object: str  # OpenAI's name of the answer
+    chunk_object: str
+    is_chat: bool
+
+    def __init__(
+        self, front: Front, body: GenerationRequest, prompts: list[list[int]], params: SamplingParams, id: str
+    ) -> None:
+        self.front = front
+        self.body = body
+        self.prompts = prompts
+        self.params = params
+        self.id = id
+        self.num_choices = len(prompts) * params.n
+        self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
+        self._logprobs: list[LogprobsWriter] | None = None
+        if params.logprobs is not None:
+            as_ids = bool(body.return_tokens_as_token_ids)
+            self._logprobs = [
+                LogprobsWriter(front.engine.tokenizer, params.logprobs, as_ids=as_ids) for _ in range(self.num_choices)
+            ]
+
+    @abstractmethod
+    def choice(self, number: int, output: CompletionOutput) -> dict[str, Any]:
+        """What a finished choice to prompt `number` carries besides index, logprobs and the reasons it ended."""
+
+    @abstractmethod
+    def opening(self, writer: ChunkWriter, number: int) -> list[bytes]:
+        """The chunks that come before the first text to prompt `number`."""
+
+    @abstractmethod
+    def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
+        """The logprobs of an output, as this endpoint shows them."""
+
+    def answer(self, request_id: str) -> Answer:
+        """The HTTP response."""
+        stream = bool(self.body.stream)
+        return Answer(self._events() if stream else self._whole(), request_id=request_id, stream=stream)
+
+    def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        return merge([self.front.generate(ids, self.params, self.body, self.id) for ids in self.prompts])
+
+    async def _whole(self) -> AsyncGenerator[bytes, None]:
+        usage = Usage()
+        choices = []
+        async with aclosing(self._outputs()) as outputs:
+            async for number, output in outputs:
+                usage.add_prompt(output)
+                for answer in output.outputs:
+                    usage.completion_tokens += len(answer.token_ids)
+                    choices.append(self._finished(number, answer))
+        choices.sort(key=lambda choice: choice["index"])
+        yield encode({**self._head, "object": self.object, "choices": choices, "usage": usage.as_dict()})
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        body, usage = self.body, Usage()
+        writer = ChunkWriter(
+            {**self._head, "object": self.chunk_object},
+            self.num_choices,
+            chat=self.is_chat,
+            usage=usage if body.include_usage else None,
+            continuous=body.continuous_usage,
+        )
+        tells_tokens = self._logprobs is not None or bool(body.return_token_ids)
+        begun = [False] * len(self.prompts)
+        async with aclosing(self._outputs()) as outputs:
+            async for number, output in outputs:
+                parts = []
+                if not begun[number]:
+                    begun[number] = True
+                    usage.add_prompt(output)
+                    parts = self.opening(writer, number)
+                for answer in output.outputs:
+                    usage.completion_tokens += len(answer.token_ids)
+                    index = number * self.params.n + answer.index
+                    if tells_tokens and answer.token_ids:
+                        parts.append(writer.choice(index, answer.text, **self._token_fields(index, answer)))
+                    elif answer.text:
+                        parts.append(writer.text(index, answer.text))
+                    if answer.finish_reason is not None:
+                        parts.append(writer.choice(index, "", **_ending(answer)))
+                if parts:
+                    yield b"".join(parts)
+        yield writer.last()
+
+    def _finished(self, number: int, answer: CompletionOutput) -> dict[str, Any]:
+        index = number * self.params.n + answer.index
+        fields = {"logprobs": None, **self._token_fields(index, answer), **_ending(answer)}
+        return {"index": index, **self.choice(number, answer), **fields}
+
+    def _token_fields(self, index: int, answer: CompletionOutput) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if self._logprobs is not None:
+            fields["logprobs"] = self.shape(self._logprobs[index], answer)
+        if self.body.return_token_ids:
+            fields["token_ids"] = answer.token_ids
+        return fields
+
+
+def _ending(answer: CompletionOutput) -> dict[str, Any]:
+    return {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}

@@ -1,0 +1,313 @@
+"""What a client may send: OpenAI's request bodies with vLLM's extras, as strict and bounded pydantic models.
+
+A field is honoured, or refused with 400 naming it; none is swallowed. Known fields that are not built stand in the
+`refused` table of their model with the values that ask for nothing (null always is one). Bookkeeping fields of OpenAI
+(`user`, `metadata`, `store`, `service_tier`) are accepted and have no effect. Strict means that "1" is not 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from octavo import sampling_params as limits
+from octavo.errors import InvalidValueError, UnsupportedParameterError
+
+MAX_TEXT = 1 << 24  # characters; the body limit binds first
+MAX_PROMPT_TOKENS = 1 << 24
+MAX_PROMPTS = 256
+MAX_CHOICES = 1024  # prompts x n of one request
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_TEMPLATE_KWARGS = 32
+REQUEST_ID = r"^[A-Za-z0-9._-]{1,128}$"
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Name = Annotated[str, Field(max_length=256)]
+TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+Count = Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)]
+StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_LENGTH)]
+BiasKey = Annotated[str, Field(max_length=10, pattern=r"^[0-9]{1,10}$")]
+BiasValue = Annotated[float, Field(ge=-100, le=100)]
+
+UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "logits_processors": ([],),
+    "priority": (0,),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+}
+UNBUILT_CHAT: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),  # without tools it says nothing
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "best_of": (1,),
+    "echo": (False,),
+    "modalities": (["text"],),
+    "reasoning_effort": (),
+    "include_reasoning": (True,),
+    "verbosity": ("medium",),
+    "documents": ([],),
+    "chat_template": (),  # a template is code: it comes with the model or from the operator
+    "mm_processor_kwargs": ({},),
+}
+
+
+class Strict(BaseModel):
+    """Base of every body: strict types, no unknown fields, refused fields by name."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            neutral = cls.refused.get(name)
+            if neutral is None:
+                kept[name] = value
+            elif value is not None and not any(_same(value, other) for other in neutral):
+                raise UnsupportedParameterError(f"{name} is not supported here: leave it out", param=name)
+        return kept
+
+
+class TextPart(Strict):
+    """One text part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(kind := data.get("type"), str) and kind != "text":
+            raise UnsupportedParameterError(
+                f"content parts of type {kind[:40]!r} are not supported: send text", param="type"
+            )
+        return data
+
+
+def _kind(value: object) -> str:
+    return "<list>" if isinstance(value, list) else "<string>"
+
+
+def _prompt_kind(value: object) -> str:
+    if not isinstance(value, list):
+        return "<string>"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "<lists of ids>"
+    return "<strings>" if isinstance(first, str) else "<ids>"
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<string>")]
+    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
+    Discriminator(_kind),
+]
+Stop = Annotated[
+    Annotated[StopString, Tag("<string>")]
+    | Annotated[list[StopString], Field(max_length=limits.MAX_STOP), Tag("<list>")],
+    Discriminator(_kind),
+]
+Prompt = Annotated[
+    Annotated[Text, Tag("<string>")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<strings>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<lists of ids>")],
+    Discriminator(_prompt_kind),
+]
+TemplateValue = (
+    bool | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] | Annotated[float, Field(ge=-1e300, le=1e300)] | Name
+)
+TemplateKwargs = Annotated[dict[Name, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
+
+
+class Message(Strict):
+    """One turn of a chat. "developer" is OpenAI's newer word for "system"."""
+
+    refused = {
+        "tool_calls": ([],),
+        "tool_call_id": (),
+        "function_call": (),
+        "audio": (),
+        "refusal": (),
+        "annotations": ([],),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content | None = None
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise InvalidValueError(f"a {self.role} message needs content", param="content")
+        return self
+
+
+class StreamOptions(Strict):
+    """Options of a stream."""
+
+    refused = {"include_obfuscation": (False,)}
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(Strict):
+    """What chat and completions share. Null means: the default."""
+
+    model: Name | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 30)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
+    seed: Annotated[int, Field(ge=-limits.MAX_SEED - 1, le=limits.MAX_SEED)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[dict[BiasKey, BiasValue], Field(max_length=limits.MAX_LOGIT_BIAS)] | None = None
+    skip_special_tokens: bool = True
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, Field(max_length=128, pattern=REQUEST_ID)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    # Bookkeeping: accepted, without effect.
+    user: Annotated[str, Field(max_length=512)] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """True when the stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """True when every chunk carries the usage so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats and self.include_usage)
+
+    @model_validator(mode="after")
+    def _stream_options_with_stream(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidValueError("stream_options is only allowed with stream=true", param="stream_options")
+        return self
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    refused = {**UNBUILT_SAMPLING, **UNBUILT_CHAT}
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False  # a template writes its own
+    chat_template_kwargs: TemplateKwargs | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidValueError("top_logprobs needs logprobs=true", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InvalidValueError("max_tokens and max_completion_tokens differ: give one", param="max_tokens")
+        check_continuation(self)
+        return self
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    refused = {**UNBUILT_SAMPLING, "suffix": ("",)}
+
+    prompt: Prompt
+    best_of: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise UnsupportedParameterError("echo with logprobs is not supported: leave one out", param="echo")
+        num_prompts = len(self.prompt) if _prompt_kind(self.prompt) in ("<strings>", "<lists of ids>") else 1
+        if num_prompts * (self.n or 1) > MAX_CHOICES:
+            raise InvalidValueError(
+                f"prompts x n must be at most {MAX_CHOICES}, not {num_prompts * (self.n or 1)}", param="n"
+            )
+        return self
+
+
+class TokenizeRequest(Strict):
+    """Body of POST /tokenize: a prompt, or messages to put through the chat template."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidValueError("give either prompt or messages", param="prompt")
+        check_continuation(self)
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """Body of POST /detokenize."""
+
+    model: Name | None = None
+    tokens: TokenIds
+
+
+def check_continuation(body: ChatRequest | TokenizeRequest) -> None:
+    """An unfinished last message is continued, or a new one is begun: not both."""
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidValueError(
+            "continue_final_message needs add_generation_prompt=false", param="continue_final_message"
+        )
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equality of JSON values: true is not 1, but 1 is 1.0."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

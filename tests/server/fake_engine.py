@@ -1,0 +1,160 @@
+"""An AsyncEngine without a model: the same interface, answers that can be computed by hand.
+
+Its tokenizer has one token per byte (0 to 255), <bos> 256, <eos> 257 and whole words from 258 on. What a parameter does
+to an answer is as small as can be: see `_Script`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+from octavo.errors import EngineDeadError, InvalidValueError
+from octavo.observe.metrics import Metrics
+from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+
+BOS, EOS = 256, 257
+WORDS = ["hello", " world"]
+VOCAB_SIZE = 258 + len(WORDS)
+
+
+class FakeTokenizer:
+    vocab_size = VOCAB_SIZE
+    bos_token_id, eos_token_id = BOS, EOS
+    special_ids = frozenset((BOS, EOS))
+    chat_template = "fake"
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        raw = b"".join(self.token_bytes(i) for i in ids if not (skip_special_tokens and i in self.special_ids))
+        return raw.decode("utf-8", "replace")
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        if token in self.special_ids:
+            return {BOS: b"<bos>", EOS: b"<eos>"}[token]
+        return bytes([token]) if token < 256 else WORDS[token - 258].encode()
+
+
+class FakeTemplate:
+    """<role>content per message, then <assistant>; `shout=True` writes it in capitals."""
+
+    def render(
+        self, messages: list[dict], *, add_generation_prompt: bool = True, tools: None = None, **kwargs: object
+    ) -> str:
+        if messages[-1]["content"] == "raise":
+            raise InvalidValueError("the template says no", param="messages")
+        text = "".join(f"<{m['role']}>{m.get('name', '')}{m['content']}\n" for m in messages)
+        text += "<assistant>" * add_generation_prompt
+        return text.upper() if kwargs.get("shout") else text
+
+
+@dataclass
+class FakeEngine:
+    model_name: str = "fake"
+    max_model_len: int = 128
+    token_seconds: float = 0.0
+    answer: bytes | None = None  # instead of the alphabet
+    fail_after: int | None = None  # tokens until `failure` is raised; 0: before the first output
+    failure: Exception = field(default_factory=lambda: EngineDeadError("killed by a test"))
+    has_text: bool = True
+    generation_defaults: dict[str, float] = field(default_factory=dict)
+    compat: str = "octavo"
+
+    def __post_init__(self) -> None:
+        self.dead: str | None = None
+        self.tokenizer = FakeTokenizer() if self.has_text else None
+        self.chat_template = FakeTemplate() if self.has_text else None
+        self.spec = SimpleNamespace(vocab_size=VOCAB_SIZE, generation_defaults=self.generation_defaults)
+        self.config = SimpleNamespace(max_logprobs=10)
+        self.metrics = Metrics(self.model_name, cache_config={"block_size": "16"}, compat=self.compat)
+        self.seen: list[SimpleNamespace] = []  # every call of generate
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+
+    async def generate(self, prompt, params: SamplingParams, request_id: str, *, priority=0, cache_salt=None):
+        self.seen.append(SimpleNamespace(prompt=prompt, params=params, request_id=request_id, cache_salt=cache_salt))
+        if self.dead:
+            raise EngineDeadError(self.dead)
+        assert request_id not in self.running
+        self.running.add(request_id)
+        ended = False
+        try:
+            async for output in self._outputs(prompt, params, request_id):
+                ended = output.finished
+                yield output
+        finally:
+            self.running.discard(request_id)
+            if not ended:
+                self.aborted.append(request_id)
+
+    async def _outputs(self, prompt, params, request_id):
+        began = time.monotonic()
+        scripts = [_Script(self, len(prompt), index, params) for index in range(params.n)]
+        output = RequestOutput(request_id, None, list(prompt), [], False, num_cached_tokens=len(prompt) // 16 * 16)
+        num_tokens = 0
+        while any(script.output.finish_reason is None for script in scripts):
+            if num_tokens == self.fail_after:
+                raise self.failure
+            await asyncio.sleep(self.token_seconds)
+            deltas = [script.next() for script in scripts if script.output.finish_reason is None]
+            num_tokens += 1
+            self.metrics.on_tokens(time.monotonic(), None if num_tokens == 1 else began, began, len(deltas))
+            if params.output_kind is RequestOutputKind.DELTA:
+                finished = all(script.output.finish_reason for script in scripts)
+                yield replace(output, outputs=deltas, finished=finished)
+        if params.output_kind is RequestOutputKind.FINAL_ONLY:
+            yield replace(output, outputs=[script.output for script in scripts], finished=True)
+
+
+class _Script:
+    """One answer: the alphabet from letter (prompt length + seed + index) on; the rest as SamplingParams says."""
+
+    def __init__(self, engine: FakeEngine, start: int, index: int, params: SamplingParams) -> None:
+        start += (params.seed or 0) + index
+        letters = bytes((start + i) % 26 + 97 for i in range(64))
+        self.tokens = list(engine.answer or letters)
+        self.params = params
+        self.has_text = params.detokenize
+        self.output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
+        self.raw = b""
+
+    def next(self) -> CompletionOutput:
+        params, full = self.params, self.output
+        count = len(full.token_ids)
+        token = self.tokens[count] if count < len(self.tokens) else EOS
+        before = len(full.text)
+        full.token_ids.append(token)
+        delta = CompletionOutput(full.index, "", [token])
+        if full.logprobs is not None:
+            delta.logprobs = [self._logprobs(token)]
+            full.logprobs += delta.logprobs
+        if token != EOS and self.has_text:
+            self.raw += bytes([token])
+            full.text = self.raw.decode("utf-8", "ignore")
+        if token == EOS and not params.ignore_eos:
+            full.finish_reason = "stop"
+        elif token in (params.stop_token_ids or ()):
+            full.finish_reason, full.stop_reason = "stop", token
+        elif hit := next((s for s in params.stops if s in full.text), None):
+            full.text = full.text[: full.text.index(hit) + len(hit) * params.include_stop_str_in_output]
+            full.finish_reason, full.stop_reason = "stop", hit
+        elif len(full.token_ids) >= (params.max_tokens or 16):
+            full.finish_reason = "length"
+        delta.text = full.text[before:]
+        delta.finish_reason, delta.stop_reason = full.finish_reason, full.stop_reason
+        return delta
+
+    def _logprobs(self, token: int) -> dict[int, Logprob]:
+        """The sampled token at -1, the alternatives (next letters) at -1.5, -2, ..."""
+        entries = {token: Logprob(-1.0, 1)}
+        for rank in range(2, (self.params.logprobs or 0) + 1):
+            entries[(token + rank - 1) % 256] = Logprob(-0.5 - rank / 2, rank)
+        return entries
