@@ -1,0 +1,218 @@
+"""Chat templates: the Jinja program in a model's files that turns messages into its prompt format.
+
+A template is a program by a stranger. It comes from the model's files or from the operator (`--chat-template`), never
+from a request, and still runs under four limits: Jinja's immutable sandbox (no access to Python's internals, no change
+to what it is given); a number of steps (turns of a loop and calls); seconds; and the size of its output and of each
+value on the way. The checks are woven into the template when it is compiled, so a template that loops, recurses or
+doubles a string ends in an error and cannot hang the server. What they do not cover is one single built-in call that
+is slow by itself on values below the size limit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from octavo.errors import InvalidValueError, ModelFileError
+from octavo.text.tokenizer import Tokenizer
+
+MAX_STEPS = 1_000_000
+MAX_SECONDS = 10.0
+MAX_SIZE = 1 << 22  # characters of a string, elements of a list, bits of a number
+_SIZED = (str, list, tuple, dict)
+
+
+class TemplateLimitError(jinja2.TemplateError):
+    """A template ran into one of the limits above."""
+
+
+class ChatTemplate:
+    """One compiled chat template. The names it sees are those of Hugging Face's `apply_chat_template`.
+
+    These are `messages`, `tools`, `add_generation_prompt`, the model's special tokens (`bos_token`, ...), the functions
+    `raise_exception` and `strftime_now`, and a `tojson` that does not escape HTML. Encode the result with
+    `add_special_tokens=False`: the template has written them.
+
+    Args:
+        source: Jinja.
+        tokenizer: gives the special tokens; None when there is no tokenizer.
+
+    Raises:
+        ModelFileError: the template does not compile.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer | None) -> None:
+        self.source = source
+        self._special_tokens = dict(tokenizer.special_tokens) if tokenizer is not None else {}
+        try:
+            self._template = _ENVIRONMENT.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelFileError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt for `messages`; `kwargs` are further variables for the template (`enable_thinking`, ...).
+
+        Raises:
+            InvalidValueError: the template refused the messages, failed on them, or ran into a limit.
+        """
+        variables = {"documents": None, **self._special_tokens, **kwargs}
+        variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        budget = _budget.set(_Budget())
+        try:
+            size, parts = 0, []
+            for part in self._template.generate(variables):
+                size += len(part)
+                if size > MAX_SIZE:
+                    raise TemplateLimitError(f"its output is longer than {MAX_SIZE} characters")
+                parts.append(part)
+            return "".join(parts)
+        except Exception as error:  # a stranger's program may fail in any way
+            reason = str(error) or type(error).__name__
+            raise InvalidValueError(f"the chat template refused the messages: {reason}", param="messages") from error
+        finally:
+            _budget.reset(budget)
+
+
+def missing_template(model: str) -> InvalidValueError:
+    """The error for chat with a model that brings no template."""
+    return InvalidValueError(
+        f"{model} has no chat template, so messages cannot be turned into a prompt: start with --chat-template FILE, "
+        "or send plain text to /v1/completions",
+        param="messages",
+    )
+
+
+class _Budget:
+    """What one rendering has left."""
+
+    def __init__(self) -> None:
+        self._steps = MAX_STEPS
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    def spend(self) -> None:
+        self._steps -= 1
+        if self._steps < 0:
+            raise TemplateLimitError(f"it took more than {MAX_STEPS} steps")
+        if time.monotonic() > self._deadline:
+            raise TemplateLimitError(f"it took longer than {MAX_SECONDS:g} seconds")
+
+
+_budget: ContextVar[_Budget] = ContextVar("_budget")
+
+
+def _counted(items: Iterable[Any]) -> Iterator[Any]:
+    """What a loop iterates over: each turn is a step."""
+    budget = _budget.get()
+    for item in items:
+        budget.spend()
+        yield item
+
+
+def _bounded(value: Any) -> Any:
+    """What a concatenation, a filter, a sum or a call gave, unless it is too large."""
+    size = value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, _SIZED) else 0
+    if size > MAX_SIZE:
+        raise TemplateLimitError(f"it made a value larger than {MAX_SIZE}")
+    return value
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks assistant text for training; here its body is simply rendered."""
+
+    tags = {"generation"}  # noqa: RUF012  # declared by the base class
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox with steps and sizes counted."""
+
+    intercepted_binops = frozenset(["+", "*", "**"])
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Weave the limits into the syntax tree: every loop counts its turns, every value that may grow is measured."""
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = _filtered(loop.iter, "_counted")
+        for parent in list(tree.find_all(nodes.Node)):
+            for field, value in list(parent.iter_fields()):
+                if isinstance(value, list):
+                    value[:] = [_measured(child) for child in value]
+                else:
+                    setattr(parent, field, _measured(value))
+        return tree
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A call is a step; its result is measured."""
+        _budget.get().spend()
+        return _bounded(super().call(context, function, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Powers and repetitions are refused before they are computed, sums measured after."""
+        if operator == "**" and abs(right) > 64:
+            raise TemplateLimitError("it raised a number to a power above 64")
+        if operator == "*":
+            for items, times in ((left, right), (right, left)):
+                if isinstance(items, str | list | tuple) and isinstance(times, int) and len(items) * times > MAX_SIZE:
+                    raise TemplateLimitError(f"it made a value larger than {MAX_SIZE}")
+        return _bounded(super().call_binop(context, operator, left, right))
+
+
+def _measured(value: Any) -> Any:
+    """A syntax node whose value may grow, measured; anything else as it is."""
+    grows = isinstance(value, nodes.Concat) or (isinstance(value, nodes.Filter) and value.name != "_counted")
+    return _filtered(value, "_bounded") if grows else value
+
+
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    filters: dict[str, Callable[..., Any]] = {"tojson": _tojson, "_counted": _counted, "_bounded": _bounded}
+    environment.filters.update(filters)
+    environment.globals.update({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
+    return environment
+
+
+_ENVIRONMENT = _environment()

@@ -1,0 +1,215 @@
+"""Builds a `tokenizers` tokenizer from the metadata of a GGUF file.
+
+Two kinds are built, as named by `tokenizer.ggml.model` in the GGUF specification
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md):
+
+- "gpt2": byte-level BPE (Radford et al. 2019) with its merges and a named pre-tokenizer;
+- "llama": SentencePiece BPE (Kudo and Richardson 2018) with scores and byte fallback. The file holds no merges: a
+  piece may arise from each split of it into two pieces, and SentencePiece takes the highest score first.
+
+Every length and type is checked, so that a damaged file ends in a ModelFileError and never in wrong ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.text.pretokenizers import pre_tokenizer
+
+SPACE = "\u2581"  # SentencePiece's visible space
+Metadata = Mapping[str, Any]
+
+
+class TokenType(IntEnum):
+    """`tokenizer.ggml.token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def build_gguf_tokenizer(metadata: Metadata) -> Tokenizer:
+    """The tokenizer that the `tokenizer.ggml.*` keys describe.
+
+    Control and unknown tokens become special tokens, user-defined ones plain added tokens. `add_bos_token` and
+    `add_eos_token` become the post-processor.
+
+    Raises:
+        ModelFileError: a key is missing or inconsistent.
+        UnsupportedModelError: a tokenizer kind or pre-tokenizer that is not built.
+    """
+    kind = _typed(metadata, "tokenizer.ggml.model", str)
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    types = _token_types(metadata, tokens)
+    if kind == "gpt2":
+        tokenizer, add_bos = _byte_level_bpe(metadata, tokens)
+    elif kind == "llama":
+        tokenizer, add_bos = _sentencepiece_bpe(metadata, tokens, types), True
+    else:
+        raise UnsupportedModelError(
+            f"the GGUF file has a tokenizer of kind {kind!r}; built are 'gpt2' (byte-level BPE) and 'llama' "
+            "(SentencePiece BPE)"
+        )
+    _add_tokens(tokenizer, tokens, types)
+    _add_post_processor(tokenizer, metadata, tokens, add_bos)
+    return tokenizer
+
+
+def token_id(metadata: Metadata, key: str, num_tokens: int) -> int | None:
+    """The token id stored under `key`, or None when the file has none. Raises ModelFileError when out of range."""
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < num_tokens:
+        raise ModelFileError(f"GGUF: {key} is {value!r}, which is none of the {num_tokens} token ids")
+    return value
+
+
+def _byte_level_bpe(metadata: Metadata, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+    if "tokenizer.ggml.pre" not in metadata:
+        raise UnsupportedModelError(
+            "the GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), and guessing it would give wrong "
+            "token ids: convert the model again with a converter that writes it"
+        )
+    pre = pre_tokenizer(_typed(metadata, "tokenizer.ggml.pre", str))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [_merge(line) for line in _strings(metadata, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(_bpe(vocab, merges, ignore_merges=pre.ignore_merges))
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, pre.add_bos
+
+
+def _sentencepiece_bpe(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    for key in ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"):
+        if metadata.get(key):
+            raise UnsupportedModelError(f"the GGUF file asks for SentencePiece normalisation ({key}), not built here")
+    scores = _typed(metadata, "tokenizer.ggml.scores", list)
+    if len(scores) != len(tokens) or not all(isinstance(s, float) and not math.isnan(s) for s in scores):
+        raise ModelFileError(f"GGUF: tokenizer.ggml.scores must hold {len(tokens)} numbers")
+    unknown = token_id(metadata, "tokenizer.ggml.unknown_token_id", len(tokens))
+    unknown_token = None if unknown is None else tokens[unknown]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = merges_from_scores(tokens, scores, types)
+    tokenizer = Tokenizer(_bpe(vocab, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
+
+    escape = normalizers.Replace(" ", SPACE)
+    decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if _flag(metadata, "tokenizer.ggml.add_space_prefix", default=True):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape])
+        decode.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = escape
+    tokenizer.decoder = decoders.Sequence(decode)
+    return tokenizer
+
+
+def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
+    """The merges of a SentencePiece BPE vocabulary, first to last.
+
+    SentencePiece joins the two neighbours whose joined piece has the highest score, the leftmost first; a list of
+    merges ordered by that score does the same. Splits of one piece tie: there the ids of their parts decide, as in
+    the `tokenizer.json` files that are published for such models.
+    """
+    pieces = {t: i for i, t in enumerate(tokens) if types[i] in (TokenType.NORMAL, TokenType.USER_DEFINED)}
+    ranked: list[tuple[float, int, int, int]] = []  # (-score, id of the piece, ids of its parts)
+    find = pieces.get
+    for piece, i in pieces.items():
+        score = -scores[i]
+        for cut in range(1, len(piece)):
+            left = find(piece[:cut])
+            if left is not None:
+                right = find(piece[cut:])
+                if right is not None:
+                    ranked.append((score, i, left, right))
+    ranked.sort()
+    return [(tokens[left], tokens[right]) for _, _, left, right in ranked]
+
+
+def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **settings: Any) -> models.BPE:
+    try:
+        return models.BPE(vocab, merges, **settings)
+    except Exception as error:  # the library raises bare Exception
+        raise ModelFileError(f"GGUF: tokens and merges do not fit together: {error}") from error
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
+    # With a prefix, normalising a token's text would prepend the prefix to it too.
+    normalized = isinstance(tokenizer.normalizer, normalizers.Replace)
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if not token or token == f"[PAD{i}]":  # fill names of converters: no text means them
+            continue
+        if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
+            special.append(AddedToken(token, special=True, normalized=False))
+        elif kind == TokenType.USER_DEFINED:
+            plain.append(AddedToken(token, special=False, normalized=normalized))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+
+
+def _add_post_processor(tokenizer: Tokenizer, metadata: Metadata, tokens: Sequence[str], add_bos: bool) -> None:
+    template: list[str] = ["$A"]
+    used: list[tuple[str, int]] = []
+    for name, default in (("bos", add_bos), ("eos", False)):
+        if not _flag(metadata, f"tokenizer.ggml.add_{name}_token", default=default):
+            continue
+        key = f"tokenizer.ggml.{name}_token_id"
+        number = token_id(metadata, key, len(tokens))
+        if number is None:
+            raise ModelFileError(f"GGUF: the tokenizer adds a {name} token, but {key} is missing")
+        used.append((tokens[number], number))
+        template.insert(0 if name == "bos" else len(template), tokens[number])
+    if used:
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+
+
+def _token_types(metadata: Metadata, tokens: Sequence[str]) -> list[int]:
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return [int(TokenType.NORMAL)] * len(tokens)
+    known = {int(kind) for kind in TokenType}
+    if not isinstance(types, list) or len(types) != len(tokens) or not known.issuperset(types):
+        raise ModelFileError(f"GGUF: tokenizer.ggml.token_type must hold {len(tokens)} numbers from 1 to 6")
+    return types
+
+
+def _merge(line: str) -> tuple[str, str]:
+    left, space, right = line.partition(" ")
+    if not (left and space and right):
+        raise ModelFileError(f"GGUF: tokenizer.ggml.merges has {line[:60]!r}, which is not two pieces and a space")
+    return left, right
+
+
+def _strings(metadata: Metadata, key: str) -> list[str]:
+    values = _typed(metadata, key, list)
+    if not values or not all(isinstance(value, str) for value in values):
+        raise ModelFileError(f"GGUF: {key} must be a list of strings that is not empty")
+    return list(values)
+
+
+def _flag(metadata: Metadata, key: str, *, default: bool) -> bool:
+    return bool(_typed(metadata, key, bool)) if key in metadata else default
+
+
+def _typed(metadata: Metadata, key: str, kind: type) -> Any:
+    value = metadata.get(key)
+    if not isinstance(value, kind):
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise ModelFileError(f"GGUF: {key} must be a {kind.__name__}; it is {found}")
+    return value
