@@ -86,6 +86,8 @@ class SamplingParams:
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         self.stops = _stop_list(self.stop)
+        if self.stops and not self.detokenize:
+            raise InvalidValueError("stop strings need detokenize=True; use stop_token_ids", param="stop")
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         self._check_logit_bias()
 

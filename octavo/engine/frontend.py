@@ -226,11 +226,7 @@ class Frontend:
         output, stream = child.output, child.stream
         if stream is None:
             return None
-        ids = delta.token_ids
-        ended_by_token = delta.finish_reason == FinishReason.STOP
-        if ended_by_token and not child.parent.params.include_stop_str_in_output:
-            ids = ids[:-1]  # the stop token is part of token_ids, not of the text
-        text = stream.add(ids)
+        text = stream.add(delta.token_ids, ends_with_stop_token=delta.finish_reason == FinishReason.STOP)
         output.text += text.text
         if text.stop is not None and text.num_kept is not None:
             del output.token_ids[text.num_kept :]

@@ -16,9 +16,7 @@ class NaiveLoop:
         program = record(spec)
         self._runtime, self._block_size = runtime, block_size
         weights = open_weights(files, spec, load_format=load_format, seed=seed)
-        runtime.load(
-            program, weights, dtype="float32", max_num_tokens=max_len, max_num_logits=1, max_num_requests=1
-        )
+        runtime.load(program, weights, dtype="float32", max_num_tokens=max_len, max_num_logits=1, max_num_requests=1)
         runtime.allocate_kv(-(-max_len // block_size), block_size)
         self._groups = program.num_kv_groups
 
