@@ -1,0 +1,288 @@
+"""Random walks over scheduler and KV cache, with steps in flight and steps that fail; every invariant after every
+step. The fake executor checks what each Request attends to; here: the counts, and that tokens equal a naive loop."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import hypothesis.strategies as st
+from fake import FakeExecutor, kv_of, make_request, naive
+from hypothesis import settings
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from octavo.errors import ContextLengthError
+from octavo.kvcache.block_hash import BlockHasher
+from octavo.kvcache.manager import KVCacheManager
+from octavo.messages import RequestDelta, StepRecord
+from octavo.request import Request, RequestStatus
+from octavo.scheduler.scheduler import Scheduler
+
+KEY = b"machine"
+STOP_IDS = frozenset({3})
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """add, abort, finish, launch a step, take a result, let a step fail."""
+
+    ids = Bundle("ids")
+
+    @initialize(
+        num_blocks=st.integers(1, 14),
+        block_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
+        extra_budget=st.integers(0, 9),
+        max_model_len=st.integers(2, 40),
+        threshold=st.integers(0, 5),
+        caching=st.sampled_from([True, True, False]),
+        depth=st.integers(1, 3),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        extra_budget: int,
+        max_model_len: int,
+        threshold: int,
+        caching: bool,
+        depth: int,
+    ) -> None:
+        self.kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching, hash_key=KEY)
+        self.max_num_seqs = max_num_seqs
+        self.budget = max_num_seqs + extra_budget
+        self.threshold = threshold
+        self.max_model_len = max_model_len
+        self.depth = depth
+        self.scheduler = Scheduler(
+            self.kv,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            max_model_len=max_model_len,
+            long_prefill_token_threshold=threshold,
+        )
+        self.executor = FakeExecutor(num_blocks, block_size)
+        self.live: dict[str, Request] = {}
+        self.received: dict[str, list[int]] = {}
+        self.meaning: dict[bytes, list[int]] = {}  # digest -> the KV that a block under it must hold
+
+    # ------------------------------------------------------------------------------------------------ what happens
+
+    @rule(
+        target=ids,
+        names=st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=4, unique=True),
+        family=st.sampled_from([0, 0, 1]),
+        shared=st.integers(0, 14),
+        tail=st.lists(st.integers(0, 2), max_size=3),
+        max_tokens=st.integers(1, 16),
+        min_tokens=st.integers(0, 4),
+        stops=st.booleans(),
+        salt=st.sampled_from([None, None, "tenant"]),
+    )
+    def add(
+        self,
+        names: list[str],
+        family: int,
+        shared: int,
+        tail: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        stops: bool,
+        salt: str | None,
+    ) -> MultipleResults[str]:
+        """One prompt for all these names. An id that has ended may come back while old steps are in flight."""
+        prompt = [family] * shared + tail or [family]
+        for name in names:
+            if name not in self.live:
+                self.add_one(name, prompt, max_tokens, min_tokens, stops, salt)
+        return multiple(*names)
+
+    def add_one(
+        self, name: str, prompt: list[int], max_tokens: int, min_tokens: int, stops: bool, salt: str | None
+    ) -> None:
+        request = make_request(
+            name,
+            prompt,
+            max_tokens,
+            stop_ids=STOP_IDS if stops else frozenset(),
+            min_tokens=min(min_tokens, max_tokens),
+            cache_salt=salt,
+        )
+        positions = min(len(prompt) + max_tokens, self.max_model_len) - 1
+        fits = -(-positions // self.kv.block_size) <= self.kv.pool.num_blocks
+        try:
+            self.scheduler.add(request)
+        except ContextLengthError:
+            assert len(prompt) >= self.max_model_len or not fits
+            return
+        assert len(prompt) < self.max_model_len
+        assert fits
+        self.live[name] = request
+        self.received[name] = []
+        self.executor.guilty.discard(name)
+        self.learn(request)
+
+    def learn(self, request: Request) -> None:
+        """What each block of this Request must hold, whoever reads it."""
+        hasher, size = BlockHasher(self.kv.block_size, KEY), self.kv.block_size
+        digest = hasher.root(request.cache_salt, request.adapter_id)
+        token_ids = request.prompt_token_ids + naive(request.prompt_token_ids, request.max_tokens)[0]
+        values = kv_of(token_ids)
+        for start in range(0, len(token_ids) - size + 1, size):
+            digest = hasher.digest(digest, token_ids[start : start + size])
+            self.meaning[digest] = values[start : start + size]
+
+    @rule(name=ids)
+    def abort(self, name: str) -> None:
+        deltas = self.scheduler.abort(name)
+        assert [d.finish_reason for d in deltas] == (["abort"] if self.live.pop(name, None) else [])
+
+    @rule(name=ids, kept=st.integers(0, 16))
+    def finish(self, name: str, kept: int) -> None:
+        request = self.live.pop(name, None)
+        self.scheduler.finish(name, kept)
+        if request:
+            assert request.status is RequestStatus.FINISHED
+            assert request.output_token_ids == self.received[name][:kept]
+
+    @rule(name=ids, always=st.booleans())
+    def go_wrong(self, name: str, always: bool) -> None:
+        """The next step fails, or from now on every step with this Request."""
+        if not always:
+            self.executor.fail_next = True
+        elif name in self.live:
+            self.executor.guilty.add(name)
+
+    @rule(steps=st.integers(1, 8))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.engine_step()
+
+    @precondition(lambda self: self.executor.results)
+    @rule()
+    def take_one_result(self) -> None:
+        self.take_result()
+
+    # ---------------------------------------------------------------------------------------------- engine, checked
+
+    def engine_step(self) -> None:
+        """EngineCore.step() without its clocks."""
+        launched = len(self.executor.results) < self.depth and self.launch()
+        if self.executor.results and (len(self.executor.results) == self.depth or not launched):
+            self.take_result()
+
+    def launch(self) -> bool:
+        output = self.scheduler.schedule()
+        self.check_counts()
+        if not output.scheduled:
+            assert self.executor.results or not self.live, "work to do, nothing in flight, and nothing scheduled"
+            return False
+        record = StepRecord(step=output.step, time=0.0)
+        self.scheduler.fill(record, output)
+        assert record.num_tokens <= self.budget
+        assert record.num_prefill_tokens + sum(i.samples for i in output.scheduled) == record.num_tokens
+        assert record.num_free_blocks + record.num_cached_blocks + record.num_used_blocks == self.kv.pool.num_blocks
+        for item in output.scheduled:
+            assert 0 <= item.row < self.max_num_seqs
+            assert 0 < item.num_tokens <= (self.threshold or self.budget)
+            if self.live[item.request_id].retry_alone:
+                assert len(output.scheduled) == 1
+                assert not self.executor.results
+        self.executor.execute(output)
+        return True
+
+    def take_result(self) -> None:
+        output, result = self.executor.results.popleft()
+        if result is None:
+            deltas = self.scheduler.fail(output, "boom")
+        else:
+            deltas = self.scheduler.update(output, result)
+        for delta in deltas:
+            self.take_delta(delta)
+        self.check_counts()
+
+    def take_delta(self, delta: RequestDelta) -> None:
+        request, received = self.live[delta.request_id], self.received[delta.request_id]
+        received.extend(delta.token_ids)
+        expected, reason = naive(
+            request.prompt_token_ids,
+            request.max_tokens,
+            self.max_model_len,
+            request.stop_ids,
+            request.params.min_tokens,
+        )
+        assert received == expected[: len(received)]
+        if delta.finish_reason is None:
+            assert len(received) < len(expected)
+            return
+        del self.live[delta.request_id]
+        if delta.finish_reason == "error":
+            assert delta.error == "boom"
+        else:
+            assert (received, delta.finish_reason) == (expected, reason)
+
+    # ---------------------------------------------------------------------------------------------------- invariants
+
+    def check_counts(self) -> None:
+        """Every block is in one place, and reference counts equal the tables."""
+        pool, tables = self.kv.pool, self.kv._tables
+        assert set(tables) == set(self.live) == set(self.scheduler._requests)
+        refs = Counter(block for table in tables.values() for block in table.block_ids)
+        for table in tables.values():
+            assert len(set(table.block_ids)) == len(table.block_ids)
+        assert {b: pool.ref_count(b) for b in range(pool.num_blocks) if pool.ref_count(b)} == dict(refs)
+        free, cached = pool._free, pool._cached
+        assert len(set(free)) == len(free)
+        assert not set(free) & set(cached)
+        assert not set(refs) & (set(free) | set(cached))
+        never_touched = pool.num_blocks - len(pool._ref_counts)
+        assert len(refs) + len(free) + len(cached) + never_touched == pool.num_blocks
+        assert (pool.num_used, pool.num_cached, pool.num_free) == (len(refs), len(cached), len(free) + never_touched)
+        assert all(pool.digest(block) is None for block in free)
+        assert {b: d for d, b in pool._holders.items()} == {b: d for b, d in enumerate(pool._digests) if d is not None}
+        assert set(cached) <= set(pool._holders.values())
+
+    @invariant()
+    def rows_are_unique(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        rows = [r.row for r in self.live.values() if r.status is RequestStatus.RUNNING]
+        assert sorted(rows + self.scheduler._free_rows) == list(range(self.max_num_seqs))
+        assert self.scheduler.num_running == len(rows)
+        assert self.scheduler.num_waiting == len(self.live) - len(rows)
+
+    @invariant()
+    def hashed_blocks_hold_what_their_hash_says(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        if self.executor.failing:
+            return  # what the failed steps hashed is taken back when their results come
+        size = self.kv.block_size
+        for digest, block in self.kv.pool._holders.items():
+            assert self.executor.slots[block * size : (block + 1) * size] == self.meaning[digest]
+
+    def teardown(self) -> None:
+        """Whatever is left ends within a bounded number of steps, and gives everything back."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(5000):
+            if not self.scheduler.has_unfinished and not self.executor.results:
+                break
+            self.engine_step()
+        assert not self.live, f"never finished: {self.live}"
+        assert self.kv.pool.num_used == 0
+        assert sorted(self.scheduler._free_rows) == list(range(self.max_num_seqs))
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, database=None, derandomize=True
+)
+TestScheduler = SchedulerMachine.TestCase
