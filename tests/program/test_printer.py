@@ -1,0 +1,64 @@
+"""Costs add up, and the table says what the program says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from octavo.models.decoder import record
+from octavo.models.reader import read_spec
+from octavo.program.ops import Sizes, Weight
+from octavo.program.printer import cost_of, describe
+from octavo.program.program import Program
+from tests.model.tiny import make_tiny
+
+SIZES = Sizes(num_tokens=7, num_logits=2, context_len=50)
+
+
+def float_bytes(weight: Weight) -> int:
+    return 4 * math.prod(weight.shape)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return record(read_spec(make_tiny("gemma3", tmp_path)))
+
+
+def test_operations_of_a_decoder_by_hand(program: Program) -> None:
+    hidden, inner, q_width, kv_width, vocab = 48, 72, 4 * 24, 2 * 24, 101
+    products = hidden * (q_width + 2 * kv_width) + q_width * hidden + 3 * hidden * inner
+    windows = (5, 50, 5, 50)  # positions attended in each layer
+    expected = 2 * 7 * 4 * products + sum(4 * 7 * q_width * seen for seen in windows) + 2 * 2 * hidden * vocab
+    small = sum(n.operations(SIZES) for n in program.nodes if type(n).__name__ not in ("Linear", "Attention"))
+    assert cost_of(program.nodes, SIZES, float_bytes).operations == expected + small
+    assert small < 0.05 * expected
+
+
+def test_bytes_count_weights_once_and_kv_as_attended(program: Program) -> None:
+    def moved(kv_bytes: int, context_len: int) -> int:
+        return cost_of(program.nodes, Sizes(1, 1, context_len), float_bytes, kv_bytes=kv_bytes).moved
+
+    assert moved(4, 50) - moved(4, 49) == 2 * (2 * 2 * 24) * 4  # two global layers, K and V of two heads
+    assert moved(4, 50) > moved(2, 50) > sum(float_bytes(w) for w in program.weights)
+
+
+def test_table_folds_equal_layers_and_totals_hold(program: Program) -> None:
+    text = describe(program, SIZES, float_bytes)
+    assert "layers.3 as layers.1" in text
+    assert "layers.2.attention" in text  # layer 0 has no residual to add in its first norm, so 2 is a kind of its own
+    assert "Attention window 5" in text
+    assert "Linear gelu_tanh_mul" in text
+    total = next(line for line in text.splitlines() if line.startswith("total"))
+    resident = sum(float_bytes(w) for w in program.weights)
+    assert f"{len(program.nodes)} nodes" in total
+    assert f"{resident / 1024:.1f} KiB" in total
+    assert f"{program.kv_elements_per_block(1) * 4 / 1024:.1f} KiB a token" in text
+
+
+def test_columns_line_up(program: Program) -> None:
+    table = describe(program, SIZES, float_bytes).split("\n\n")[0].splitlines()
+    op_column = table[0].index("op")
+    assert all(line[op_column - 2 : op_column] == "  " for line in table)
+    assert len({len(line) for line in table}) == 1
