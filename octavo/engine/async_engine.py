@@ -202,6 +202,7 @@ class AsyncEngine:
                 "gpu_memory_utilization": str(self.config.gpu_memory_utilization),
             },
             compat=self._metrics_compat,
+            max_model_len=message.max_model_len,
         )
 
     async def _read(self) -> None:
@@ -233,6 +234,8 @@ class AsyncEngine:
             elif update.output is not None:
                 outbox.put(update.output)
         self.metrics.on_steps(outputs.records)
+        if self._frontend.num_unfinished == 0:
+            self.metrics.on_idle()
 
     def _observe_finished(self, group: Group) -> None:
         times = group.metrics

@@ -1,0 +1,86 @@
+"""The default model, float32, greedy: token for token what Hugging Face transformers says, however it is batched.
+
+Greedy equality is checked by teacher forcing: transformers reads prompt + our 64 tokens in one pass, and its most
+likely next token must be ours at every position. By induction that is its own greedy continuation.
+"""
+
+import gc
+
+import pytest
+from prompts import PROMPTS
+
+from octavo import LLM, SamplingParams
+from octavo.models.hub import resolve_model
+
+pytestmark = pytest.mark.model
+
+NUM_TOKENS = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+EVERYTHING = {"model": "smollm2", "dtype": "float32", "max_model_len": 2048}
+
+
+def answers(prompts, **settings):
+    """Tokens per prompt and the engine's log."""
+    with LLM(**{**EVERYTHING, **settings}) as llm:
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        return [o.outputs[0].token_ids for o in outputs], [o.prompt_token_ids for o in outputs], llm.core.log
+
+
+@pytest.fixture(scope="module")
+def native():
+    tokens, prompt_ids, log = answers(PROMPTS, enable_prefix_caching=False)
+    assert log.total("num_preempted") == log.total("prefix_hits") == 0
+    assert max(r.num_running for r in log) == len(PROMPTS), "all prompts ran in one batch"
+    return tokens, prompt_ids
+
+
+def test_tokens_equal_transformers(native):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = resolve_model("smollm2").path
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for prompt, tokens, prompt_ids in zip(PROMPTS, *native, strict=True):
+        assert tokenizer(prompt)["input_ids"] == prompt_ids
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt_ids + tokens[:-1]])).logits[0, len(prompt_ids) - 1 :]
+        assert logits.argmax(-1).tolist() == tokens, f"differs on {prompt[:40]!r}"
+    del model
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("settings", "events"),
+    [
+        ({"max_num_seqs": 1}, []),
+        ({"enable_prefix_caching": True}, ["prefix_hits"]),
+        ({"max_num_batched_tokens": 16, "max_num_seqs": 16}, ["num_chunked"]),
+        ({"max_num_batched_tokens": 512, "enable_prefix_caching": False}, ["num_chunked"]),
+        (
+            {"num_gpu_blocks_override": 72, "max_model_len": 1152, "enable_prefix_caching": False},
+            ["num_preempted", "num_recomputed_tokens"],
+        ),
+        (
+            {"num_gpu_blocks_override": 72, "max_model_len": 1152, "max_num_batched_tokens": 48, "max_num_seqs": 24},
+            ["num_preempted", "num_chunked", "prefix_hits"],
+        ),
+    ],
+    ids=["one by one", "prefix cache", "chunks of 16", "chunks of 512", "preemption", "everything"],
+)
+def test_batching_never_changes_a_token(native, settings, events):
+    tokens, _, log = answers(PROMPTS, **settings)
+    for event in events:
+        assert log.total(event) > 0, f"{event} never happened"
+    assert tokens == native[0]
+
+
+def test_reference_runtime_gives_the_same_tokens(native):
+    tokens, _, _ = answers(PROMPTS, runtime="reference", enable_prefix_caching=False)
+    assert tokens == native[0]
+
+
+def test_one_foreign_call_per_step():
+    _, _, log = answers(PROMPTS[:4])
+    assert [r.num_foreign_calls for r in log] == [1] * len(log)
