@@ -167,7 +167,8 @@ class Scheduler:
         output, step = SchedulerOutput(step=self._next_step), _Step()
         if self._suspects:
             self._schedule_suspect(output, step)
-        elif not self._schedule_running(output, step):
+        else:
+            self._schedule_running(output, step)
             self._schedule_waiting(output, step)
         if output.scheduled:
             self._in_flight[output.step] = step
@@ -184,9 +185,8 @@ class Scheduler:
         elif not self._try_admit(output, step, request):
             self._schedule_running(output, step)  # no row or blocks yet: those that hold them go on, and end
 
-    def _schedule_running(self, output: SchedulerOutput, step: _Step) -> int:
-        """Gives each running Request its share, oldest first. Returns how many were preempted."""
-        num_preempted = 0
+    def _schedule_running(self, output: SchedulerOutput, step: _Step) -> None:
+        """Gives each running Request its share, oldest first; for its blocks the newest are preempted."""
         for request in list(self._running.values()):
             if output.num_tokens == self._budget:
                 break
@@ -199,12 +199,10 @@ class Scheduler:
             while (blocks := self.kv.try_allocate(request, end)) is None:
                 victim = next(reversed(self._running.values()))
                 self._preempt(victim)
-                num_preempted += 1
                 if victim is request:
                     break
             if blocks is not None:
                 self._schedule_row(output, step, request, share, blocks)
-        return num_preempted
 
     def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
         """Admits the queue's first, again and again, until something is used up."""

@@ -43,6 +43,7 @@ def test_a_hit_ends_at_the_first_difference() -> None:
     computed(kv, make_request("a", list(range(16))))
     assert hits(kv, [*range(8), 99, *range(9, 17)]) == 2
     assert hits(kv, [99, *range(1, 17)]) == 0
+    assert hits(kv, list(range(4, 16))) == 0  # known blocks, but not after this prefix
 
 
 def test_salts_and_adapters_do_not_share() -> None:

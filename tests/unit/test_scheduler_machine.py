@@ -36,13 +36,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     ids = Bundle("ids")
 
     @initialize(
-        num_blocks=st.integers(1, 14),
+        num_blocks=st.integers(1, 12),
         block_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 4),
-        extra_budget=st.integers(0, 9),
-        max_model_len=st.integers(2, 40),
-        threshold=st.integers(0, 5),
-        caching=st.sampled_from([True, True, False]),
+        extra_budget=st.integers(0, 20),
+        spare_len=st.integers(-3, 5),
+        threshold=st.sampled_from([0, 0, 0, 1, 3, 5]),
+        caching=st.sampled_from([True, True, True, False]),
         depth=st.integers(1, 3),
     )
     def start(
@@ -51,7 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size: int,
         max_num_seqs: int,
         extra_budget: int,
-        max_model_len: int,
+        spare_len: int,
         threshold: int,
         caching: bool,
         depth: int,
@@ -60,7 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_seqs + extra_budget
         self.threshold = threshold
-        self.max_model_len = max_model_len
+        self.max_model_len = max_model_len = max(2, num_blocks * block_size + 1 + spare_len)
         self.depth = depth
         self.scheduler = Scheduler(
             self.kv,
@@ -99,7 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt: str | None,
     ) -> MultipleResults[str]:
         """One prompt for all these names. An id that has ended may come back while old steps are in flight."""
-        prompt = [family] * shared + tail or [family]
+        prompt = ([family] * shared + tail or [family])[: self.max_model_len]
         for name in names:
             if name not in self.live:
                 self.add_one(name, prompt, max_tokens, min_tokens, stops, salt)
@@ -226,6 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         del self.live[delta.request_id]
         if delta.finish_reason == "error":
             assert delta.error == "boom"
+            assert request.retry_alone, "an error without a second chance"
         else:
             assert (received, delta.finish_reason) == (expected, reason)
 
@@ -255,6 +256,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         rows = [r.row for r in self.live.values() if r.status is RequestStatus.RUNNING]
+        assert not any(r.num_computed_tokens for r in self.live.values() if r.status is not RequestStatus.RUNNING)
         assert sorted(rows + self.scheduler._free_rows) == list(range(self.max_num_seqs))
         assert self.scheduler.num_running == len(rows)
         assert self.scheduler.num_waiting == len(self.live) - len(rows)
@@ -283,6 +285,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, database=None, derandomize=True
+    max_examples=300, stateful_step_count=50, deadline=None, database=None, derandomize=True
 )
 TestScheduler = SchedulerMachine.TestCase
