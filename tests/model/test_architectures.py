@@ -103,8 +103,9 @@ ROPES: dict[str, tuple[dict[str, Any], int]] = {  # rope_parameters, max_model_l
 }
 
 
+@pytest.mark.parametrize("make_runtime", runtimes())
 @pytest.mark.parametrize("kind", ROPES)
-def test_rope_kind_equals_transformers(kind: str, tmp_path: Path) -> None:
+def test_rope_kind_equals_transformers(kind: str, make_runtime: Callable[[], Runtime], tmp_path: Path) -> None:
     parameters, max_model_len = ROPES[kind]
     files = make_tiny(
         "llama", tmp_path, max_position_embeddings=32, rope_parameters={"rope_theta": 10_000.0, **parameters}
@@ -113,7 +114,7 @@ def test_rope_kind_equals_transformers(kind: str, tmp_path: Path) -> None:
     prompt = LONG if max_model_len > 32 else LONG[:8]
     if kind == "dynamic":  # transformers grows its base with the text and keeps the largest; ours is fixed at load
         oracle_logits(oracle, list(range(96)))
-    engine = Engine(reference, files, max_model_len=max_model_len)
+    engine = Engine(make_runtime, files, max_model_len=max_model_len)
     assert_equal_to_oracle(engine, oracle, [prompt])
 
 
