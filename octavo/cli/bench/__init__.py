@@ -1,0 +1,22 @@
+"""`octavo bench`: throughput, latency and serve, with vLLM's flags, arithmetic and printed block."""
+
+from __future__ import annotations
+
+import typer
+
+from octavo.cli.bench import latency, serve, throughput
+from octavo.cli.help import Verbs
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb and its three kinds."""
+    bench = typer.Typer(cls=Verbs, help="Measure: throughput and latency of an engine, or a server under load.")
+    for module in (throughput, latency, serve):
+        module.register(bench)
+    bench.callback(invoke_without_command=True)(_help_without_kind)
+    app.add_typer(bench, name="bench")
+
+
+def _help_without_kind(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

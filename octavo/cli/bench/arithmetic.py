@@ -1,0 +1,184 @@
+"""The arithmetic of `bench serve`, and nothing else: from what each request saw to the numbers that are printed.
+
+Definitions are vLLM's. Of one request: TTFT, from send to first token; E2EL, from send to last token;
+TPOT = (E2EL - TTFT) / (output tokens - 1); ITL, the gaps between successive chunks. ITLs of all requests are pooled,
+the others have one value a request. Goodput counts requests that meet every stated objective, per second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+METRICS = ("ttft", "tpot", "itl", "e2el")
+_TITLES = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one request saw. Seconds."""
+
+    prompt_tokens: int
+    success: bool = False
+    ttft: float = 0.0
+    itls: list[float] = field(default_factory=list)
+    e2el: float = 0.0
+    output_tokens: int = 0
+    text: str = ""
+    error: str = ""
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first; None where there is but one."""
+        return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The spread of one metric, in the unit of its values."""
+
+    mean: float
+    median: float
+    std: float
+    percentiles: tuple[tuple[float, float], ...]  # (percentile, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run in numbers. `summaries` are milliseconds, by metric."""
+
+    duration: float
+    completed: int
+    failed: int
+    total_input_tokens: int
+    total_output_tokens: int
+    good: int | None  # requests that met every objective; None without objectives
+    summaries: dict[str, Summary]
+
+    @property
+    def request_throughput(self) -> float:
+        """Requests per second."""
+        return self.completed / self.duration
+
+    @property
+    def request_goodput(self) -> float | None:
+        """Good requests per second."""
+        return None if self.good is None else self.good / self.duration
+
+    @property
+    def output_throughput(self) -> float:
+        """Generated tokens per second."""
+        return self.total_output_tokens / self.duration
+
+    @property
+    def total_token_throughput(self) -> float:
+        """Prompt and generated tokens per second."""
+        return (self.total_input_tokens + self.total_output_tokens) / self.duration
+
+
+def percentile(values: Sequence[float], rank: float) -> float:
+    """The value below which `rank` percent lie, interpolated linearly (numpy's default); 0 of nothing."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * rank / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def summarize(values: Sequence[float], percentiles: Sequence[float]) -> Summary:
+    """Mean, median, population standard deviation and percentiles; zeros of nothing."""
+    if not values:
+        return Summary(0.0, 0.0, 0.0, tuple((p, 0.0) for p in percentiles))
+    mean = math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    return Summary(mean, percentile(values, 50), std, tuple((p, percentile(values, p)) for p in percentiles))
+
+
+def report(
+    outcomes: Sequence[Outcome],
+    duration: float,
+    *,
+    percentiles: Sequence[float] = (99.0,),
+    goodput: Mapping[str, float] | None = None,
+) -> Report:
+    """Boils a run down. `goodput`: milliseconds by metric (ttft, tpot, e2el)."""
+    done = [o for o in outcomes if o.success]
+    values: dict[str, list[float]] = {
+        "ttft": [o.ttft for o in done],
+        "tpot": [tpot for o in done if (tpot := o.tpot) is not None],
+        "itl": [itl for o in done for itl in o.itls],
+        "e2el": [o.e2el for o in done],
+    }
+    return Report(
+        duration=duration,
+        completed=len(done),
+        failed=len(outcomes) - len(done),
+        total_input_tokens=sum(o.prompt_tokens for o in done),
+        total_output_tokens=sum(o.output_tokens for o in done),
+        good=sum(is_good(o, goodput) for o in done) if goodput else None,
+        summaries={name: summarize([v * 1000 for v in values[name]], percentiles) for name in METRICS},
+    )
+
+
+def is_good(outcome: Outcome, goodput: Mapping[str, float]) -> bool:
+    """True when a request met every objective (milliseconds). One token has no TPOT, so it counts as 0, as in vLLM."""
+    seen = {"ttft": outcome.ttft, "tpot": outcome.tpot or 0.0, "e2el": outcome.e2el}
+    return all(seen[name] * 1000 <= limit for name, limit in goodput.items())
+
+
+def printed_block(run: Report, shown: Sequence[str], *, max_concurrency: int | None, request_rate: float) -> str:
+    """The block that vLLM's `bench serve` prints, line for line."""
+    lines = [f"{' Serving Benchmark Result ':=^50}"]
+    lines += [_line("Successful requests:", run.completed), _line("Failed requests:", run.failed)]
+    if max_concurrency is not None:
+        lines.append(_line("Maximum request concurrency:", max_concurrency))
+    if request_rate != math.inf:
+        lines.append(_line("Request rate configured (RPS):", request_rate))
+    lines.append(_line("Benchmark duration (s):", run.duration))
+    lines.append(_line("Total input tokens:", run.total_input_tokens))
+    lines.append(_line("Total generated tokens:", run.total_output_tokens))
+    lines.append(_line("Request throughput (req/s):", run.request_throughput))
+    if run.request_goodput is not None:
+        lines.append(_line("Request goodput (req/s):", run.request_goodput))
+    lines.append(_line("Output token throughput (tok/s):", run.output_throughput))
+    lines.append(_line("Total token throughput (tok/s):", run.total_token_throughput))
+    for name in (name for name in METRICS if name in shown):
+        summary = run.summaries[name]
+        lines.append(f"{_TITLES[name]:-^50}")
+        lines.append(_line(f"Mean {name.upper()} (ms):", summary.mean))
+        lines.append(_line(f"Median {name.upper()} (ms):", summary.median))
+        lines += [_line(f"P{p:g} {name.upper()} (ms):", value) for p, value in summary.percentiles]
+    return "\n".join([*lines, "=" * 50])
+
+
+def result_keys(run: Report) -> dict[str, Any]:
+    """The numbers of a run under the keys that vLLM saves them under."""
+    result: dict[str, Any] = {
+        "duration": run.duration,
+        "completed": run.completed,
+        "failed": run.failed,
+        "total_input_tokens": run.total_input_tokens,
+        "total_output_tokens": run.total_output_tokens,
+        "request_throughput": run.request_throughput,
+        "request_goodput": run.request_goodput,
+        "output_throughput": run.output_throughput,
+        "total_token_throughput": run.total_token_throughput,
+    }
+    for name in METRICS:
+        summary = run.summaries[name]
+        result |= {f"mean_{name}_ms": summary.mean, f"median_{name}_ms": summary.median, f"std_{name}_ms": summary.std}
+        result |= {f"p{p:g}_{name}_ms": value for p, value in summary.percentiles}
+    return result
+
+
+def _line(name: str, value: float) -> str:
+    return f"{name:<40} {value:<10.2f}" if isinstance(value, float) else f"{name:<40} {value:<10}"

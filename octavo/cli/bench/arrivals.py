@@ -1,0 +1,51 @@
+"""When requests are sent: a fixed rate with Poisson or Gamma gaps, a ramp, or all at once. Pure numbers, no clock.
+
+Source of the Gamma arrivals and of the meaning of burstiness: Wang et al. 2024, BurstGPT; flags and arithmetic as in
+vLLM's `bench serve`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Literal
+
+Ramp = Literal["linear", "exponential"]
+
+
+def send_times(
+    num_requests: int,
+    *,
+    request_rate: float = math.inf,
+    burstiness: float = 1.0,
+    seed: int = 0,
+    ramp: Ramp | None = None,
+    start_rps: float = 0.0,
+    end_rps: float = 0.0,
+) -> list[float]:
+    """Seconds after the start at which each request is sent, ascending.
+
+    Gaps are Gamma distributed with shape `burstiness` and mean 1 / rate: 1 is a Poisson process, less is burstier, more
+    is steadier, inf is a fixed gap. At a fixed rate the whole is scaled so that the last request is sent after
+    num_requests / rate seconds: the offered load is exactly what was asked for.
+    """
+    draw = random.Random(seed)
+    times: list[float] = []
+    now = 0.0
+    for index in range(num_requests):
+        rate = request_rate if ramp is None else ramp_rate(ramp, start_rps, end_rps, index / max(num_requests - 1, 1))
+        if rate != math.inf:
+            gap = 1 / rate
+            now += gap if burstiness == math.inf else draw.gammavariate(burstiness, gap / burstiness)
+        times.append(now)
+    if ramp is None and request_rate != math.inf and now > 0:
+        scale = num_requests / request_rate / now
+        times = [t * scale for t in times]
+    return times
+
+
+def ramp_rate(ramp: Ramp, start: float, end: float, progress: float) -> float:
+    """Requests per second when `progress` (0 to 1) of the requests were sent."""
+    if ramp == "linear":
+        return start + (end - start) * progress
+    return float(start * (end / start) ** progress)

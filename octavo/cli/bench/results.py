@@ -1,0 +1,57 @@
+"""The JSON file of a `bench serve` run, under vLLM's keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from octavo.cli.bench.arithmetic import Outcome, Report, result_keys
+from octavo.errors import ConfigError
+
+
+def save(
+    folder: Path,
+    name: str | None,
+    settings: dict[str, Any],
+    run: Report,
+    outcomes: Sequence[Outcome],
+    *,
+    detailed: bool,
+) -> Path:
+    """Writes settings and numbers, `detailed` also what every request saw; returns the path.
+
+    Raises ConfigError when the file cannot be written.
+    """
+    date = datetime.now().strftime("%Y%m%d-%H%M%S")
+    content = {"date": date, **settings, **result_keys(run)}
+    if detailed:
+        content |= details(outcomes)
+    path = folder / (name or default_name(settings, date))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write the result: {error}") from error
+    return path
+
+
+def default_name(settings: dict[str, Any], date: str) -> str:
+    """`openai-4.0qps-concurrency8-smollm2-20260101-120000.json`."""
+    concurrency = f"-concurrency{settings['max_concurrency']}" if settings["max_concurrency"] else ""
+    model = str(settings["model_id"]).split("/")[-1]
+    return f"{settings['backend']}-{settings['request_rate']}qps{concurrency}-{model}-{date}.json"
+
+
+def details(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What every request saw, as parallel lists. Seconds."""
+    return {
+        "input_lens": [o.prompt_tokens for o in outcomes],
+        "output_lens": [o.output_tokens for o in outcomes],
+        "ttfts": [o.ttft for o in outcomes],
+        "itls": [o.itls for o in outcomes],
+        "generated_texts": [o.text for o in outcomes],
+        "errors": [o.error for o in outcomes],
+    }

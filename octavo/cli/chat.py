@@ -1,0 +1,142 @@
+"""`octavo chat`: a conversation in the terminal, or a pipe of lines when stdin is none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from octavo.cli.flags import engine_flags
+from octavo.cli.help import Verb
+from octavo.cli.serve import find_model
+from octavo.cli.talk import Answer, ApiKeyOption, Message, Sampling, Talker, UrlOption, open_talker, say_where
+from octavo.cli.terminal import say, say_error
+from octavo.config import EngineConfig
+from octavo.errors import RequestError, ServerError
+
+_HELP = """\
+  /reset         forget the conversation
+  /system TEXT   set the system prompt and forget the conversation; without TEXT, drop it
+  /help          this list
+  /exit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+_EXAMPLES = (
+    "octavo chat                                 the default model, loaded here\n\n"
+    "octavo chat --url http://127.0.0.1:8000     a server that runs\n\n"
+    "echo 'Why is the sky blue?' | octavo chat   one question for each line of stdin"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command(cls=Verb, epilog=_EXAMPLES)(chat)
+
+
+@engine_flags(without=("served_model_name",))
+def chat(
+    config: EngineConfig,
+    system: Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1, metavar="N")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0, metavar="X")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")] = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Talk to a model, here or at a server. /help lists what can be typed."""
+    sampling = Sampling(max_tokens, temperature, top_p)
+    if url is None:
+        find_model(config)
+    say_where(config, url)
+    with asyncio.Runner() as runner:
+        talker = runner.run(open_talker(config, url, api_key))
+        try:
+            Conversation(runner, talker, sampling, system).run()
+        finally:
+            runner.run(talker.close())
+
+
+class Conversation:
+    """The turns so far, and the loop that adds to them."""
+
+    def __init__(self, runner: asyncio.Runner, talker: Talker, sampling: Sampling, system: str | None) -> None:
+        self._runner = runner
+        self._talker = talker
+        self._sampling = sampling
+        self._interactive = sys.stdin.isatty()
+        self._system = system
+        self._messages: list[Message] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything but the system prompt."""
+        self._messages = [{"role": "system", "content": self._system}] if self._system else []
+
+    def run(self) -> None:
+        """Reads lines until /exit or the end of stdin."""
+        if self._interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (line editing and history for input())
+            say("Type a message. /help lists commands, Ctrl-D leaves.", style="dim")
+        while (line := self._read_line()) is not None:
+            line = line.strip()
+            if line.startswith("/"):
+                if not self.obey(line):
+                    return
+            elif line:
+                self.ask(line)
+
+    def obey(self, line: str) -> bool:
+        """Does what a command says; False means leave."""
+        command, _, rest = line.partition(" ")
+        if command in ("/exit", "/quit"):
+            return False
+        if command == "/reset":
+            self.reset()
+            say("Forgotten.", style="dim")
+        elif command == "/system":
+            self._system = rest.strip() or None
+            self.reset()
+            say("System prompt set." if self._system else "No system prompt.", style="dim")
+        else:
+            if command != "/help":
+                say(f"There is no {command}.", style="dim")
+            say(_HELP, style="dim")
+        return True
+
+    def ask(self, text: str) -> None:
+        """One turn. A refused or interrupted one leaves no trace but what was already said."""
+        self._messages.append({"role": "user", "content": text})
+        answer = Answer()
+        try:
+            self._runner.run(self._stream(answer))
+        except (RequestError, ServerError) as error:
+            self._messages.pop()
+            say_error(f"{error}; /reset forgets the conversation")
+            return
+        except KeyboardInterrupt:
+            answer.finish_reason = "abort"
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        self._messages.append({"role": "assistant", "content": answer.text})
+        say(answer.summary() + (", stopped" if answer.finish_reason == "abort" else ""), style="dim")
+
+    async def _stream(self, answer: Answer) -> None:
+        async with contextlib.aclosing(self._talker.chat(self._messages, self._sampling, answer)) as pieces:
+            async for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+
+    def _read_line(self) -> str | None:
+        if not self._interactive:
+            return sys.stdin.readline() or None
+        try:
+            return input("\n> ")
+        except EOFError:
+            say()
+            return None
+        except KeyboardInterrupt:
+            say("\n(/exit or Ctrl-D leaves)", style="dim")
+            return ""

@@ -1,0 +1,73 @@
+"""`octavo complete`: continue a text, streaming to stdout; what it cost goes to stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from octavo.cli.flags import engine_flags
+from octavo.cli.help import Verb
+from octavo.cli.serve import find_model
+from octavo.cli.talk import Answer, ApiKeyOption, Sampling, UrlOption, open_talker
+from octavo.cli.terminal import say
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError
+
+_EXAMPLES = (
+    'octavo complete "The capital of France is" --max-tokens 16\n\n'
+    'octavo complete "Once upon a time" --model stories15m --temperature 0.8\n\n'
+    "echo 'def fibonacci(n):' | octavo complete --url http://127.0.0.1:8000"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command(cls=Verb, epilog=_EXAMPLES)(complete)
+
+
+@engine_flags(model_as="option", without=("served_model_name",))
+def complete(
+    config: EngineConfig,
+    text: Annotated[str | None, typer.Argument(help="The text to continue; without it, stdin is read.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0, metavar="X")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")] = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Continue a text, here or at a server."""
+    prompt = text if text is not None else _read_stdin()
+    sampling = Sampling(max_tokens, temperature, top_p)
+    if url is None:
+        find_model(config)
+    answer = asyncio.run(_complete(config, prompt, sampling, url, api_key))
+    sys.stdout.write("\n")
+    say(answer.summary(), style="dim")
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        raise ConfigError('nothing to complete: octavo complete "Once upon a time", or pipe a text in')
+    prompt = sys.stdin.read().removesuffix("\n")
+    if not prompt:
+        raise ConfigError("nothing to complete: stdin was empty")
+    return prompt
+
+
+async def _complete(
+    config: EngineConfig, prompt: str, sampling: Sampling, url: str | None, api_key: str | None
+) -> Answer:
+    talker = await open_talker(config, url, api_key)
+    answer = Answer()
+    try:
+        async with contextlib.aclosing(talker.complete(prompt, sampling, answer)) as pieces:
+            async for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    finally:
+        await talker.close()
+    return answer

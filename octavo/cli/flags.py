@@ -1,0 +1,183 @@
+"""The engine's flags, derived from `EngineConfig`: one row of help per field, so flags and fields cannot drift.
+
+    @engine_flags()
+    def serve(config: EngineConfig, port: int = 8000) -> None: ...
+
+gives `serve` the argument MODEL and a flag for every other field. Flags have vLLM's names.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import typing
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import typer
+
+from octavo.cli.sizes import parse_size
+from octavo.config import DEFAULT_MODEL, EngineConfig
+from octavo.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What the type of a field does not say."""
+
+    panel: Literal["Model", "Memory", "Scheduler", "Execution"]
+    help: str
+    metavar: str | None = None
+    short: str | None = None
+    is_size: bool = False  # accepts 400MiB, 8k
+
+
+_LATER = "Not built: refused unless left at its default."
+
+_MODEL_HELP = "Alias (see `octavo pull`), folder, .gguf file or Hub repository."
+
+FLAGS: dict[str, Flag] = {
+    "tokenizer": Flag("Model", "Folder, tokenizer.json or .gguf to take the tokenizer from.", "PATH"),
+    "skip_tokenizer_init": Flag("Model", "No tokenizer: token ids in and out."),
+    "served_model_name": Flag("Model", "The name clients use for the model.", "NAME"),
+    "revision": Flag("Model", "Branch, tag or commit of a Hub repository.", "NAME"),
+    "download_dir": Flag("Model", "Folder for fetched models, instead of the cache folder.", "FOLDER"),
+    "load_format": Flag("Model", "dummy: seeded random weights from a bare config.json."),
+    "dtype": Flag("Model", "auto: the checkpoint's own where the runtime has kernels for it, else float32."),
+    "quantization": Flag("Model", f"Quantise at load. {_LATER}", "METHOD", short="-q"),
+    "seed": Flag("Model", "Seed of sampling, and of dummy weights."),
+    "trust_remote_code": Flag("Model", "Run code found in a repository: never. Refused when given."),
+    "max_model_len": Flag(
+        "Memory", "Tokens of prompt and answer together; default: the model's own, cut to what fits.", is_size=True
+    ),
+    "kv_cache_memory_bytes": Flag("Memory", "Memory of the KV cache, such as 400MiB; default: planned.", is_size=True),
+    "num_gpu_blocks_override": Flag(
+        "Memory", "Blocks of the KV cache, on any device, instead of planning.", is_size=True
+    ),
+    "block_size": Flag("Memory", "Tokens of one KV block."),
+    "kv_cache_dtype": Flag("Memory", "Number type of the KV cache: auto or float32.", "TYPE"),
+    "enable_prefix_caching": Flag("Memory", "Keep the KV of finished prefixes and share it."),
+    "prefix_caching_hash_key": Flag("Memory", "Key of the prefix hash; default: random for each engine.", "TEXT"),
+    "gpu_memory_utilization": Flag("Memory", "Share of a GPU's memory to use; read on a GPU only."),
+    "max_num_seqs": Flag("Scheduler", "Requests that run at once.", is_size=True),
+    "max_num_batched_tokens": Flag(
+        "Scheduler", "Tokens computed in one step, prompts and answers together.", is_size=True
+    ),
+    "enable_chunked_prefill": Flag("Scheduler", "Cut long prompts to the step's budget; cannot be switched off."),
+    "long_prefill_token_threshold": Flag("Scheduler", "Most tokens of one prompt in a step; 0: no cap.", is_size=True),
+    "scheduling_policy": Flag("Scheduler", "Who runs first: fcfs, first come, first served.", "POLICY"),
+    "max_logprobs": Flag("Scheduler", "Most alternatives a request may ask for per token."),
+    "runtime": Flag("Execution", "native: compiled kernels; reference: numpy, the definition of every op."),
+    "num_threads": Flag("Execution", "Threads of the native runtime; default: the cores this process may use."),
+    "enforce_eager": Flag("Execution", "No CUDA graphs; read on a GPU only."),
+    "tensor_parallel_size": Flag("Execution", f"Devices that share each layer. {_LATER}", short="-tp"),
+    "pipeline_parallel_size": Flag("Execution", f"Devices that share the layers. {_LATER}", short="-pp"),
+}
+
+
+def engine_flags(
+    *,
+    model_as: Literal["argument", "option"] = "argument",
+    only: Collection[str] = FLAGS,
+    without: Collection[str] = (),
+) -> Callable[..., Callable[..., Any]]:
+    """Decorates a verb: its parameter `config: EngineConfig` becomes the model and one flag per field, and
+    `--log-level` is added and acted on. `only` and `without` leave out fields that would mean nothing to the verb.
+
+    The config is built when the verb is called, so what it refuses is an error of the verb like any other.
+    """
+    names = [name for name in FLAGS if name in only and name not in without]
+
+    def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "config"]
+
+        @functools.wraps(verb)
+        def with_flags(**values: Any) -> Any:
+            set_log_level(values.pop("log_level"))
+            config = EngineConfig(**{name: values.pop(name) for name in ("model", *names)})
+            return verb(config=config, **values)
+
+        parameters = [*_model_first(model_as), *own, *_field_parameters(names), _log_level_parameter()]
+        ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        with_flags.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        with_flags.__annotations__ = {p.name: p.annotation for p in ordered}
+        return with_flags
+
+    return decorate
+
+
+def grouped_flags(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a verb whose parameters are dataclasses of annotated fields: each becomes a panel of flags, named by
+    the class's `panel`. A dataclass checks its values where it is built, so what it refuses is an error of the verb.
+    """
+    groups = {p.name: p.annotation for p in inspect.signature(verb, eval_str=True).parameters.values()}
+
+    @functools.wraps(verb)
+    def with_flags(**values: Any) -> Any:
+        built = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in groups.items()}
+        return verb(**built)
+
+    parameters = []
+    for kind in groups.values():
+        hints = typing.get_type_hints(kind, include_extras=True)
+        for f in fields(kind):
+            declared, info = typing.get_args(hints[f.name])
+            info.rich_help_panel = kind.panel
+            parameters.append(_parameter(f.name, declared, info, f.default))
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_flags
+
+
+def set_log_level(name: str) -> None:
+    """Sets how much is logged; `debug` also shows tracebacks of errors. Raises ConfigError for an unknown name."""
+    if name not in LOG_LEVELS:
+        raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {name!r}")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("octavo").setLevel(name.upper())
+
+
+def flag_name(field: str) -> str:
+    """`max_model_len` -> `--max-model-len`."""
+    return "--" + field.replace("_", "-")
+
+
+def _model_first(model_as: str) -> list[inspect.Parameter]:
+    if model_as == "argument":
+        info: Any = typer.Argument(help=_MODEL_HELP, metavar="[MODEL]")
+    else:
+        info = typer.Option("--model", help=_MODEL_HELP, metavar="MODEL", rich_help_panel="Model")
+    return [_parameter("model", str, info, DEFAULT_MODEL)]
+
+
+def _field_parameters(names: list[str]) -> list[inspect.Parameter]:
+    types_by_name = typing.get_type_hints(EngineConfig)
+    defaults = {f.name: f.default for f in fields(EngineConfig)}
+    return [_parameter(name, *_option(name, FLAGS[name], types_by_name[name]), defaults[name]) for name in names]
+
+
+def _option(name: str, flag: Flag, declared: Any) -> tuple[Any, Any]:
+    """The type and the typer option of a field. The values of a Literal are checked by EngineConfig, in its words."""
+    names = [flag_name(name), *([flag.short] if flag.short else [])]
+    metavar = flag.metavar or ("SIZE" if flag.is_size else "N")
+    if typing.get_origin(declared) is Literal:
+        declared, metavar = str, "|".join(typing.get_args(declared))
+    elif declared is bool:
+        names = [f"{flag_name(name)}/--no-{name.replace('_', '-')}"]
+    parser = parse_size if flag.is_size else None
+    return declared, typer.Option(*names, help=flag.help, rich_help_panel=flag.panel, metavar=metavar, parser=parser)
+
+
+def _log_level_parameter() -> inspect.Parameter:
+    info = typer.Option(
+        "--log-level", help="debug shows tracebacks.", metavar="|".join(LOG_LEVELS), rich_help_panel="Execution"
+    )
+    return _parameter("log_level", str, info, "warning")
+
+
+def _parameter(name: str, kind: Any, info: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])

@@ -1,0 +1,62 @@
+"""`octavo program`: the model as the list of nodes that a runtime runs, with shapes, bytes and operations."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo.cli.flags import engine_flags
+from octavo.cli.help import Verb
+from octavo.cli.sizes import parse_size
+from octavo.cli.terminal import say
+from octavo.config import EngineConfig
+
+if TYPE_CHECKING:
+    from octavo.program.ops import Weight
+
+_EXAMPLES = (
+    "octavo program                                 one decode step of the default model\n\n"
+    "octavo program gemma3-270m --num-tokens 512    a prefill of 512 tokens\n\n"
+    "octavo program ./folder --context 8k           attention over 8000 positions"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command(cls=Verb, epilog=_EXAMPLES)(program)
+
+
+@engine_flags(only=("dtype", "runtime", "max_model_len", "load_format", "revision", "download_dir"))
+def program(
+    config: EngineConfig,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1)] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Positions a token attends to; default: as many as the step has.", parser=parse_size),
+    ] = None,
+) -> None:
+    """Print the model's program: every node with its shapes, bytes and operations in one step.
+
+    The weights are not read: a bare config.json with --load-format dummy is enough.
+    """
+    from octavo.models.decoder import record
+    from octavo.models.hub import resolve_model
+    from octavo.models.reader import read_spec
+    from octavo.program.ops import Sizes
+    from octavo.program.printer import describe
+    from octavo.runtime.choose import choose
+
+    files = resolve_model(
+        config.model, revision=config.revision, download_dir=config.download_dir, load_format=config.load_format
+    )
+    spec = read_spec(files, max_model_len=config.max_model_len)
+    choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype)
+    narrow = dtype == "bfloat16" and choice.runtime != "reference"  # the reference keeps float32 whatever it rounds to
+
+    def resident_bytes(weight: Weight) -> int:
+        return math.prod(weight.shape) * (2 if narrow and weight.role != "vector" else 4)
+
+    say(f"{config.model}: {spec.architecture}, {choice.runtime} runtime, {dtype} weights", style="bold")
+    typer.echo(describe(record(spec), Sizes(num_tokens, 1, context or num_tokens), resident_bytes), nl=False)

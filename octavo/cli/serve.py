@@ -1,0 +1,198 @@
+"""`octavo serve`: the OpenAI-compatible server, and what it tells whoever starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo import __version__
+from octavo.cli.flags import engine_flags
+from octavo.cli.help import Verb
+from octavo.cli.terminal import console, process_age, say, say_table
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.engine.async_engine import AsyncEngine
+
+_EXAMPLES = (
+    "octavo serve                                        the default model\n\n"
+    "octavo serve ./Qwen3-0.6B --port 9000               a Hugging Face folder\n\n"
+    "octavo serve model.gguf --max-model-len 4k          a GGUF file, a shorter context\n\n"
+    "octavo serve gemma3-270m --kv-cache-memory-bytes 400MiB --max-num-seqs 16"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command(cls=Verb, epilog=_EXAMPLES)(serve)
+
+
+@dataclass(slots=True)
+class Startup:
+    """Seconds by phase since the process began; the phases add up to the whole."""
+
+    phases: dict[str, float] = field(default_factory=dict)
+
+    def close_phase(self, name: str) -> None:
+        """Books everything not booked yet under `name`."""
+        self.phases[name] = max(0.0, process_age() - self.total)
+
+    @property
+    def total(self) -> float:
+        """Seconds booked so far."""
+        return sum(self.phases.values())
+
+
+@engine_flags()
+def serve(
+    config: EngineConfig,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on; 0.0.0.0 is every network.", metavar="ADDRESS", rich_help_panel="HTTP"),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(
+            help="Port to listen on; 0 takes a free one.", metavar="N", min=0, max=65535, rich_help_panel="HTTP"
+        ),
+    ] = 8000,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a Jinja chat template, instead of the model's own.", metavar="FILE", rich_help_panel="HTTP"
+        ),
+    ] = None,
+    shutdown_timeout: Annotated[
+        int,
+        typer.Option(
+            help="Seconds that running requests get to end; 0: ended at once.",
+            metavar="N",
+            min=0,
+            rich_help_panel="HTTP",
+        ),
+    ] = 0,
+    metrics_compat: Annotated[
+        str,
+        typer.Option(help="vllm repeats every metric under vllm:.", metavar="octavo|vllm", rich_help_panel="HTTP"),
+    ] = "octavo",
+) -> None:
+    """Serve a model over HTTP, the way OpenAI's API does.
+
+    Ctrl-C or SIGTERM stops it: running requests get --shutdown-timeout seconds to end.
+    """
+    startup = Startup()
+    startup.close_phase("command line")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is a Ctrl-C
+    if metrics_compat not in ("octavo", "vllm"):
+        raise ConfigError(f"--metrics-compat must be octavo or vllm, not {metrics_compat!r}")
+    template = read_template(chat_template)
+    check_port(host, port)
+    say(f"Octavo {__version__}", style="bold")
+    find_model(config)
+    startup.close_phase("model files")
+    asyncio.run(_serve(config, template, metrics_compat, host, port, shutdown_timeout, startup))
+    say("Stopped.")
+
+
+def find_model(config: EngineConfig) -> None:
+    """Fetches the model if it is not there yet, with a progress bar. Done outside the event loop, so that Ctrl-C ends
+    a download at once."""
+    from octavo.models.hub import resolve_model
+
+    began = time.monotonic()
+    files = resolve_model(
+        config.model, revision=config.revision, download_dir=config.download_dir, load_format=config.load_format
+    )
+    say(f"Model    {config.model}: {files.path} ({time.monotonic() - began:.2f} s)")
+
+
+def read_template(path: Path | None) -> str | None:
+    """The source of a chat template. Raises ConfigError when the file cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path}: {error}") from error
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError when nobody could listen there: better now than after loading a model."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or --port 0 for a free one"
+        ) from error
+
+
+def curl_line(engine: AsyncEngine, url: str) -> str:
+    """A request that works with this model, ready to paste."""
+    body: dict[str, object] = {"model": engine.model_name}
+    if engine.chat_template is not None:
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Name three uses of paper."}]
+    elif engine.tokenizer is not None:
+        path, body["prompt"] = "completions", "Paper is made of"
+    else:
+        path, body["prompt"] = "completions", [1, 2, 3]
+    body |= {"max_tokens": 64, "stream": True}
+    return f"curl -N {url}/{path} -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'"
+
+
+async def _serve(
+    config: EngineConfig,
+    template: str | None,
+    metrics_compat: str,
+    host: str,
+    port: int,
+    shutdown_timeout: int,
+    startup: Startup,
+) -> None:
+    from octavo.engine.async_engine import AsyncEngine
+    from octavo.server.app import create_app, run_server
+
+    startup.close_phase("server imports")
+    engine = await AsyncEngine.start(config, chat_template=template, metrics_compat=metrics_compat)
+    startup.phases |= engine.timings
+
+    def ready(real_port: int) -> None:
+        startup.close_phase("listen")
+        shown = f"[{host}]" if ":" in host else host
+        print_ready(engine, startup, f"http://{shown}:{real_port}/v1")
+
+    try:
+        app = create_app(engine, served_model_names=[engine.model_name])
+        await run_server(app, host=host, port=port, ready=ready, drain_seconds=shutdown_timeout)
+    finally:
+        await engine.shutdown()
+
+
+def print_ready(engine: AsyncEngine, startup: Startup, url: str) -> None:
+    """What whoever started the server wants to know: what runs, where memory and time went, where to send requests."""
+    ready = engine.ready
+    say(f"Runtime  {ready.runtime}, {ready.dtype}")
+    say()
+    say("Memory", style="bold")
+    say(ready.plan)
+    say()
+    rows = [(name, f"{seconds:7.3f} s") for name, seconds in startup.phases.items()]
+    say_table("Start-up", [*rows, ("total", f"{startup.total:7.3f} s")])
+    say()
+    say(f"Ready in {startup.total:.2f} s: {url}", style="bold green")
+    say()
+    say(f"  {curl_line(engine, url)}")
+    say()
+    if console().is_terminal:
+        say("Ctrl-C stops it.", style="dim")

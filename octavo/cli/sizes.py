@@ -1,0 +1,45 @@
+"""Numbers as people type them: 400MiB, 1.5G, 8k."""
+
+from __future__ import annotations
+
+import re
+
+_FACTORS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "T": 2**40,
+    "kb": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_size(text: str | int) -> int:
+    """An integer with an optional suffix. As in vLLM, k m g t are powers of 1000 and K M G T powers of 1024; KiB, MiB
+    and GiB are powers of 1024, KB, MB and GB of 1000.
+
+    Raises ValueError for anything else, and for a fraction that is not a whole number.
+    """
+    if isinstance(text, int):
+        return text
+    match = _PATTERN.fullmatch(text.strip())
+    factor = _FACTORS.get(match[2]) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size: write 4096, 8k, 400MiB or 1.5G")
+    value = float(match[1]) * factor if "." in match[1] else int(match[1]) * factor
+    if value != int(value):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(value)
