@@ -13,7 +13,6 @@ from octavo.models.hf_config import Fields, read_json
 from octavo.models.safetensors_file import SafetensorsFile, StoredTensor
 from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.runtime.base import Tensor, weight_parts
-from octavo.runtime.bfloat16 import bfloat16_to_float32
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,7 +44,8 @@ class SafetensorsWeights:
         rows = data.shape[0] // stored.pieces
         data = np.ascontiguousarray(data[stored.piece * rows : (stored.piece + 1) * rows])
         if self._is_shifted(part):
-            values = bfloat16_to_float32(data) if tensor.type == "BF16" else data.astype(np.float32)
+            is_bf16 = tensor.type == "BF16"  # bit patterns: the upper halves of float32
+            values = (data.astype(np.uint32) << 16).view(np.float32) if is_bf16 else data.astype(np.float32)
             return Tensor(stored.name, "F32", values.shape, values + np.float32(1))
         return Tensor(stored.name, tensor.type, data.shape, data)
 
