@@ -1,1 +1,5 @@
-"""The CPU runtime: a C++ library called once per step through ctypes."""
+"""The CPU runtime: one C++ library (native/) behind ctypes that runs a whole step in one call."""
+
+from octavo.runtime.native.runtime import NativeRuntime
+
+__all__ = ["NativeRuntime"]

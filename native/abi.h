@@ -1,0 +1,141 @@
+// The C ABI of the native runtime: everything that crosses between Python (octavo/runtime/native/library.py) and C++.
+//
+// Every function returns 0 or one of the codes below; octavo_error() then has the text. No exception and no abort
+// crosses this line. Change any struct or signature: raise OCTAVO_ABI_VERSION here and in library.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define OCTAVO_ABI_VERSION 1
+#define OCTAVO_API extern "C" __attribute__((visibility("default")))
+
+enum OctavoCode : int32_t {
+    OCTAVO_OK = 0,
+    OCTAVO_INVALID = 1,        // an argument is out of its bounds; nothing was touched
+    OCTAVO_OUT_OF_MEMORY = 2,  // the operating system refused a reservation
+    OCTAVO_INTERNAL = 3,
+};
+
+enum OctavoOp : int32_t {
+    OCTAVO_EMBEDDING = 0,
+    OCTAVO_NORM = 1,
+    OCTAVO_ADD = 2,
+    OCTAVO_LINEAR = 3,
+    OCTAVO_ROPE_KV_WRITE = 4,
+    OCTAVO_ATTENTION = 5,
+    OCTAVO_GATHER_ROWS = 6,
+};
+
+enum OctavoActivation : int32_t {
+    OCTAVO_NONE = 0,
+    OCTAVO_RELU = 1,
+    OCTAVO_GELU = 2,
+    OCTAVO_GELU_TANH = 3,
+    OCTAVO_SILU_MUL = 4,
+    OCTAVO_GELU_TANH_MUL = 5,
+};
+
+enum OctavoDType : int32_t { OCTAVO_FLOAT32 = 0, OCTAVO_BFLOAT16 = 1 };
+
+// One node of the program. Ids are -1 where absent; docs of the fields are those of octavo/program/ops.py.
+struct OctavoNode {
+    int32_t op;
+    int32_t x, y;              // input buffers
+    int32_t out, residual_out;  // output buffers
+    int32_t weight, bias, extra;  // extra: position_weight, or k_norm (then weight is q_norm)
+    int32_t activation;
+    int32_t layer_norm;  // 0: rms, 1: layer
+    int32_t kv_layer, num_heads, num_kv_heads, head_dim, window;
+    int32_t rope;
+    int32_t position_offset;
+    float eps, scale, softcap;
+};
+
+struct OctavoBuffer {
+    int32_t slot;         // buffers of one slot share memory
+    int32_t logits_rows;  // 0: one row per token, 1: one row per sampled position
+    int64_t width;        // floats in a row
+};
+
+struct OctavoRope {
+    const float* cos;  // [max_positions, half], kept alive by the caller
+    const float* sin;
+    int64_t max_positions;
+    int64_t half;
+};
+
+struct OctavoKVLayer {
+    int32_t num_kv_heads, head_dim, group;
+};
+
+struct OctavoProgram {
+    const OctavoNode* nodes;
+    const OctavoBuffer* buffers;
+    const OctavoRope* ropes;
+    const OctavoKVLayer* kv_layers;
+    int32_t num_nodes, num_buffers, num_ropes, num_kv_layers, num_kv_groups;
+    int32_t logits;  // buffer
+    int32_t max_num_tokens, max_num_logits, max_num_requests;
+};
+
+// Everything a step reads and writes; arrays as in runtime/base.py (StepInputs, SamplingInputs, SamplerOutput).
+struct OctavoStep {
+    int64_t num_tokens, num_requests, num_logits, max_blocks, max_logprobs;
+    const int32_t* token_ids;
+    const int32_t* positions;
+    const int64_t* slots;
+    const int32_t* query_start_loc;
+    const int32_t* seq_lens;
+    const int32_t* block_tables;
+    const int32_t* logits_indices;
+
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const uint64_t* seeds;
+    const int64_t* sample_positions;
+    const int32_t* num_logprobs;
+    const int32_t* bias_start;
+    const int32_t* bias_ids;
+    const float* bias_values;
+    const float* repetition_penalty;
+    const float* presence_penalty;
+    const float* frequency_penalty;
+    const int32_t* seen_start;
+    const int32_t* seen_ids;
+    const int32_t* seen_counts;
+    int64_t num_bias, num_seen;  // lengths of the ragged values
+
+    int32_t* out_token_ids;
+    float* out_logprobs;
+    int32_t* out_ranks;
+    int32_t* out_top_ids;
+    float* out_top_logprobs;
+};
+
+struct OctavoEngine;
+
+OCTAVO_API int32_t octavo_abi_version();
+// Name of the level that `wanted` ("auto", "portable", "avx2", "avx512") means on this machine, or null.
+OCTAVO_API const char* octavo_level(const char* wanted);
+// The message of the last call that failed on this thread.
+OCTAVO_API const char* octavo_error();
+
+OCTAVO_API int32_t octavo_create(int32_t num_threads, const char* level, OctavoEngine** engine);
+OCTAVO_API void octavo_destroy(OctavoEngine* engine);
+// Declares the next weight (ids count from 0) as a matrix [rows, cols] kept as `dtype`; memory is reserved here.
+OCTAVO_API int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols, int32_t dtype);
+// Converts `num_rows` stored rows (a GGUF type name: "F32", "BF16", "Q4_K", ...) into rows first_row .. of a weight.
+OCTAVO_API int32_t octavo_pack(OctavoEngine* engine, int32_t weight, int64_t first_row, int64_t num_rows,
+                               const char* type, const void* data, int64_t num_bytes);
+// Bytes of one stored row of `cols` elements, or 0 where octavo_pack() does not know the type or the length.
+OCTAVO_API int64_t octavo_row_bytes(const char* type, int64_t cols);
+OCTAVO_API int32_t octavo_set_program(OctavoEngine* engine, const OctavoProgram* program);
+OCTAVO_API int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size);
+OCTAVO_API int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs, int64_t num_pairs);
+// Runs the whole program and the sampler.
+OCTAVO_API int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step);
+// The raw logits of the last step, [num_logits, vocab]; valid until the next call on this engine.
+OCTAVO_API const float* octavo_logits(OctavoEngine* engine);

@@ -1,0 +1,40 @@
+// Chooses an instruction level: what the processor has, or what a test forces.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace octavo {
+
+namespace portable {
+extern const Kernels kernels;
+}
+
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+static bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Kernels* find_kernels(const char* wanted) {
+    const bool any = std::strcmp(wanted, "auto") == 0;
+#if defined(__x86_64__)
+    if ((any || std::strcmp(wanted, "avx512") == 0) && has_avx512()) return &avx512::kernels;
+    if ((any || std::strcmp(wanted, "avx2") == 0) && has_avx2()) return &avx2::kernels;
+#endif
+    if (any || std::strcmp(wanted, "portable") == 0) return &portable::kernels;
+    return nullptr;
+}
+
+}  // namespace octavo

@@ -1,0 +1,150 @@
+// Linear: dot products of activation rows with weight rows, register-blocked, and the epilogue.
+//
+// One order of summation everywhere: lane l adds x[i] * w[i] for i = l, l + kLanes, ... by fma, then the lanes are
+// summed by halving. A tile of rows and channels only interleaves such chains.
+#include <cmath>
+
+#include "../abi.h"
+#include "level.h"
+#include "simd.h"
+
+namespace octavo::OCTAVO_LEVEL {
+namespace {
+
+constexpr size_t kQuad = 4;                          // weight rows read together
+constexpr size_t kMaxRows = kLanes == 16 ? 4 : 2;    // activation rows of a tile: what the registers hold
+constexpr size_t kWidenFrom = kMaxRows + 1;          // rows from which bf16 weights are widened once per task
+
+// out[r][c] = dot(x row r, w[c]) for kQuad weight rows.
+template <size_t ROWS, class W>
+inline void dot_tile(const float* x, const W* const* w, size_t depth, float (*out)[kChannels]) {
+    Floats total[ROWS][kQuad] = {};
+    size_t i = 0;
+    for (; i + kLanes <= depth; i += kLanes) {
+        Floats weights[kQuad];
+        for (size_t c = 0; c < kQuad; ++c) weights[c] = load(w[c] + i);
+        for (size_t r = 0; r < ROWS; ++r) {
+            const Floats values = load(x + r * depth + i);
+            for (size_t c = 0; c < kQuad; ++c) total[r][c] = fma(values, weights[c], total[r][c]);
+        }
+    }
+    if (i < depth) {
+        Floats weights[kQuad];
+        for (size_t c = 0; c < kQuad; ++c) weights[c] = load_part(w[c] + i, depth - i);
+        for (size_t r = 0; r < ROWS; ++r) {
+            const Floats values = load_part(x + r * depth + i, depth - i);
+            for (size_t c = 0; c < kQuad; ++c) total[r][c] = fma(values, weights[c], total[r][c]);
+        }
+    }
+    for (size_t r = 0; r < ROWS; ++r)
+        for (size_t c = 0; c < kQuad; ++c) out[r][c] = sum(total[r][c]);
+}
+
+// out[r][c] for `count` <= kChannels weight rows that follow each other.
+template <size_t ROWS, class W>
+inline void dot_channels(const float* x, const W* w, size_t depth, size_t count, float (*out)[kChannels]) {
+    for (size_t c = 0; c < count; c += kQuad) {
+        const W* rows[kQuad];
+        for (size_t q = 0; q < kQuad; ++q) rows[q] = w + (c + q < count ? c + q : count - 1) * depth;
+        float quad[ROWS][kChannels];
+        dot_tile<ROWS>(x, rows, depth, quad);
+        for (size_t r = 0; r < ROWS; ++r) std::memcpy(out[r] + c, quad[r], sizeof(float) * kQuad);
+    }
+}
+
+inline Floats gelu(Floats x) {
+    float values[kLanes];
+    store(values, x * 0.70710678118654752f);
+    for (float& value : values) value = erff(value);
+    return 0.5f * x * (1.0f + load(values));
+}
+
+inline Floats gelu_tanh(Floats x) {
+    return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
+
+inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+
+inline Floats activate(int activation, Floats x, Floats up) {
+    switch (activation) {
+        case OCTAVO_RELU: return x > 0.0f ? x : Floats{};
+        case OCTAVO_GELU: return gelu(x);
+        case OCTAVO_GELU_TANH: return gelu_tanh(x);
+        case OCTAVO_SILU_MUL: return silu(x) * up;
+        case OCTAVO_GELU_TANH_MUL: return gelu_tanh(x) * up;
+        default: return x;
+    }
+}
+
+inline bool gated(int activation) { return activation == OCTAVO_SILU_MUL || activation == OCTAVO_GELU_TANH_MUL; }
+
+// scale and bias of kLanes channels from a row of sums.
+inline Floats affine(const LinearArgs& a, const float* sums, const float* bias, size_t count) {
+    Floats v = load(sums);
+    if (a.scale != 1.0f) v *= a.scale;
+    if (bias != nullptr) v += load_part(bias, count);
+    return v;
+}
+
+inline void finish(const LinearArgs& a, float* sums, float* ups, size_t channel, size_t count, float* out) {
+    for (size_t c = 0; c < count; c += kLanes) {
+        const size_t n = count - c < kLanes ? count - c : kLanes;
+        Floats v = affine(a, sums + c, a.bias ? a.bias + channel + c : nullptr, n);
+        Floats up{};
+        if (ups != nullptr) up = affine(a, ups + c, a.bias ? a.bias + a.channels + channel + c : nullptr, n);
+        v = activate(a.activation, v, up);
+        if (a.softcap != 0.0f) v = a.softcap * tanh(v / a.softcap);
+        store_part(out + c, v, n);
+    }
+}
+
+template <size_t ROWS, class W>
+inline void tile(const LinearArgs& a, const W* gate, const W* up, size_t row, size_t channel, size_t count) {
+    const float* x = a.x + row * a.depth;
+    float sums[ROWS][kChannels] = {}, ups[ROWS][kChannels] = {};
+    dot_channels<ROWS>(x, gate, a.depth, count, sums);
+    if (up != nullptr) dot_channels<ROWS>(x, up, a.depth, count, ups);
+    for (size_t r = 0; r < ROWS; ++r)
+        finish(a, sums[r], up ? ups[r] : nullptr, channel, count, a.out + (row + r) * a.channels + channel);
+}
+
+template <class W>
+void all_rows(const LinearArgs& a, const W* gate, const W* up, size_t channel, size_t count) {
+    size_t row = 0;
+    for (; row + kMaxRows <= a.num_rows; row += kMaxRows) tile<kMaxRows>(a, gate, up, row, channel, count);
+    for (; row < a.num_rows; ++row) tile<1>(a, gate, up, row, channel, count);
+}
+
+const float* widen_rows(const uint16_t* weight, size_t elements, float* out) {
+    size_t i = 0;
+    for (; i + kLanes <= elements; i += kLanes) store(out + i, load(weight + i));
+    if (i < elements) store_part(out + i, load_part(weight + i, elements - i), elements - i);
+    return out;
+}
+
+}  // namespace
+
+size_t linear_scratch(size_t depth) { return 2 * kChannels * depth; }
+
+void linear(const LinearArgs& a, size_t first_channel, size_t last_channel, float* scratch) {
+    const bool pair = gated(a.activation);
+    for (size_t channel = first_channel; channel < last_channel; channel += kChannels) {
+        const size_t count = last_channel - channel < kChannels ? last_channel - channel : kChannels;
+        const size_t gate = channel * a.depth, up = (a.channels + channel) * a.depth;
+        if (!a.bfloat16) {
+            const float* w = static_cast<const float*>(a.weight);
+            all_rows(a, w + gate, pair ? w + up : nullptr, channel, count);
+            continue;
+        }
+        const uint16_t* w = static_cast<const uint16_t*>(a.weight);
+        if (a.num_rows < kWidenFrom) {
+            all_rows(a, w + gate, pair ? w + up : nullptr, channel, count);
+            continue;
+        }
+        const float* wide = widen_rows(w + gate, count * a.depth, scratch);
+        const float* wide_up = pair ? widen_rows(w + up, count * a.depth, scratch + kChannels * a.depth) : nullptr;
+        all_rows(a, wide, wide_up, channel, count);
+    }
+}
+
+}  // namespace octavo::OCTAVO_LEVEL

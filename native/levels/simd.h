@@ -1,0 +1,136 @@
+// The vector type of a level, and the few operations that need an instruction's name.
+//
+// Files under levels/ are compiled with wider instructions than the machine may have. Nothing here may instantiate a
+// shared inline function (no standard containers or algorithms): the linker could hand it to the baseline code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace octavo::OCTAVO_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr size_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr size_t kLanes = 8;
+#else
+constexpr size_t kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Floats widen(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+
+inline Floats load(const uint16_t* p) {  // bfloat16
+    Halves v;
+    std::memcpy(&v, p, sizeof v);
+    return widen(v);
+}
+
+inline Floats load_part(const float* p, size_t count) {  // the rest is zero
+    Floats v{};
+    std::memcpy(&v, p, count * sizeof *p);
+    return v;
+}
+
+inline Floats load_part(const uint16_t* p, size_t count) {
+    Halves v{};
+    std::memcpy(&v, p, count * sizeof *p);
+    return widen(v);
+}
+
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store_part(float* p, Floats v, size_t count) { std::memcpy(p, &v, count * sizeof *p); }
+
+// a * b + c, rounded once where the level can; never left to the compiler, so that every kernel agrees.
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+// The sum of the lanes, halving: lane i plus lane i + kLanes / 2, and so on.
+inline float sum(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float lanes[kLanes];
+    std::memcpy(lanes, &v, sizeof v);
+    for (size_t width = kLanes / 2; width > 0; width /= 2)
+        for (size_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+#endif
+}
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float max_lane(Floats v) {
+    float lanes[kLanes];
+    std::memcpy(lanes, &v, sizeof v);
+    for (size_t width = kLanes / 2; width > 0; width /= 2)
+        for (size_t i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    return lanes[0];
+}
+
+// e^x within 2 ulp; 0 below -87.3, capped above 88.3. Range reduction by ln 2 in two parts and a polynomial of degree
+// 5 (the classic one of the Cephes library, Moshier 1989).
+inline Floats exp(Floats x) {
+    const Floats clamped = x > 88.3f ? splat(88.3f) : x;
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats n = (clamped * 1.44269504088896341f + shift) - shift;
+    Floats r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    Floats p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    const Floats y = fma(p, r * r, r) + 1.0f;
+    const Floats kept = x < -87.3f ? Floats{} : n;  // keeps the conversion in range
+    const Floats power = (Floats)((__builtin_convertvector(kept, Ints) + 127) << 23);
+    return x < -87.3f ? Floats{} : y * power;
+}
+
+// tanh within 2 ulp: odd polynomial near 0 (Cephes), else by exp.
+inline Floats tanh(Floats x) {
+    const Floats magnitude = x < 0.0f ? -x : x;
+    const Floats z = x * x;
+    Floats p = splat(-5.70498872745e-3f);
+    p = fma(p, z, splat(2.06390887954e-2f));
+    p = fma(p, z, splat(-5.37397155531e-2f));
+    p = fma(p, z, splat(1.33314422036e-1f));
+    p = fma(p, z, splat(-3.33332819422e-1f));
+    const Floats small = fma(p * z, x, x);
+    const Floats large = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
+    return magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
+}
+
+}  // namespace
+}  // namespace octavo::OCTAVO_LEVEL

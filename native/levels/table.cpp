@@ -1,0 +1,12 @@
+#include "level.h"
+
+namespace octavo::OCTAVO_LEVEL {
+
+#define OCTAVO_TEXT_(x) #x
+#define OCTAVO_TEXT(x) OCTAVO_TEXT_(x)
+
+extern const Kernels kernels;
+const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL), linear, linear_scratch, norm, embedding, add,
+                         rope_kv_write, attention, attention_scratch};
+
+}  // namespace octavo::OCTAVO_LEVEL

@@ -1,0 +1,191 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace octavo {
+namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+uint64_t mix(uint64_t z) {  // the finaliser of splitmix64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+double uniform(uint64_t seed, int64_t position) {
+    constexpr uint64_t golden = 0x9E3779B97F4A7C15u;
+    const uint64_t h = mix(mix(seed + golden) + (static_cast<uint64_t>(position) + 1) * golden);
+    return static_cast<double>(h >> 40) * 0x1p-24;
+}
+
+bool adjusts(const OctavoStep& s, size_t row) {
+    return s.bias_start[row] != s.bias_start[row + 1] || s.seen_start[row] != s.seen_start[row + 1];
+}
+
+void adjust(const OctavoStep& s, size_t row, float* logits) {
+    for (int32_t i = s.bias_start[row]; i < s.bias_start[row + 1]; ++i) logits[s.bias_ids[i]] += s.bias_values[i];
+    const float repetition = s.repetition_penalty[row];
+    for (int32_t i = s.seen_start[row]; i < s.seen_start[row + 1]; ++i) {
+        float& logit = logits[s.seen_ids[i]];
+        if (repetition != 1.0f) logit = logit > 0.0f ? logit / repetition : logit * repetition;
+        logit -= s.frequency_penalty[row] * static_cast<float>(s.seen_counts[i]);
+        if (s.seen_counts[i] > 0) logit -= s.presence_penalty[row];
+    }
+}
+
+size_t largest(const float* logits, size_t vocab) {  // the lowest id among equals
+    float top = kNever;
+    for (size_t i = 0; i < vocab; ++i) top = logits[i] > top ? logits[i] : top;
+    for (size_t i = 0; i < vocab; ++i)
+        if (logits[i] == top) return i;
+    return 0;  // nothing but NaN
+}
+
+// Ids by descending logit, the lowest first among equals, ranked only as far as somebody asks: each pass takes what
+// lies above a lower threshold, so that a draw from 50,000 tokens sorts some dozens.
+class Ranking {
+public:
+    Ranking(const float* logits, size_t vocab, float top, float temperature, SamplerScratch& scratch)
+        : logits_(logits), vocab_(vocab), top_(top), temperature_(temperature), order_(scratch.order),
+          running_(scratch.running) {
+        order_.clear();
+        running_.clear();
+    }
+
+    double weight(float logit) const { return std::exp(static_cast<double>((logit - top_) / temperature_)); }
+    bool complete() const { return complete_; }
+    size_t size() const { return order_.size(); }
+    int32_t id(size_t rank) const { return order_[rank]; }
+    double weight_of(size_t rank) const { return weight(logits_[order_[rank]]); }
+    double running(size_t rank) const { return running_[rank]; }  // sum of weights up to and with this rank
+
+    void extend() {
+        reach_ *= 2.0f;
+        float floor = top_ - reach_ * temperature_;
+        if (!(floor < above_) || reach_ > 256.0f) floor = kNever;
+        const size_t first = order_.size();
+        for (size_t i = 0; i < vocab_; ++i)
+            if (logits_[i] >= floor && logits_[i] < above_) order_.push_back(static_cast<int32_t>(i));
+        std::sort(order_.begin() + static_cast<ptrdiff_t>(first), order_.end(), [this](int32_t a, int32_t b) {
+            return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b);
+        });
+        for (size_t rank = first; rank < order_.size(); ++rank)
+            running_.push_back((rank == 0 ? 0.0 : running_[rank - 1]) + weight_of(rank));
+        above_ = floor;
+        complete_ = floor == kNever;
+    }
+
+private:
+    const float* logits_;
+    size_t vocab_;
+    float top_, temperature_;
+    float above_ = std::numeric_limits<float>::infinity();
+    float reach_ = 2.0f;
+    bool complete_ = false;
+    std::vector<int32_t>& order_;
+    std::vector<double>& running_;
+};
+
+// The first rank in [0, count) whose running sum passes the target, or the last rank; count may be "all".
+template <class Passes>
+size_t first_rank(Ranking& ranking, size_t count, const Passes& passes) {
+    for (size_t rank = 0;; ++rank) {
+        while (rank >= ranking.size() && !ranking.complete()) ranking.extend();
+        if (rank >= ranking.size() || rank >= count) return std::min(count, ranking.size()) - 1;
+        if (passes(rank)) return rank;
+    }
+}
+
+size_t draw(const OctavoStep& s, size_t row, const float* logits, size_t vocab, SamplerScratch& scratch) {
+    const size_t best = largest(logits, vocab);
+    const float temperature = s.temperature[row], top = logits[best];
+    if (!(temperature > 0.0f) || !std::isfinite(top)) return best;
+    Ranking ranking(logits, vocab, top, temperature, scratch);
+    const size_t all = std::numeric_limits<size_t>::max();
+
+    size_t count = all;  // ranks that are left
+    if (s.top_k[row] > 0 && static_cast<size_t>(s.top_k[row]) < vocab) {
+        count = static_cast<size_t>(s.top_k[row]);
+        while (ranking.size() < count && !ranking.complete()) ranking.extend();
+        count = std::min(count, ranking.size());
+    }
+    double total = 0.0;
+    if (count != all) {
+        total = ranking.running(count - 1);
+    } else {
+        for (size_t i = 0; i < vocab; ++i)
+            if (logits[i] > kNever) total += ranking.weight(logits[i]);
+    }
+    if (s.top_p[row] < 1.0f) {
+        const double wanted = static_cast<double>(s.top_p[row]) * total;
+        count = first_rank(ranking, count, [&](size_t rank) { return ranking.running(rank) >= wanted; }) + 1;
+        total = ranking.running(count - 1);
+    }
+    if (s.min_p[row] > 0.0f) {
+        const double least = static_cast<double>(s.min_p[row]);
+        const size_t end = first_rank(ranking, count, [&](size_t rank) { return ranking.weight_of(rank) < least; });
+        count = ranking.weight_of(end) < least ? end : end + 1;
+        total = ranking.running(count - 1);
+    }
+    const double target = uniform(s.seeds[row], s.sample_positions[row]) * total;
+    const size_t rank = first_rank(ranking, count, [&](size_t r) { return ranking.running(r) > target; });
+    return static_cast<size_t>(ranking.id(rank));
+}
+
+void write_logprobs(const OctavoStep& s, size_t row, const float* raw, size_t vocab, size_t token,
+                    SamplerScratch& scratch) {
+    const size_t most = static_cast<size_t>(s.max_logprobs);
+    int32_t* top_ids = s.out_top_ids + row * most;
+    float* top_logprobs = s.out_top_logprobs + row * most;
+    std::fill(top_ids, top_ids + most, -1);
+    std::fill(top_logprobs, top_logprobs + most, std::numeric_limits<float>::quiet_NaN());
+    s.out_logprobs[row] = std::numeric_limits<float>::quiet_NaN();
+    s.out_ranks[row] = 0;
+    if (s.num_logprobs[row] < 0) return;
+
+    const float top = raw[largest(raw, vocab)];
+    double total = 0.0;
+    int32_t larger = 0;
+    for (size_t i = 0; i < vocab; ++i) {
+        total += std::exp(static_cast<double>(raw[i] - top));
+        larger += raw[i] > raw[token];
+    }
+    const double log_total = std::log(total);
+    const auto logprob = [&](size_t id) { return static_cast<float>(static_cast<double>(raw[id] - top) - log_total); };
+    s.out_logprobs[row] = logprob(token);
+    s.out_ranks[row] = 1 + larger;
+
+    Ranking ranking(raw, vocab, top, 1.0f, scratch);
+    const size_t wanted = std::min(static_cast<size_t>(s.num_logprobs[row]), vocab);
+    while (ranking.size() < wanted && !ranking.complete()) ranking.extend();
+    for (size_t rank = 0; rank < std::min(wanted, ranking.size()); ++rank) {
+        top_ids[rank] = ranking.id(rank);
+        top_logprobs[rank] = logprob(static_cast<size_t>(ranking.id(rank)));
+    }
+}
+
+}  // namespace
+
+void reserve(SamplerScratch& scratch, size_t vocab) {
+    scratch.adjusted.resize(vocab);
+    scratch.order.reserve(vocab);
+    scratch.running.reserve(vocab);
+}
+
+void sample_row(const OctavoStep& s, size_t row, const float* logits, size_t vocab, SamplerScratch& scratch) {
+    const float* chosen_from = logits;
+    if (adjusts(s, row)) {
+        std::memcpy(scratch.adjusted.data(), logits, vocab * sizeof(float));
+        adjust(s, row, scratch.adjusted.data());
+        chosen_from = scratch.adjusted.data();
+    }
+    const size_t token = draw(s, row, chosen_from, vocab, scratch);
+    s.out_token_ids[row] = static_cast<int32_t>(token);
+    write_logprobs(s, row, logits, vocab, token, scratch);
+}
+
+}  // namespace octavo

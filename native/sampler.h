@@ -1,0 +1,24 @@
+// From raw logits to tokens; runtime/reference/sampler.py is the definition, stage by stage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "abi.h"
+
+namespace octavo {
+
+// Memory that one thread reuses from row to row.
+struct SamplerScratch {
+    std::vector<float> adjusted;
+    std::vector<int32_t> order;
+    std::vector<double> running;
+};
+
+void reserve(SamplerScratch& scratch, size_t vocab);
+
+// Chooses the token of one row and fills in its log probabilities. The step was checked before.
+void sample_row(const OctavoStep& step, size_t row, const float* logits, size_t vocab, SamplerScratch& scratch);
+
+}  // namespace octavo

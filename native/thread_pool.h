@@ -1,0 +1,56 @@
+// A persistent pool: the caller and num_threads - 1 workers share the tasks of one parallel loop at a time.
+//
+// Workers spin for a moment after each loop (the next node of the program follows within microseconds), then sleep.
+// The caller waits for the tasks, not for the workers: one that the system does not schedule delays nobody.
+// Which thread runs a task is free; what a task computes must not depend on it.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace octavo {
+
+class ThreadPool {
+public:
+    explicit ThreadPool(size_t num_threads);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    size_t num_threads() const { return workers_.size() + 1; }
+
+    // Calls body(task, thread) for every task in [0, num_tasks), thread in [0, num_threads()). Bodies must not throw.
+    template <class Body>
+    void run(size_t num_tasks, const Body& body) {
+        if (num_tasks <= 1 || workers_.empty()) {
+            for (size_t task = 0; task < num_tasks; ++task) body(task, size_t{0});
+            return;
+        }
+        run_shared(
+            num_tasks, [](const void* b, size_t task, size_t thread) { (*static_cast<const Body*>(b))(task, thread); },
+            &body);
+    }
+
+private:
+    using Call = void (*)(const void* body, size_t task, size_t thread);
+
+    void run_shared(size_t num_tasks, Call call, const void* body);
+    bool run_one(size_t thread);
+    void work(size_t thread);
+
+    std::vector<std::thread> workers_;
+    // (loop number << 32) | unclaimed tasks. One word, so a claim by compare-and-swap can only succeed within the
+    // loop whose call_ and body_ were read just before: the caller replaces them only after the count reached zero.
+    alignas(64) std::atomic<uint64_t> state_{0};
+    std::atomic<Call> call_{nullptr};
+    std::atomic<const void*> body_{nullptr};
+    alignas(64) std::atomic<size_t> unfinished_{0};
+    alignas(64) std::atomic<uint32_t> wake_{0};
+    std::atomic<uint32_t> sleepers_{0};
+    std::atomic<bool> closing_{false};
+};
+
+}  // namespace octavo

@@ -1,0 +1,230 @@
+"""NativeRuntime: the Runtime protocol over the C++ library. All of a step happens in one foreign call."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import StepError, UnsupportedError
+from octavo.program.program import Program
+from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.native import library as lib
+from octavo.runtime.native.packing import pack_weights, packed_bytes
+from octavo.runtime.native.table import Limits, Tables, build_tables
+
+_FLOAT_BYTES = 4
+_VALUE_GROUP = 16  # a row of V is padded to a multiple of this (native/kernels.h)
+
+# What the library takes each array for; checked before any pointer is handed over.
+_STEP_DTYPES: dict[str, type[np.generic]] = dict.fromkeys(lib.STEP_ARRAYS, np.int32) | {"slots": np.int64}
+_SAMPLING_FIELDS = {name: "positions" if name == "sample_positions" else name for name in lib.SAMPLING_ARRAYS}
+_SAMPLING_DTYPES: dict[str, type[np.generic]] = {
+    **dict.fromkeys(lib.SAMPLING_ARRAYS, np.float32),
+    **dict.fromkeys(("top_k", "num_logprobs", "bias_start", "bias_ids"), np.int32),
+    **dict.fromkeys(("seen_start", "seen_ids", "seen_counts"), np.int32),
+    "seeds": np.uint64,
+    "sample_positions": np.int64,
+}
+_PER_ROW = (
+    *("temperature", "top_k", "top_p", "min_p", "seeds", "sample_positions", "num_logprobs"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+class NativeRuntime:
+    """Implements runtime.base.Runtime on the CPU; matrices as float32 or bfloat16, everything else float32.
+
+    Results do not depend on the number of threads, on batch mates, or on how a prompt is cut into chunks.
+
+    Raises:
+        UnsupportedError: an instruction level that this machine lacks.
+        ConfigError: the library is missing or was built from other sources.
+    """
+
+    name = "native"
+
+    def __init__(self, num_threads: int, level: str = "auto") -> None:
+        self.level = lib.resolve_level(level)
+        self.num_threads = num_threads
+        self.num_foreign_calls = 0
+        self._library = lib.load_library()
+        self._engine = ctypes.c_void_p()
+        code = self._library.octavo_create(num_threads, self.level.encode(), ctypes.byref(self._engine))
+        lib.check(self._library, code)
+        self._finalizer = weakref.finalize(self, self._library.octavo_destroy, self._engine)
+        self._program: Program | None = None
+        self._tables: Tables | None = None
+        self._step = lib.StepTable()
+        self._step_pointer = ctypes.pointer(self._step)
+        self._inputs: StepInputs | None = None
+
+    def load(
+        self,
+        program: Program,
+        weights: WeightSource,
+        *,
+        dtype: str,
+        max_num_tokens: int,
+        max_num_logits: int,
+        max_num_requests: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> LoadReport:
+        """Packs the weights with all threads and hands the program over.
+
+        Raises:
+            UnsupportedError: a dtype other than float32 and bfloat16.
+            MemoryPlanError: the system refuses the memory.
+            ModelFileError: a tensor of an unexpected shape.
+        """
+        _check_dtype(dtype)
+        ids = pack_weights(self._library, self._handle(), program, weights, dtype, progress)
+        limits = Limits(max_num_tokens, max_num_logits, max_num_requests)
+        self._tables = build_tables(program, ids, limits)
+        self._call(self._library.octavo_set_program, ctypes.byref(self._tables.program))
+        self._program = program
+        return LoadReport(
+            weight_bytes=self.weight_bytes(program, weights, dtype),
+            arena_bytes=program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES,
+            description=f"native ({self.level}, {self.num_threads} threads, {dtype})",
+        )
+
+    def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
+        """Bytes that load() would make resident, from shapes alone."""
+        _check_dtype(dtype)
+        return sum(packed_bytes(weight, dtype) for weight in program.weights)
+
+    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
+        """Bytes of one KV block over all layers, with the padding of V."""
+        per_slot = sum(
+            layer.num_kv_heads * (layer.head_dim + -(-layer.head_dim // _VALUE_GROUP) * _VALUE_GROUP)
+            for layer in program.kv_layers
+        )
+        return per_slot * block_size * _FLOAT_BYTES
+
+    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+        """Reserves the pool; the system backs a block when it is first written."""
+        self._call(self._library.octavo_allocate_kv, num_blocks, block_size)
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies whole KV blocks (from, to) in all layers."""
+        flat = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        self._call(self._library.octavo_copy_blocks, _address(flat), len(flat))
+
+    def execute(self, inputs: StepInputs) -> None:
+        """Keeps the inputs; sample() runs program and sampler in one foreign call."""
+        self._inputs = inputs
+
+    def sample(self, sampling: SamplingInputs) -> SamplerOutput:
+        """Runs the step and chooses one token for each of the R positions.
+
+        Raises:
+            NativeError: an index out of its bounds; nothing was touched.
+            StepError: called without execute().
+        """
+        inputs, self._inputs = self._inputs, None
+        if inputs is None:
+            raise StepError("sample() without execute()")
+        step = self._step
+        self._fill_inputs(step, inputs)
+        self._fill_sampling(step, sampling, len(inputs.logits_indices))
+        output = _new_output(len(inputs.logits_indices), int(max(0, sampling.num_logprobs.max(initial=0))))
+        step.max_logprobs = output.top_ids.shape[1]
+        for name in lib.OUTPUT_ARRAYS:
+            setattr(step, f"out_{name}", _address(getattr(output, name)))
+        self.num_foreign_calls += 1
+        self._call(self._library.octavo_step, self._step_pointer)
+        return output
+
+    def logits(self) -> Float32:
+        """A copy of the last step's raw logits [R, vocab]."""
+        if self._program is None:
+            raise StepError("logits() before load()")
+        address = self._library.octavo_logits(self._handle())
+        shape = (self._step.num_logits, self._program.logits.width)
+        if 0 in shape:
+            return np.empty(shape, dtype=np.float32)
+        values = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), shape)
+        return values.copy()
+
+    def close(self) -> None:
+        """Frees everything; threads end. Further calls raise StepError."""
+        self._finalizer()
+        self._engine = ctypes.c_void_p()
+        self._tables = None
+
+    def _handle(self) -> ctypes.c_void_p:
+        if not self._engine:
+            raise StepError("the native runtime is closed")
+        return self._engine
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        lib.check(self._library, function(self._handle(), *arguments))
+
+    def _fill_inputs(self, step: lib.StepTable, inputs: StepInputs) -> None:
+        if self._program is None:
+            raise StepError("execute() before load()")
+        num_tokens, num_requests = len(inputs.token_ids), len(inputs.seq_lens)
+        groups = self._program.num_kv_groups
+        max_blocks = inputs.block_tables.shape[-1]
+        shapes = {
+            "token_ids": (num_tokens,),
+            "positions": (num_tokens,),
+            "slots": (groups, num_tokens),
+            "query_start_loc": (num_requests + 1,),
+            "seq_lens": (num_requests,),
+            "block_tables": (groups, num_requests, max_blocks),
+            "logits_indices": (len(inputs.logits_indices),),
+        }
+        for name, shape in shapes.items():
+            setattr(step, name, _checked(name, getattr(inputs, name), _STEP_DTYPES[name], shape))
+        step.num_tokens, step.num_requests, step.max_blocks = num_tokens, num_requests, max_blocks
+        step.num_logits = len(inputs.logits_indices)
+
+    def _fill_sampling(self, step: lib.StepTable, sampling: SamplingInputs, num_logits: int) -> None:
+        num_bias, num_seen = len(sampling.bias_ids), len(sampling.seen_ids)
+        shapes = dict.fromkeys(_PER_ROW, (num_logits,)) | {
+            "bias_start": (num_logits + 1,),
+            "bias_ids": (num_bias,),
+            "bias_values": (num_bias,),
+            "seen_start": (num_logits + 1,),
+            "seen_ids": (num_seen,),
+            "seen_counts": (num_seen,),
+        }
+        for name, shape in shapes.items():
+            array = getattr(sampling, _SAMPLING_FIELDS[name])
+            setattr(step, name, _checked(name, array, _SAMPLING_DTYPES[name], shape))
+        step.num_bias, step.num_seen = num_bias, num_seen
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in lib.DTYPES:
+        raise UnsupportedError(f"the native runtime keeps weights as float32 or bfloat16, not {dtype}")
+
+
+def _checked(name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> int:
+    """The array's address, if it is what the library will take it for."""
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        raise StepError(
+            f"{name} must be a C-contiguous {dtype.__name__} array {shape}, not {array.dtype} {array.shape}"
+        )
+    return _address(array)
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
+    return address
+
+
+def _new_output(num_logits: int, num_logprobs: int) -> SamplerOutput:
+    return SamplerOutput(
+        token_ids=np.empty(num_logits, dtype=np.int32),
+        logprobs=np.empty(num_logits, dtype=np.float32),
+        ranks=np.empty(num_logits, dtype=np.int32),
+        top_ids=np.empty((num_logits, num_logprobs), dtype=np.int32),
+        top_logprobs=np.empty((num_logits, num_logprobs), dtype=np.float32),
+    )

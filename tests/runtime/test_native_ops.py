@@ -1,0 +1,148 @@
+"""Every op at every level and weight type against the reference, over sizes that divide nothing."""
+
+from __future__ import annotations
+
+import pytest
+from native_harness import (
+    LEVELS,
+    Piece,
+    Steps,
+    assert_same_logits,
+    attention_program,
+    decoder_program,
+    matrix,
+    row_program,
+    vector,
+)
+
+from octavo.program.ops import Add, Buffer, Embedding, Linear, Norm
+from octavo.program.program import Program, ProgramBuilder
+
+ROWS = [[[Piece(0, 0, 1)]], [[Piece(0, 0, 3), Piece(1, 5, 1)]], [[Piece(0, 0, 37)]]]
+
+every_level = pytest.mark.parametrize("level", LEVELS)
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def linear_program(depth: int, channels: int, **options: object) -> Program:
+    gated = str(options.get("activation", "")).endswith("_mul")
+    rows = 2 * channels if gated else channels
+    bias = vector("bias", rows) if options.pop("bias", False) else None
+
+    def body(build: ProgramBuilder, x: Buffer) -> Buffer:
+        out = build.tokens("y", channels)
+        build.add(Linear("linear", x=x, weight=matrix("w", rows, depth), out=out, bias=bias, **options))  # type: ignore[arg-type]
+        return out
+
+    return row_program(depth, body)
+
+
+@every_level
+@every_dtype
+@pytest.mark.parametrize(("depth", "channels"), [(1, 1), (7, 3), (16, 16), (33, 17), (65, 100), (576, 35)])
+def test_linear_sizes(level: str, dtype: str, depth: int, channels: int) -> None:
+    for plan in ROWS:
+        assert_same_logits(linear_program(depth, channels), plan, level=level, dtype=dtype)
+
+
+@every_level
+@every_dtype
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu_mul", "gelu_tanh_mul"])
+def test_linear_epilogues(level: str, dtype: str, activation: str) -> None:
+    program = linear_program(37, 21, activation=activation, bias=True, scale=0.75, softcap=1.5)
+    for plan in ROWS:
+        assert_same_logits(program, plan, level=level, dtype=dtype)
+
+
+@every_level
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("width", [1, 15, 64, 101])
+def test_norm_with_residual_and_add(level: str, kind: str, width: int) -> None:
+    def body(build: ProgramBuilder, x: Buffer) -> Buffer:
+        other, kept, out, total = (build.tokens(name, width) for name in ("other", "kept", "out", "total"))
+        build.add(Embedding("other", weight=matrix("other", 61, width, "embedding"), out=other))
+        bias = vector("bias", width) if kind == "layer" else None
+        build.add(
+            Norm(
+                "norm",
+                x=x,
+                weight=vector("norm", width),
+                out=out,
+                eps=1e-3,
+                kind=kind,  # type: ignore[arg-type]
+                bias=bias,
+                residual=other,
+                residual_out=kept,
+            )
+        )
+        build.add(Add("add", x=out, y=kept, out=total))
+        return total
+
+    for plan in ROWS:
+        assert_same_logits(row_program(width, body), plan, level=level)
+
+
+@every_level
+@every_dtype
+def test_embedding_scale_and_positions(level: str, dtype: str) -> None:
+    positions = matrix("positions", 402, 27, "embedding")
+    program = row_program(27, lambda build, x: x, scale=3.5, position_weight=positions, position_offset=2)
+    for plan in ROWS:
+        assert_same_logits(program, plan, level=level, dtype=dtype)
+
+
+def test_embedding_of_positions_alone() -> None:
+    def body(build: ProgramBuilder, x: Buffer) -> Buffer:
+        out, total = build.tokens("p", 9), build.tokens("t", 9)
+        build.add(Embedding("p", weight=None, out=out, position_weight=matrix("p", 400, 9, "embedding")))
+        build.add(Add("add", x=x, y=out, out=total))
+        return total
+
+    assert_same_logits(row_program(9, body), ROWS[2], level="auto")
+
+
+# Chunks of a long prompt, mixed with another request's prefill and decode: contexts past two KV tiles.
+MIXED = [
+    [Piece(0, 0, 70), Piece(1, 0, 5)],
+    [Piece(0, 70, 61), Piece(1, 5, 1), Piece(2, 0, 1)],
+    [Piece(2, 1, 1), Piece(0, 131, 9), Piece(1, 6, 30)],
+    [Piece(0, 140, 1)],
+]
+
+
+@every_level
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1), (40, 1)])
+@pytest.mark.parametrize("dim", [64, 10])
+def test_attention_heads(level: str, heads: int, kv_heads: int, dim: int) -> None:
+    assert_same_logits(attention_program(heads=heads, kv_heads=kv_heads, dim=dim), MIXED, level=level)
+
+
+@every_level
+@pytest.mark.parametrize("window", [1, 7, 64, 100])
+def test_attention_window(level: str, window: int) -> None:
+    assert_same_logits(attention_program(heads=6, kv_heads=2, dim=24, window=window), MIXED, level=level)
+
+
+@every_level
+@pytest.mark.parametrize("block_size", [1, 8, 16, 24, 32])
+def test_attention_block_sizes(level: str, block_size: int) -> None:
+    program = attention_program(heads=4, kv_heads=2, dim=18, window=40)
+    assert_same_logits(program, MIXED, level=level, steps=Steps(block_size=block_size))
+
+
+@every_level
+def test_attention_softcap_and_head_norms(level: str) -> None:
+    program = attention_program(heads=4, kv_heads=2, dim=96, softcap=2.0, qk_norm=True)
+    assert_same_logits(program, MIXED, level=level)
+
+
+@every_level
+@pytest.mark.parametrize("rope", [0, 3])
+def test_partial_and_absent_rotation(level: str, rope: int) -> None:
+    assert_same_logits(attention_program(heads=4, kv_heads=2, dim=17, rope=rope), MIXED, level=level)
+
+
+@every_level
+@every_dtype
+def test_decoder(level: str, dtype: str) -> None:
+    assert_same_logits(decoder_program(), MIXED, level=level, dtype=dtype, tolerance=1e-4)

@@ -1,0 +1,156 @@
+"""The C++ sampler chooses what the reference sampler chooses, stage by stage and all together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from native_harness import RandomWeights, load, matrix, sampling
+
+from octavo.program.ops import Embedding, GatherRows, Linear
+from octavo.program.program import Program, ProgramBuilder
+from octavo.runtime.base import SamplerOutput, SamplingInputs, StepInputs
+from octavo.runtime.native import NativeRuntime
+from octavo.runtime.reference.sampler import sample
+
+VOCAB = 3001
+ROWS = 24
+
+
+def head_program() -> Program:
+    build = ProgramBuilder()
+    x, rows, logits = build.tokens("x", 32), build.logit_rows("rows", 32), build.logit_rows("logits", VOCAB)
+    build.add(Embedding("embed", weight=matrix("embed", 61, 32, "embedding"), out=x))
+    build.add(GatherRows("gather", x=x, out=rows))
+    build.add(Linear("head", x=rows, weight=matrix("head", VOCAB, 32), out=logits))
+    return build.finish(hidden=rows, logits=logits, hidden_size=32, vocab_size=VOCAB, max_len=400)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> NativeRuntime:
+    program = head_program()
+    weights = RandomWeights(program, scale=2.0)
+    head = weights.tensors["head"].data
+    head[100:140] = head[100]  # equal logits
+    return load(NativeRuntime(2), program, weights)  # type: ignore[return-value]
+
+
+def inputs(num_rows: int) -> StepInputs:
+    indices = np.arange(num_rows, dtype=np.int32)
+    return StepInputs(
+        token_ids=(indices * 5 % 61).astype(np.int32),
+        positions=indices,
+        slots=np.arange(num_rows, dtype=np.int64)[None],
+        query_start_loc=np.array([0, num_rows], np.int32),
+        seq_lens=np.array([num_rows], np.int32),
+        block_tables=np.arange(8, dtype=np.int32)[None, None],
+        logits_indices=indices,
+    )
+
+
+def both(runtime: NativeRuntime, chosen: SamplingInputs) -> tuple[SamplerOutput, SamplerOutput]:
+    runtime.execute(inputs(len(chosen.temperature)))
+    found = runtime.sample(chosen)
+    return found, sample(runtime.logits(), chosen)
+
+
+def assert_same_tokens(runtime: NativeRuntime, **changes: object) -> np.ndarray:
+    """Draws from many (seed, position) pairs; returns the tokens."""
+    tokens = []
+    for seed in range(8):
+        seeds = np.random.default_rng(seed).integers(0, 1 << 63, ROWS, dtype=np.uint64) * np.uint64(2)
+        positions = np.arange(ROWS, dtype=np.int64) * (seed + 1)
+        found, expected = both(runtime, sampling(ROWS, **{"seeds": seeds, "positions": positions} | changes))
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        tokens.append(found.token_ids)
+    return np.concatenate(tokens)
+
+
+def full(value: float, dtype: type = np.float32) -> np.ndarray:
+    return np.full(ROWS, value, dtype)
+
+
+def test_greedy_takes_the_lowest_of_equals(runtime: NativeRuntime) -> None:
+    bias = {
+        "bias_start": np.arange(0, 41 * ROWS, 40, dtype=np.int32)[: ROWS + 1],
+        "bias_ids": np.tile(np.arange(139, 99, -1, dtype=np.int32), ROWS),
+        "bias_values": np.full(40 * ROWS, 90, np.float32),
+    }
+    assert set(assert_same_tokens(runtime, **bias).tolist()) == {100}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": full(1.0)},
+        {"temperature": full(0.05)},
+        {"temperature": full(50.0)},
+        {"temperature": full(1.0), "top_k": full(1, np.int32)},
+        {"temperature": full(2.0), "top_k": full(40, np.int32)},
+        {"temperature": full(2.0), "top_k": full(1 << 30, np.int32)},
+        {"temperature": full(1.0), "top_p": full(0.9)},
+        {"temperature": full(3.0), "top_p": full(0.999)},
+        {"temperature": full(1.0), "top_p": full(1e-6)},
+        {"temperature": full(1.5), "min_p": full(0.05)},
+        {"temperature": full(1.5), "min_p": full(1.0)},
+        {"temperature": full(2.0), "top_k": full(50, np.int32), "top_p": full(0.8), "min_p": full(0.01)},
+    ],
+)
+def test_random_draws(runtime: NativeRuntime, changes: dict[str, np.ndarray]) -> None:
+    tokens = assert_same_tokens(runtime, **changes)
+    if changes.get("top_k", full(0))[0] != 1 and changes.get("min_p", full(0))[0] != 1.0:
+        assert len(set(tokens.tolist())) > 5 or changes.get("top_p", full(1))[0] < 0.5
+
+
+def test_bias_and_penalties(runtime: NativeRuntime) -> None:
+    random = np.random.default_rng(3)
+    seen = [random.choice(VOCAB, 300, replace=False) for _ in range(ROWS)]
+    changes = {
+        "temperature": np.where(np.arange(ROWS) % 2, 0.0, 1.3).astype(np.float32),
+        "repetition_penalty": random.uniform(0.5, 2, ROWS).astype(np.float32),
+        "presence_penalty": random.uniform(-2, 2, ROWS).astype(np.float32),
+        "frequency_penalty": random.uniform(-2, 2, ROWS).astype(np.float32),
+        "seen_start": np.arange(0, 300 * (ROWS + 1), 300, dtype=np.int32),
+        "seen_ids": np.concatenate(seen).astype(np.int32),
+        "seen_counts": random.integers(0, 4, 300 * ROWS).astype(np.int32),
+        "bias_start": np.arange(0, 3 * (ROWS + 1), 3, dtype=np.int32),
+        "bias_ids": random.integers(0, VOCAB, 3 * ROWS).astype(np.int32),
+        "bias_values": np.where(np.arange(3 * ROWS) % 3, 4.0, -np.inf).astype(np.float32),
+    }
+    plain = assert_same_tokens(runtime, temperature=changes["temperature"])
+    assert (assert_same_tokens(runtime, **changes) != plain).any()
+
+
+def test_logprobs_and_ranks(runtime: NativeRuntime) -> None:
+    wanted = (np.arange(ROWS, dtype=np.int32) % 7) - 1
+    found, expected = both(runtime, sampling(ROWS, temperature=full(2.0), num_logprobs=wanted))
+    assert found.top_ids.shape == (ROWS, 5)
+    assert np.array_equal(found.top_ids, expected.top_ids)
+    assert np.array_equal(found.ranks, expected.ranks)
+    assert (found.ranks[wanted >= 0] >= 1).all()
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-6)
+    np.testing.assert_allclose(found.top_logprobs, expected.top_logprobs, rtol=1e-6)
+
+
+def test_extreme_logits_never_leave_the_vocabulary(runtime: NativeRuntime) -> None:
+    everything = {
+        "bias_start": np.array([0, VOCAB], np.int32),
+        "bias_ids": np.arange(VOCAB, dtype=np.int32),
+    }
+    for value in (-np.inf, np.inf, np.nan, 3e38):
+        runtime.execute(inputs(1))
+        values = np.full(VOCAB, value, np.float32)
+        one = sampling(1, **everything, bias_values=values, temperature=np.ones(1, np.float32))
+        one.num_logprobs[:] = 3
+        found = runtime.sample(one)
+        assert 0 <= found.token_ids[0] < VOCAB
+
+
+def test_a_row_draws_the_same_token_in_any_batch(runtime: NativeRuntime) -> None:
+    found, _ = both(runtime, sampling(ROWS, temperature=full(1.0)))
+    for row in (0, 11):
+        step = inputs(ROWS)
+        step.logits_indices = np.array([row], np.int32)
+        runtime.execute(step)
+        seeds = np.array([row], np.uint64)
+        alone = runtime.sample(sampling(1, temperature=np.ones(1, np.float32), seeds=seeds))
+        assert alone.token_ids[0] == found.token_ids[row]
