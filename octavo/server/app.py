@@ -169,10 +169,12 @@ def _json(value: object) -> Response:
 
 def _bind(host: str, port: int) -> socket.socket:
     """A listening address of our own, so that a port in use is one clear sentence."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port must be from 0 (any free one) to 65535, not {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

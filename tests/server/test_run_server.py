@@ -1,0 +1,54 @@
+"""Binding, readiness and ending of the server loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+
+import pytest
+from fake_engine import FakeEngine
+
+from octavo.errors import ConfigError
+from octavo.server.app import create_app, run_server
+
+
+def make_app():
+    return create_app(FakeEngine(), served_model_names=["fake"])
+
+
+def test_a_port_in_use_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} .* in use.*--port"):
+            asyncio.run(run_server(make_app(), port=port))
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "word"),
+    [("256.0.0.1", 0, "256.0.0.1"), ("192.0.2.1", 0, "192.0.2.1"), ("127.0.0.1", 1 << 20, "65535")],
+)
+def test_an_impossible_address_is_a_config_error(host: str, port: int, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        asyncio.run(run_server(make_app(), host=host, port=port))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_loop_and_nothing_else(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    ports = []
+
+    def ready(port: int) -> None:
+        ports.append(port)
+        os.kill(os.getpid(), number)
+
+    asyncio.run(run_server(make_app(), port=0, ready=ready))
+    assert ports[0] > 0
+    assert signal.getsignal(number) is before
+
+
+def test_loopback_is_the_default(serve) -> None:
+    server = serve()
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", server.port))
