@@ -15,6 +15,7 @@ from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelErr
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.protocol import ChatRequest, GenerationRequest, Message, TokenizeRequest
+from octavo.text.chat import missing_template
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 4096  # characters; from here on templates and tokenisation leave the event loop
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
-RESERVED_KWARGS = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
+RESERVED_KWARGS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 @dataclass(slots=True)
@@ -74,15 +75,14 @@ class Front:
 
     def _render(self, messages: list[dict[str, str]], body: ChatRequest | TokenizeRequest) -> str:
         template = self.engine.chat_template
-        if self.engine.tokenizer is None or template is None:
-            missing = "tokenizer" if self.engine.tokenizer is None else "chat template"
-            remedy = "" if missing == "tokenizer" else " or start it with --chat-template"
-            raise InvalidValueError(
-                f"this server has no {missing}, so it cannot chat: use /v1/completions{remedy}", param="messages"
-            )
+        if self.engine.tokenizer is None:
+            raise InvalidValueError("this server runs without a tokenizer, so it cannot chat", param="messages")
+        if template is None:
+            raise missing_template(self.model_names[0])
         kwargs: Mapping[str, Any] = body.chat_template_kwargs or {}
-        if reserved := RESERVED_KWARGS & kwargs.keys():
-            raise InvalidValueError(f"{min(reserved)} cannot be set here", param="chat_template_kwargs")
+        for name in kwargs:
+            if name in RESERVED_KWARGS or name.endswith("_token"):
+                raise InvalidValueError(f"{name} cannot be set here", param="chat_template_kwargs")
         text = template.render(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
         return _cut_after_last_message(text, messages) if body.continue_final_message else text
 
