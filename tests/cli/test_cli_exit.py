@@ -1,0 +1,91 @@
+"""Exit statuses and what is said: one line, never a traceback unless asked for."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from octavo import __version__
+from octavo.cli.app import run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        (["serve", "--dtype", "int3"], 2, "dtype must be one of"),
+        (["serve", "--max-model-len", "4x"], 2, "'4x' is not a size"),
+        (["serve", "--port", "99999"], 2, "--port"),
+        (["serve", "--tensor-parallel-size", "2"], 2, "tensor_parallel_size=2 is not built"),
+        (["serve", "-q", "awq"], 2, "quantization='awq' is not built"),
+        (["serve", "--enable-lora"], 2, "--enable-lora"),
+        (["serve", "--metrics-compat", "tgi"], 2, "octavo or vllm"),
+        (["serve", "--log-level", "loud"], 2, "log_level must be one of"),
+        (["serve", "--chat-template", "/no/such/file"], 2, "No such file"),
+        (["serv"], 2, "serv"),
+        (["complete", "x", "--url", "ftp://x"], 2, "is not the address of a server"),
+        (["complete", "x", "--url", "http://127.0.0.1:9", "--dtype", "float32"], 2, "--dtype shapes an engine"),
+        (["complete", "x", "--url", "http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(
+    args: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(args) == status
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(["serve", "/no/such/model", "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["complete", "x", "--url", "http://127.0.0.1:9", "--log-level", "debug"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert "\nerror: no server answers" in error
+    assert run(["complete", "x", "--url", "http://127.0.0.1:9"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_bare_octavo_and_bench_show_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "Usage: octavo VERB" in capsys.readouterr().out
+    assert run(["bench"]) == 0
+    assert "Usage: octavo bench VERB" in capsys.readouterr().out
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = """
+import sys
+from octavo.cli.app import run
+assert run(["--version"]) == 0 and run(["--help"]) == 0 and run(["serve", "--help"]) == 0
+heavy = {"numpy", "fastapi", "uvicorn", "tokenizers", "huggingface_hub", "prometheus_client", "msgspec"}
+loaded = heavy & set(sys.modules)
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"octavo {__version__}\n")
+
+
+def test_python_dash_m_octavo_is_octavo() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "octavo", "serve", "--dtype", "x"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: dtype must be one of")
