@@ -79,7 +79,7 @@ class GGUFWeights:
             data = data[stored.piece * rows : (stored.piece + 1) * rows]
         if stored.heads:
             data = data[half_split_rows(rows, stored.heads)]
-        return Tensor(stored.name, tensor.type, (rows, *tensor.shape[1:]), np.require(data, requirements="CA"))
+        return Tensor(stored.name, tensor.type, (rows, *tensor.shape[1:]), np.require(data, requirements=("C", "A")))
 
     def type_of(self, part: str) -> str:
         """Its stored type name, without reading it."""
