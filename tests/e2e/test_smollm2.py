@@ -7,10 +7,10 @@ likely next token must be ours at every position. By induction that is its own g
 import gc
 
 import pytest
+from octavo.models.hub import resolve_model
 from prompts import PROMPTS
 
 from octavo import LLM, SamplingParams
-from octavo.models.hub import resolve_model
 
 pytestmark = pytest.mark.model
 

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.model
 
 NUM_CLIENTS = 200
 POOL_TOKENS = 2048  # far less than the clients want at once, so that preemption happens as well
-PROMPTS = [f"Story number {i}. Once upon a time there was a {w}" for i, w in enumerate("cat dog fox owl hen".split())]
+ANIMALS = ["cat", "dog", "fox", "owl", "hen"]
+PROMPTS = [f"Story number {i}. Once upon a time there was a {animal}" for i, animal in enumerate(ANIMALS)]
 
 
 async def one(client, number, leave_after):
