@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from octavo.errors import InvalidValueError, ModelFileError
 from octavo.text.tokenizer import Tokenizer
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 500_000
 MAX_SECONDS = 10.0
 MAX_SIZE = 1 << 22  # characters of a string, elements of a list, bits of a number
 _SIZED = (str, list, tuple, dict)

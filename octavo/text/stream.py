@@ -50,7 +50,7 @@ class TextStream:
         self._min_tokens = params.min_tokens
         self._detokenize = params.detokenize
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = _StopFinder(params.stops) if params.stops and params.detokenize else None
+        self._stops = _StopFinder(params.stops) if params.stops else None
         self._held = ""  # decoded, and perhaps the beginning of a stop string
         self._num_tokens = 0
         self._stopped: TextDelta | None = None

@@ -2,9 +2,10 @@
 
 Decoding is defined here and not by the library, so that a stream can do it token by token: a token *is* a byte string
 (`token_bytes`), text is the concatenation of those bytes read as UTF-8, and bytes that are not UTF-8 become U+FFFD the
-way the Unicode standard recommends (one for each maximal part of a character). For byte-level BPE this is exactly
-what the library does. For SentencePiece vocabularies it differs only where a model emits bytes that are not UTF-8: the
-library then gives up the whole run of byte tokens, Octavo only the broken ones.
+way the Unicode standard recommends (one for each maximal part of a character). The library does the same, with two
+exceptions. For SentencePiece vocabularies, where a model emits bytes that are not UTF-8, it gives up the whole run of
+byte tokens, Octavo only the broken ones. For byte-level BPE it may read an added token such as "õ" as bytes, although
+added tokens are plain text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, processors
 
 from octavo.errors import InvalidValueError, ModelFileError, UnsupportedModelError
+from octavo.models.gguf_file import GGUFFile
 from octavo.models.spec import ModelFiles
 from octavo.text.gguf_tokenizer import SPACE, build_gguf_tokenizer, token_id
 
@@ -64,8 +66,8 @@ class Tokenizer:
         self.special_tokens = special_tokens or {}
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
-        added = core.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added = core.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.chat_template = chat_template
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -115,8 +117,9 @@ class Tokenizer:
             return b""
         if self._byte_level:
             values = [_BYTE_OF_CHARACTER.get(character) for character in name]
-            # Added tokens are stored as plain text, which may leave the byte alphabet.
-            return bytes(v for v in values if v is not None) if None not in values else name.encode()
+            if token in self._added or None in values:
+                return name.encode()
+            return bytes(value for value in values if value is not None)
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return bytes.fromhex(name[3:5])
         return name.replace(SPACE, " ").encode()
@@ -156,8 +159,6 @@ _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "v
 
 
 def _load_gguf(path: Path) -> Tokenizer:
-    from octavo.models.gguf_file import GGUFFile
-
     metadata = GGUFFile.open(path).metadata
     core = build_gguf_tokenizer(metadata)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]  # type: ignore[assignment]  # checked by the builder

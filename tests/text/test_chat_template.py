@@ -1,0 +1,161 @@
+"""Chat templates render what Hugging Face renders, and cannot hang or break out."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+from vectors import templates
+from vocabularies import byte_level
+
+from octavo.errors import InvalidValueError, ModelFileError
+from octavo.text.chat import MAX_SIZE, ChatTemplate, missing_template
+from octavo.text.tokenizer import load_tokenizer
+
+TOKENIZER = byte_level()
+MESSAGES = [
+    {"role": "system", "content": "You are terse."},
+    {"role": "user", "content": "Is 1 < 2 & é > 🦙?\n"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Why?"},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather in <a> city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "é"}}},
+        },
+    }
+]
+
+
+def render(source: str, messages: list[dict[str, Any]] = MESSAGES, **variables: Any) -> str:
+    return ChatTemplate(source, TOKENIZER).render(messages, **variables)
+
+
+def huggingface(source: str, messages: list[dict[str, Any]], special_tokens: dict[str, str], **variables: Any) -> str:
+    """What `apply_chat_template` of transformers renders."""
+    rendered, _ = render_jinja_template([messages], chat_template=source, **special_tokens, **variables)
+    return rendered[0]
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+def test_published_templates_equal_transformers(tools: list[dict[str, Any]] | None) -> None:
+    """Both render the same, or both fail with the same message (some templates refuse a system role, or need tools)."""
+    rendered = 0
+    for name, source in templates().items():
+        compiled = ChatTemplate(source, TOKENIZER)
+        try:
+            expected = huggingface(source, MESSAGES, TOKENIZER.special_tokens, tools=tools, add_generation_prompt=True)
+        except Exception as refused:
+            with pytest.raises(InvalidValueError, match=re.escape(str(refused))):
+                compiled.render(MESSAGES, tools=tools)
+        else:
+            rendered += 1
+            assert compiled.render(MESSAGES, tools=tools) == expected, name
+    assert rendered >= 60
+
+
+@pytest.mark.model
+def test_smollm2_template_equals_transformers() -> None:
+    from octavo.models.hub import resolve_model
+
+    tokenizer = load_tokenizer(resolve_model("smollm2", quiet=True))
+    assert tokenizer.chat_template is not None
+    template = ChatTemplate(tokenizer.chat_template, tokenizer)
+    for messages in (MESSAGES, MESSAGES[1:2], MESSAGES[1:]):
+        for ask in (True, False):
+            source, names = tokenizer.chat_template, tokenizer.special_tokens
+            expected = huggingface(source, messages, names, add_generation_prompt=ask)
+            assert template.render(messages, add_generation_prompt=ask) == expected
+    ids = tokenizer.encode(template.render(MESSAGES), add_special_tokens=False)
+    assert ids.count(tokenizer.encode("<|im_start|>")[0]) == len(MESSAGES) + 1
+
+
+def test_the_names_a_template_sees() -> None:
+    source = (
+        "{{ bos_token }}|{{ messages|length }}|{{ add_generation_prompt }}|{{ tools is none }}|{{ extra }}|"
+        "{{ {'b': '<é>', 'a': 1}|tojson }}|{{ strftime_now('%Y')|length }}"
+    )
+    expected = '<s>|4|False|True|7|{"b": "<é>", "a": 1}|4'
+    assert render(source, add_generation_prompt=False, extra=7) == expected
+
+
+def test_blocks_are_trimmed_and_generation_and_break_work() -> None:
+    source = "{% for m in messages %}\n  {% generation %}\n{{ loop.index }}/{{ loop.length }}\n  {% endgeneration %}\n"
+    assert render(source + "  {% if loop.index == 2 %}{% break %}{% endif %}\n{% endfor %}\n") == "1/4\n2/4\n"
+
+
+def test_the_templates_own_message_reaches_the_caller() -> None:
+    with pytest.raises(InvalidValueError, match="roles must alternate") as caught:
+        render("{{ raise_exception('roles must alternate') }}")
+    assert caught.value.param == "messages"
+    with pytest.raises(InvalidValueError, match="has no attribute 'name'"):
+        render("{{ messages[0].name.first }}")
+
+
+RUNAWAYS = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursive loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "doubling by ~": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling by +": "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "squaring": "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "doubling by join": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = [n.x, n.x]|join %}{% endfor %}"
+    ),
+    "doubling by replace": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor %}"
+    ),
+    "repetition": "{{ 'a' * 9999999999 }}",
+    "power": "{{ 9 ** 9999999 }}",
+    "output": "{% for i in range(99999) %}{{ 'abcdefgh' * 999 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", RUNAWAYS.values(), ids=RUNAWAYS.keys())
+def test_runaway_templates_end_in_an_error(source: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(InvalidValueError, match=r"steps|larger than|longer than|above 64|recursion"):
+        render(source)
+    assert time.monotonic() - start < 20
+
+
+def test_long_conversations_are_no_runaways() -> None:
+    messages = [{"role": "user", "content": "x" * 500}] * 5000
+    rendered = render("{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}", messages)
+    assert len(rendered) == 5000 * 506 < MAX_SIZE
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ render.__globals__ }}",
+    ],
+)
+def test_the_sandbox_holds(source: str) -> None:
+    before = [dict(message) for message in MESSAGES]
+    with pytest.raises(InvalidValueError, match=r"unsafe|undefined"):
+        render(source)
+    assert before == MESSAGES
+
+
+def test_a_template_that_does_not_compile_is_the_models_fault() -> None:
+    with pytest.raises(ModelFileError, match="line 2"):
+        ChatTemplate("fine\n{% if %}", TOKENIZER)
+
+
+def test_a_missing_template_says_how_to_give_one() -> None:
+    error = missing_template("stories15m")
+    assert error.param == "messages"
+    assert "stories15m" in str(error)
+    assert "--chat-template" in str(error)
