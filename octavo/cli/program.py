@@ -31,7 +31,19 @@ def register(app: typer.Typer) -> None:
 @engine_flags(only=("dtype", "runtime", "max_model_len", "load_format", "revision", "download_dir"))
 def program(
     config: EngineConfig,
-    num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1)] = 1,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1, metavar="N")] = 1,
+    context: Annotated[
+        int, typer.Option(help="Positions that a token attends to.", parser=parse_size, metavar="SIZE")
+    ] = 512,
+) -> None:
+    """Adds the verb."""
+    app.command(cls=Verb, epilog=_EXAMPLES)(program)
+
+
+@engine_flags(only=("dtype", "runtime", "max_model_len", "load_format", "revision", "download_dir"))
+def program(
+    config: EngineConfig,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1, metavar="N")] = 1,
     context: Annotated[
         int | None,
         typer.Option(help="Positions a token attends to; default: as many as the step has.", parser=parse_size),
@@ -59,4 +71,4 @@ def program(
         return math.prod(weight.shape) * (2 if narrow and weight.role != "vector" else 4)
 
     say(f"{config.model}: {spec.architecture}, {choice.runtime} runtime, {dtype} weights", style="bold")
-    typer.echo(describe(record(spec), Sizes(num_tokens, 1, context or num_tokens), resident_bytes), nl=False)
+    typer.echo(describe(record(spec), Sizes(num_tokens, 1, context), resident_bytes), nl=False)

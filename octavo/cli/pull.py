@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli.help import Verb
+from octavo.cli.terminal import say, size_text
 
 _EXAMPLES = (
     "octavo pull                list aliases, and what is in the cache\n\noctavo pull gemma3-270m    fetch a model"
@@ -24,3 +25,28 @@ def pull(
     download_dir: Annotated[str | None, typer.Option(help="Folder to fetch into, instead of the cache.")] = None,
 ) -> None:
     """Fetch a model, or list what there is."""
+    from octavo.models.hub import resolve_model
+
+    if name is None:
+        list_models(download_dir)
+    else:
+        files = resolve_model(name, revision=revision, download_dir=download_dir)
+        typer.echo(files.path)
+
+
+def list_models(download_dir: str | None) -> None:
+    """The aliases: what each is, what fetching it costs, and which are here already."""
+    from octavo.models.aliases import ALIASES
+    from octavo.models.hub import cache_folder, cached_models
+
+    here = {model.name: model for model in cached_models(download_dir)}
+    rows = [("alias", "download", "licence", "here", "what it is")]
+    for alias in ALIASES.values():
+        size = f"{size_text(alias.download_size)} {alias.registry}"
+        rows.append((alias.name, size, alias.license, "yes" if alias.name in here else "-", alias.description))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        typer.secho(line, bold=number == 0)
+    say(f"\nCache: {cache_folder(download_dir)}", style="dim")
+    say("Also: a Hugging Face folder, a .gguf file, or a Hub repository OWNER/NAME.", style="dim")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import time
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +47,13 @@ class Startup:
     def close_phase(self, name: str) -> None:
         """Books everything not booked yet under `name`."""
         self.phases[name] = max(0.0, process_age() - self.total)
+
+    def add_engine(self, timings: dict[str, float]) -> None:
+        """Books what the engine reported: its process first, then its phases in their order."""
+        phases = dict(timings)
+        self.phases["find model"] += phases.pop("find model", 0.0)
+        self.phases["engine process"] = phases.pop("process start, imports", 0.0)
+        self.phases |= phases
 
     @property
     def total(self) -> float:
@@ -98,7 +107,9 @@ def serve(
     check_port(host, port)
     say(f"Octavo {__version__}", style="bold")
     find_model(config)
-    startup.close_phase("model files")
+    startup.close_phase("find model")
+    # with a timeout of 0 uvicorn complains that it cancels, which is what was asked for
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not record.getMessage().startswith("Cancel "))
     asyncio.run(_serve(config, template, metrics_compat, host, port, shutdown_timeout, startup))
     say("Stopped.")
 
@@ -161,20 +172,23 @@ async def _serve(
     startup: Startup,
 ) -> None:
     from octavo.engine.async_engine import AsyncEngine
-    from octavo.server.app import create_app, run_server
 
-    startup.close_phase("server imports")
-    engine = await AsyncEngine.start(config, chat_template=template, metrics_compat=metrics_compat)
-    startup.phases |= engine.timings
+    startup.close_phase("engine imports")
+    with console().status(f"Loading {config.model} ..."):
+        engine, app_module = await asyncio.gather(
+            AsyncEngine.start(config, chat_template=template, metrics_compat=metrics_compat),
+            asyncio.to_thread(import_module, "octavo.server.app"),  # while the engine process loads the model
+        )
+    startup.add_engine(engine.timings)
 
     def ready(real_port: int) -> None:
-        startup.close_phase("listen")
+        startup.close_phase("server")
         shown = f"[{host}]" if ":" in host else host
         print_ready(engine, startup, f"http://{shown}:{real_port}/v1")
 
     try:
-        app = create_app(engine, served_model_names=[engine.model_name])
-        await run_server(app, host=host, port=port, ready=ready, drain_seconds=shutdown_timeout)
+        app = app_module.create_app(engine, served_model_names=[engine.model_name])
+        await app_module.run_server(app, host=host, port=port, ready=ready, drain_seconds=shutdown_timeout)
     finally:
         await engine.shutdown()
 
@@ -182,7 +196,7 @@ async def _serve(
 def print_ready(engine: AsyncEngine, startup: Startup, url: str) -> None:
     """What whoever started the server wants to know: what runs, where memory and time went, where to send requests."""
     ready = engine.ready
-    say(f"Runtime  {ready.runtime}, {ready.dtype}")
+    say(f"Runtime  {ready.runtime}")
     say()
     say("Memory", style="bold")
     say(ready.plan)
