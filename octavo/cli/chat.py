@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from octavo.cli.flags import engine_flags
 from octavo.cli.help import Verb
-from octavo.cli.serve import find_model
+from octavo.cli.serve import find_model, read_template
 from octavo.cli.talk import Answer, ApiKeyOption, Message, Sampling, Talker, UrlOption, open_talker, say_where
 from octavo.cli.terminal import say, say_error
 from octavo.config import EngineConfig
@@ -42,16 +43,21 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1, metavar="N")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0, metavar="X")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE"),
+    ] = None,
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
 ) -> None:
     """Talk to a model, here or at a server. /help lists what can be typed."""
     sampling = Sampling(max_tokens, temperature, top_p)
+    template = read_template(chat_template)
     if url is None:
         find_model(config)
     say_where(config, url)
     with asyncio.Runner() as runner:
-        talker = runner.run(open_talker(config, url, api_key))
+        talker = runner.run(open_talker(config, url, api_key, chats=True, chat_template=template))
         try:
             Conversation(runner, talker, sampling, system).run()
         finally:

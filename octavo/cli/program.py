@@ -36,19 +36,6 @@ def program(
         int, typer.Option(help="Positions that a token attends to.", parser=parse_size, metavar="SIZE")
     ] = 512,
 ) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(program)
-
-
-@engine_flags(only=("dtype", "runtime", "max_model_len", "load_format", "revision", "download_dir"))
-def program(
-    config: EngineConfig,
-    num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1, metavar="N")] = 1,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Positions a token attends to; default: as many as the step has.", parser=parse_size),
-    ] = None,
-) -> None:
     """Print the model's program: every node with its shapes, bytes and operations in one step.
 
     The weights are not read: a bare config.json with --load-format dummy is enough.

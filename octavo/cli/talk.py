@@ -92,16 +92,35 @@ class Talker(Protocol):
         ...
 
 
-async def open_talker(config: EngineConfig, url: str | None, api_key: str | None) -> Talker:
-    """The server at `url`, checked to be there, or an engine of `config`, loaded."""
+async def open_talker(
+    config: EngineConfig,
+    url: str | None,
+    api_key: str | None,
+    *,
+    chats: bool = False,
+    chat_template: str | None = None,
+) -> Talker:
+    """The server at `url`, checked to be there, or an engine of `config`, loaded.
+
+    Raises ConfigError when flags of an engine come with a url, or when an engine that `chats` has no template.
+    """
     if url is not None:
         refuse_engine_flags(config)
+        if chat_template is not None:
+            raise ConfigError("--chat-template belongs to an engine, but --url names a server with its own: give one")
         server = Server.parse(url, api_key=api_key)
         served = await served_model(server)
         return ServerTalker(server, served if config.model == DEFAULT_MODEL else config.model)
     from octavo.engine.async_engine import AsyncEngine
 
-    return EngineTalker(await AsyncEngine.start(config))
+    engine = await AsyncEngine.start(config, chat_template=chat_template)
+    if chats and engine.chat_template is None:
+        await engine.shutdown()
+        raise ConfigError(
+            f"{config.model} has no chat template, so it cannot chat: use `octavo complete`, or give "
+            "--chat-template FILE"
+        )
+    return EngineTalker(engine)
 
 
 def refuse_engine_flags(config: EngineConfig) -> None:
@@ -130,11 +149,8 @@ class EngineTalker:
 
     async def chat(self, messages: list[Message], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
         engine = self._engine
-        if engine.chat_template is None or engine.tokenizer is None:
-            raise ConfigError(
-                f"{engine.model_name} has no chat template, so it cannot chat: use `octavo complete`, or give "
-                "--chat-template FILE"
-            )
+        assert engine.chat_template is not None, "checked by open_talker"
+        assert engine.tokenizer is not None, "a template comes with a tokenizer"
         text = engine.chat_template.render([dict(m) for m in messages], add_generation_prompt=True)
         # the template writes the special tokens itself
         ids = engine.tokenizer.encode(text, add_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (["serve", "--metrics-compat", "tgi"], 2, "octavo or vllm"),
         (["serve", "--log-level", "loud"], 2, "log_level must be one of"),
         (["serve", "--chat-template", "/no/such/file"], 2, "No such file"),
+        (["complete", "x", "--model", "no-such-model"], 2, "no model 'no-such-model'"),
+        (["program", "smolm2"], 2, "did you mean smollm2?"),
         (["serv"], 2, "serv"),
         (["complete", "x", "--url", "ftp://x"], 2, "is not the address of a server"),
         (["complete", "x", "--url", "http://127.0.0.1:9", "--dtype", "float32"], 2, "--dtype shapes an engine"),
@@ -60,6 +63,20 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\nerror: no server answers" in error
     assert run(["complete", "x", "--url", "http://127.0.0.1:9"]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_program_prints_nodes_of_a_bare_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96, "hidden_size": 32}
+    config |= {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"max_position_embeddings": 128, "rms_norm_eps": 1e-5, "torch_dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(["program", str(tmp_path), "--load-format", "dummy", "--num-tokens", "7", "--context", "1k"]) == 0
+    captured = capsys.readouterr()
+    assert "llama, native runtime, float32 weights" in captured.err
+    qkv = next(line for line in captured.out.splitlines() if line.startswith("layers.0.qkv"))
+    assert "7x64" in qkv
+    assert f"{64 * 32 * 4 / 1024:.1f} KiB" in qkv, "bytes of the stacked float32 weight"
+    assert "1000 positions attended" in captured.out
 
 
 def test_bare_octavo_and_bench_show_their_help(capsys: pytest.CaptureFixture[str]) -> None:
