@@ -6,12 +6,15 @@ Routes: POST /v1/chat/completions, /v1/completions, /tokenize, /detokenize; GET 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_SECONDS = 75
 DRAIN_SECONDS = 30
+DRAIN_POLL_SECONDS = 0.05
+CLOSE_SECONDS = 5  # for the last bytes, when nothing is generated any more
 
 
 class ErrorDetail(BaseModel):
@@ -54,6 +59,7 @@ def create_app(engine: AsyncEngine, *, served_model_names: list[str], max_body_b
     """The ASGI application for an engine. The first served name is the one answers carry by default."""
     app = FastAPI(title="Octavo", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Door, metrics=engine.metrics, max_body_bytes=max_body_bytes)
+    app.state.engine = engine
     errors.install(app)
     front = Front(engine, served_model_names)
     _add_generation(app, front)
@@ -70,8 +76,10 @@ async def run_server(
     ready: Callable[[int], None] | None = None,
     drain_seconds: int = DRAIN_SECONDS,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, then lets open answers end for at most `drain_seconds`; a second signal ends at
-    once. Port 0 takes a free one. `ready` is called with the real port when connections are accepted.
+    """Serves until SIGINT or SIGTERM, then gives open answers `drain_seconds` to end; a second signal gives none.
+
+    What is open after that ends with the error that the engine was shut down. Port 0 takes a free one; `ready` is
+    called with the real port once connections are accepted.
 
     Raises ConfigError when the address cannot be bound. Prints nothing.
     """
@@ -81,12 +89,12 @@ async def run_server(
         log_config=None,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=drain_seconds,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
         server_header=False,
         lifespan="off",
     )
     with listener:
-        await _Server(config, ready).serve(sockets=[listener])
+        await _Server(config, app.state.engine, drain_seconds, ready).serve(sockets=[listener])
 
 
 def _add_generation(app: FastAPI, front: Front) -> None:
@@ -188,10 +196,15 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with word when it is ready, and signals that only end it: who called us cleans up afterwards."""
+    """uvicorn, with word when it is ready, a drain that ends answers properly, and signals that only end the loop: who
+    called us cleans up afterwards."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float, ready: Callable[[int], None] | None
+    ) -> None:
         super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -199,6 +212,24 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self._ready and sockets:
             self._ready(sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts no more, lets open answers end in time, ends the others by ending the engine."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        deadline = time.monotonic() + self._drain_seconds
+        while self.server_state.tasks and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        if self.server_state.tasks:
+            await self._engine.shutdown()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second does not wait."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -95,6 +95,9 @@ class FakeEngine:
             if not ended:
                 self.aborted.append(request_id)
 
+    async def shutdown(self) -> None:
+        self.dead = "the engine was shut down"
+
     async def _outputs(self, prompt, params, request_id):
         began = time.monotonic()
         scripts = [_Script(self, len(prompt), index, params) for index in range(params.n)]
@@ -103,6 +106,8 @@ class FakeEngine:
         while any(script.output.finish_reason is None for script in scripts):
             if num_tokens == self.fail_after:
                 raise self.failure
+            if self.dead:
+                raise EngineDeadError(self.dead)
             await asyncio.sleep(self.token_seconds)
             deltas = [script.next() for script in scripts if script.output.finish_reason is None]
             num_tokens += 1

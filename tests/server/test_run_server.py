@@ -6,7 +6,10 @@ import asyncio
 import os
 import signal
 import socket
+import threading
+import time
 
+import httpx
 import pytest
 from fake_engine import FakeEngine
 
@@ -46,6 +49,38 @@ def test_a_signal_ends_the_loop_and_nothing_else(number: signal.Signals) -> None
     asyncio.run(run_server(make_app(), port=0, ready=ready))
     assert ports[0] > 0
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("drain_seconds", "num_signals", "whole"), [(10, 1, True), (0, 1, False), (10, 2, False)])
+def test_open_streams_end_in_time_or_with_an_error(drain_seconds: int, num_signals: int, whole: bool) -> None:
+    """Twenty tokens in one second; the signals come after the first."""
+    app = create_app(FakeEngine(token_seconds=0.05), served_model_names=["fake"])
+    got: list[str] = []
+
+    def read(port: int) -> None:
+        body = {"prompt": "a", "max_tokens": 20, "stream": True}
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body) as stream:
+            for line in stream.iter_lines():
+                got.append(line)
+                if len(got) == 1:
+                    for _ in range(num_signals):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        time.sleep(0.1)
+
+    client: list[threading.Thread] = []
+
+    def ready(port: int) -> None:
+        client.append(threading.Thread(target=read, args=(port,)))
+        client[0].start()
+
+    began = time.monotonic()
+    asyncio.run(run_server(app, port=0, ready=ready, drain_seconds=drain_seconds))
+    client[0].join()
+    events = [line for line in got if line]
+    assert events[-1] == "data: [DONE]"
+    assert ('finish_reason":"length' in events[-2]) == whole
+    assert ("the engine was shut down" in events[-2]) != whole
+    assert time.monotonic() - began < 2.5
 
 
 def test_loopback_is_the_default(serve) -> None:
