@@ -41,7 +41,10 @@ def chat(
     config: EngineConfig,
     system: Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1, metavar="N")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0, metavar="X")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")] = None,
     chat_template: Annotated[
         Path | None,

@@ -34,7 +34,10 @@ def complete(
     config: EngineConfig,
     text: Annotated[str | None, typer.Argument(help="The text to continue; without it, stdin is read.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0, metavar="X")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")] = None,
     url: UrlOption = None,
     api_key: ApiKeyOption = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shlex
 import signal
 import socket
 import time
@@ -25,6 +26,7 @@ from octavo.errors import ConfigError
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
 
+EXAMPLE_TEMPERATURE = 0.3  # the default model is small: at 1 it rambles
 _EXAMPLES = (
     "octavo serve                                        the default model\n\n"
     "octavo serve ./Qwen3-0.6B --port 9000               a Hugging Face folder\n\n"
@@ -149,17 +151,17 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def curl_line(engine: AsyncEngine, url: str) -> str:
-    """A request that works with this model, ready to paste."""
-    body: dict[str, object] = {"model": engine.model_name}
+def curl_lines(engine: AsyncEngine, url: str) -> str:
+    """A request that works with this model, ready to paste into a shell."""
+    prompts: dict[str, object] = {"prompt": [1, 2, 3]}
     if engine.chat_template is not None:
-        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Name three uses of paper."}]
+        prompts = {"messages": [{"role": "user", "content": "Name three uses of paper."}]}
     elif engine.tokenizer is not None:
-        path, body["prompt"] = "completions", "Paper is made of"
-    else:
-        path, body["prompt"] = "completions", [1, 2, 3]
-    body |= {"max_tokens": 64, "stream": True}
-    return f"curl -N {url}/{path} -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'"
+        prompts = {"prompt": "Paper is made of"}
+    path = "chat/completions" if "messages" in prompts else "completions"
+    settings = {"model": engine.model_name, "stream": True, "max_tokens": 64, "temperature": EXAMPLE_TEMPERATURE}
+    body = f"{json.dumps(settings)[:-1]},\n         {json.dumps(prompts)[1:]}"
+    return f"curl -N {url}/{path} \\\n    -H 'Content-Type: application/json' \\\n    -d {shlex.quote(body)}"
 
 
 async def _serve(
@@ -206,7 +208,7 @@ def print_ready(engine: AsyncEngine, startup: Startup, url: str) -> None:
     say()
     say(f"Ready in {startup.total:.2f} s: {url}", style="bold green")
     say()
-    say(f"  {curl_line(engine, url)}")
+    say(f"  {curl_lines(engine, url)}")
     say()
     if console().is_terminal:
         say("Ctrl-C stops it.", style="dim")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
 
 Message = dict[str, str]
+TEMPERATURE = 0.3  # of an engine started here whose model recommends none: small models ramble at 1
 
 UrlOption = Annotated[
     str | None,
@@ -172,7 +173,7 @@ class EngineTalker:
             for name, value in self._engine.spec.generation_defaults.items()
             if name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         }
-        settings = defaults | {"max_tokens": None} | sampling.given()
+        settings = {"temperature": TEMPERATURE, "max_tokens": None} | defaults | sampling.given()
         params = SamplingParams(output_kind=RequestOutputKind.DELTA, **settings)
         self._count += 1
         async for output in self._engine.generate(prompt, params, f"cli-{self._count}"):
