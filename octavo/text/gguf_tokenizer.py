@@ -125,19 +125,17 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: Se
     merges ordered by that score does the same. Splits of one piece tie: there the ids of their parts decide, as in
     the `tokenizer.json` files that are published for such models.
     """
-    pieces = {t: i for i, t in enumerate(tokens) if types[i] in (TokenType.NORMAL, TokenType.USER_DEFINED)}
-    ranked: list[tuple[float, int, int, int]] = []  # (-score, id of the piece, ids of its parts)
-    find = pieces.get
-    for piece, i in pieces.items():
-        score = -scores[i]
-        for cut in range(1, len(piece)):
-            left = find(piece[:cut])
-            if left is not None:
-                right = find(piece[cut:])
-                if right is not None:
-                    ranked.append((score, i, left, right))
-    ranked.sort()
-    return [(tokens[left], tokens[right]) for _, _, left, right in ranked]
+    ids = {t: i for i, t in enumerate(tokens) if types[i] in (TokenType.NORMAL, TokenType.USER_DEFINED)}
+    merges: list[tuple[str, str]] = []
+    for i in sorted(ids.values(), key=lambda i: (-scores[i], i)):
+        piece = tokens[i]
+        splits = [
+            (piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in ids and piece[cut:] in ids
+        ]
+        if len(splits) > 1:
+            splits.sort(key=lambda split: (ids[split[0]], ids[split[1]]))
+        merges += splits
+    return merges
 
 
 def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **settings: Any) -> models.BPE:
@@ -150,15 +148,13 @@ def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **settings: Any) 
 def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
     special: list[AddedToken] = []
     plain: list[AddedToken] = []
-    # With a prefix, normalising a token's text would prepend the prefix to it too.
-    normalized = isinstance(tokenizer.normalizer, normalizers.Replace)
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if not token or token == f"[PAD{i}]":  # fill names of converters: no text means them
             continue
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
             special.append(AddedToken(token, special=True, normalized=False))
         elif kind == TokenType.USER_DEFINED:
-            plain.append(AddedToken(token, special=False, normalized=normalized))
+            plain.append(AddedToken(token, special=False, normalized=False))
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
 

@@ -9,7 +9,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.models.spec import ModelFiles
 from octavo.text.chat import ChatTemplate
-from octavo.text.tokenizer import Tokenizer, load_tokenizer
+from octavo.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ def load_text(config: EngineConfig, files: ModelFiles, *, chat_template: str | N
     """
     if config.skip_tokenizer_init:
         return Text(None, None)
-    if config.tokenizer is None and config.load_format == "dummy" and not _has_tokenizer(files):
+    if config.tokenizer is None and config.load_format == "dummy" and not has_tokenizer(files):
         return Text(None, None)
     source: ModelFiles | Path = files
     if config.tokenizer is not None:
@@ -37,7 +37,3 @@ def load_text(config: EngineConfig, files: ModelFiles, *, chat_template: str | N
     tokenizer = load_tokenizer(source)
     template = chat_template or tokenizer.chat_template
     return Text(tokenizer, ChatTemplate(template, tokenizer) if template else None)
-
-
-def _has_tokenizer(files: ModelFiles) -> bool:
-    return files.format == "gguf" or any((files.path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))

@@ -18,7 +18,7 @@ from vocabularies import sentencepiece_metadata
 
 from octavo.models.gguf_file import GGUFFile
 from octavo.text.gguf_tokenizer import SPACE, TokenType, build_gguf_tokenizer
-from octavo.text.tokenizer import load_tokenizer
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 TINY = tiny()
 
@@ -111,6 +111,17 @@ def test_the_space_prefix_is_the_files_choice() -> None:
     assert [tokenizer.id_to_token(i) for i in tokenizer.encode("he", add_special_tokens=False).ids] == ["he"]
     assert TINY.token_text(TINY.encode("he", add_special_tokens=False)[0]) == " he"
     assert TINY.decode(TINY.encode("he he")) == "he he"
+
+
+def test_user_defined_tokens_are_cut_out_first() -> None:
+    """Gemma's vocabulary has runs of line ends and spaces, stored as they are in text."""
+    metadata = sentencepiece_metadata() | {"tokenizer.ggml.add_space_prefix": False}
+    for key, added in (("tokens", ["\n\n", "  "]), ("token_type", [4, 4]), ("scores", [-1000.0, -1000.0])):
+        metadata[f"tokenizer.ggml.{key}"] = [*metadata[f"tokenizer.ggml.{key}"], *added]
+    tokenizer = build_gguf_tokenizer(metadata)
+    encoding = tokenizer.encode("he\n\nhe   he", add_special_tokens=False)
+    assert encoding.tokens == ["he", "\n\n", "he", "  ", "▁he"]
+    assert Tokenizer(tokenizer).decode(encoding.ids) == "he\n\nhe   he"
 
 
 def test_a_vocabulary_of_gemmas_size_builds_in_seconds() -> None:
