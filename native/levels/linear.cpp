@@ -11,45 +11,56 @@
 namespace octavo::OCTAVO_LEVEL {
 namespace {
 
-constexpr size_t kQuad = 4;                          // weight rows read together
-constexpr size_t kMaxRows = kLanes == 16 ? 4 : 2;    // activation rows of a tile: what the registers hold
-constexpr size_t kWidenFrom = kMaxRows + 1;          // rows from which bf16 weights are widened once per task
+// Weight rows read together: one activation row needs more of them to hide the latency of its chains.
+template <size_t ROWS>
+constexpr size_t kTogether = ROWS > 1 ? 4 : kLanes == 16 ? 16 : 8;
+constexpr size_t kMaxRows = kLanes == 16 ? 4 : 2;  // activation rows of a tile: what the registers hold
+constexpr size_t kWidenFrom = kMaxRows + 1;        // rows from which bf16 weights are widened once per task
 
-// out[r][c] = dot(x row r, w[c]) for kQuad weight rows.
-template <size_t ROWS, class W>
-inline void dot_tile(const float* x, const W* const* w, size_t depth, float (*out)[kChannels]) {
-    Floats total[ROWS][kQuad] = {};
+// totals[r][column + c] = the lanes of dot(x row r, w[c]) for kTogether weight rows. STREAM: the weights come from
+// memory, so those of the next tile, which follow, are asked for while these are used.
+template <size_t ROWS, bool STREAM, class W>
+inline void dot_tile(const float* x, const W* const* w, size_t depth, size_t column, Floats (*totals)[kChannels]) {
+    constexpr size_t width = kTogether<ROWS>;
+    constexpr size_t bytes = width * kLanes * sizeof(W);  // of weights in a turn
+    const char* next = reinterpret_cast<const char*>(w[0] + width * depth);
+    Floats total[ROWS][width] = {};
     size_t i = 0;
     for (; i + kLanes <= depth; i += kLanes) {
-        Floats weights[kQuad];
-        for (size_t c = 0; c < kQuad; ++c) weights[c] = load(w[c] + i);
+        if constexpr (STREAM) {
+            for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+            next += bytes;
+        }
+        Floats weights[width];
+        for (size_t c = 0; c < width; ++c) weights[c] = load(w[c] + i);
         for (size_t r = 0; r < ROWS; ++r) {
             const Floats values = load(x + r * depth + i);
-            for (size_t c = 0; c < kQuad; ++c) total[r][c] = fma(values, weights[c], total[r][c]);
+            for (size_t c = 0; c < width; ++c) total[r][c] = fma(values, weights[c], total[r][c]);
         }
     }
     if (i < depth) {
-        Floats weights[kQuad];
-        for (size_t c = 0; c < kQuad; ++c) weights[c] = load_part(w[c] + i, depth - i);
+        Floats weights[width];
+        for (size_t c = 0; c < width; ++c) weights[c] = load_part(w[c] + i, depth - i);
         for (size_t r = 0; r < ROWS; ++r) {
             const Floats values = load_part(x + r * depth + i, depth - i);
-            for (size_t c = 0; c < kQuad; ++c) total[r][c] = fma(values, weights[c], total[r][c]);
+            for (size_t c = 0; c < width; ++c) total[r][c] = fma(values, weights[c], total[r][c]);
         }
     }
     for (size_t r = 0; r < ROWS; ++r)
-        for (size_t c = 0; c < kQuad; ++c) out[r][c] = sum(total[r][c]);
+        for (size_t c = 0; c < width; ++c) totals[r][column + c] = total[r][c];
 }
 
 // out[r][c] for `count` <= kChannels weight rows that follow each other.
-template <size_t ROWS, class W>
+template <size_t ROWS, bool STREAM, class W>
 inline void dot_channels(const float* x, const W* w, size_t depth, size_t count, float (*out)[kChannels]) {
-    for (size_t c = 0; c < count; c += kQuad) {
-        const W* rows[kQuad];
-        for (size_t q = 0; q < kQuad; ++q) rows[q] = w + (c + q < count ? c + q : count - 1) * depth;
-        float quad[ROWS][kChannels];
-        dot_tile<ROWS>(x, rows, depth, quad);
-        for (size_t r = 0; r < ROWS; ++r) std::memcpy(out[r] + c, quad[r], sizeof(float) * kQuad);
+    constexpr size_t width = kTogether<ROWS>;
+    Floats totals[ROWS][kChannels] = {};
+    for (size_t c = 0; c < count; c += width) {
+        const W* rows[width];
+        for (size_t i = 0; i < width; ++i) rows[i] = w + (c + i < count ? c + i : count - 1) * depth;
+        dot_tile<ROWS, STREAM>(x, rows, depth, c, totals);
     }
+    for (size_t r = 0; r < ROWS; ++r) sum_each(totals[r], out[r]);
 }
 
 inline Floats gelu(Floats x) {
@@ -98,21 +109,25 @@ inline void finish(const LinearArgs& a, float* sums, float* ups, size_t channel,
     }
 }
 
-template <size_t ROWS, class W>
+template <size_t ROWS, bool STREAM, class W>
 inline void tile(const LinearArgs& a, const W* gate, const W* up, size_t row, size_t channel, size_t count) {
     const float* x = a.x + row * a.depth;
     float sums[ROWS][kChannels] = {}, ups[ROWS][kChannels] = {};
-    dot_channels<ROWS>(x, gate, a.depth, count, sums);
-    if (up != nullptr) dot_channels<ROWS>(x, up, a.depth, count, ups);
+    dot_channels<ROWS, STREAM>(x, gate, a.depth, count, sums);
+    if (up != nullptr) dot_channels<ROWS, STREAM>(x, up, a.depth, count, ups);
     for (size_t r = 0; r < ROWS; ++r)
         finish(a, sums[r], up ? ups[r] : nullptr, channel, count, a.out + (row + r) * a.channels + channel);
 }
 
-template <class W>
+template <bool STREAM, class W>
 void all_rows(const LinearArgs& a, const W* gate, const W* up, size_t channel, size_t count) {
     size_t row = 0;
-    for (; row + kMaxRows <= a.num_rows; row += kMaxRows) tile<kMaxRows>(a, gate, up, row, channel, count);
-    for (; row < a.num_rows; ++row) tile<1>(a, gate, up, row, channel, count);
+    if (STREAM && a.num_rows >= kMaxRows) {  // later rows find the weights in the cache
+        tile<kMaxRows, STREAM>(a, gate, up, 0, channel, count);
+        row = kMaxRows;
+    }
+    for (; row + kMaxRows <= a.num_rows; row += kMaxRows) tile<kMaxRows, false>(a, gate, up, row, channel, count);
+    for (; row < a.num_rows; ++row) tile<1, STREAM>(a, gate, up, row, channel, count);
 }
 
 const float* widen_rows(const uint16_t* weight, size_t elements, float* out) {
@@ -133,17 +148,17 @@ void linear(const LinearArgs& a, size_t first_channel, size_t last_channel, floa
         const size_t gate = channel * a.depth, up = (a.channels + channel) * a.depth;
         if (!a.bfloat16) {
             const float* w = static_cast<const float*>(a.weight);
-            all_rows(a, w + gate, pair ? w + up : nullptr, channel, count);
+            all_rows<true>(a, w + gate, pair ? w + up : nullptr, channel, count);
             continue;
         }
         const uint16_t* w = static_cast<const uint16_t*>(a.weight);
         if (a.num_rows < kWidenFrom) {
-            all_rows(a, w + gate, pair ? w + up : nullptr, channel, count);
+            all_rows<true>(a, w + gate, pair ? w + up : nullptr, channel, count);
             continue;
         }
         const float* wide = widen_rows(w + gate, count * a.depth, scratch);
         const float* wide_up = pair ? widen_rows(w + up, count * a.depth, scratch + kChannels * a.depth) : nullptr;
-        all_rows(a, wide, wide_up, channel, count);
+        all_rows<false>(a, wide, wide_up, channel, count);
     }
 }
 

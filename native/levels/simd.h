@@ -38,7 +38,15 @@ inline Floats load(const float* p) {
     return v;
 }
 
-inline Floats widen(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+inline Floats widen(Halves bits) {
+#if defined(__AVX512F__)  // some compilers split the conversion below
+    return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#elif defined(__AVX2__)
+    return (Floats)((Words)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
+#else
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
 
 inline Floats load(const uint16_t* p) {  // bfloat16
     Halves v;
@@ -85,6 +93,25 @@ inline float sum(Floats v) {
     for (size_t width = kLanes / 2; width > 0; width /= 2)
         for (size_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
+#endif
+}
+
+// out[c] = sum(v[c]) for 16 vectors, with the same tree.
+inline void sum_each(const Floats* v, float* out) {
+#if defined(__AVX512F__)
+    // Each level of the tree folds two vectors into one; the order of inputs undoes the order the folds leave.
+    constexpr int order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    __m512 t[16];
+    for (int i = 0; i < 16; ++i) t[i] = (__m512)v[order[i]];
+    for (int i = 0; i < 8; ++i)
+        t[i] = _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x44) + _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xee);
+    for (int i = 0; i < 4; ++i)
+        t[i] = _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd);
+    for (int i = 0; i < 2; ++i)
+        t[i] = _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44) + _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee);
+    store(out, (Floats)(_mm512_shuffle_ps(t[0], t[1], 0x88) + _mm512_shuffle_ps(t[0], t[1], 0xdd)));
+#else
+    for (int c = 0; c < 16; ++c) out[c] = sum(v[c]);
 #endif
 }
 
