@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 4096  # characters; from here on templates and tokenisation leave the event loop
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
-RESERVED_KWARGS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
 @dataclass(slots=True)

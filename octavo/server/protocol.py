@@ -170,6 +170,12 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
+    @model_validator(mode="after")
+    def _consistent(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise InvalidValueError("continuous_usage_stats needs include_usage=true", param="continuous_usage_stats")
+        return self
+
 
 class GenerationRequest(Strict):
     """What chat and completions share. Null means: the default."""
@@ -217,7 +223,7 @@ class GenerationRequest(Strict):
     @property
     def continuous_usage(self) -> bool:
         """True when every chunk carries the usage so far."""
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats and self.include_usage)
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @model_validator(mode="after")
     def _stream_options_with_stream(self) -> GenerationRequest:

@@ -145,6 +145,11 @@ def test_other_content_parts(shared: Server, kind: str) -> None:
         ({"max_tokens": 126}, "prompt", "context_length_exceeded"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unsupported_parameter"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "invalid_value",
+        ),
         ({"request_id": "a b"}, "request_id", "invalid_value"),
         ({"user": "x" * 600}, "user", "invalid_value"),
     ],
@@ -171,6 +176,7 @@ def test_wrong_completion_value(shared: Server, change: dict, param: str, code: 
         ({"max_completion_tokens": 3}, "max_tokens", "invalid_value"),
         ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "invalid_value"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "invalid_value"),
         ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs", "invalid_value"),
     ],
 )
