@@ -7,7 +7,7 @@ ARGS :=
 export MAKECMDGOALS
 
 # What an editable install must be redone for; edits to Python need nothing.
-NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
+NATIVE := $(shell find native -type f -not -name '*.md') octavo/runtime/native/build.py
 INPUTS := pyproject.toml $(wildcard setup.py MANIFEST.in) $(NATIVE) tools/setup.sh
 
 .PHONY: setup serve test check bench clean help
@@ -25,6 +25,7 @@ check: $(VENV)/.installed-dev  ## format, lint, types, ceilings, who may import 
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
 	@$(RUN)/python tools/ceilings.py
+	@$(RUN)/python tools/readme_numbers.py --check
 	@$(RUN)/python -m pytest tests/unit/test_import_rules.py
 
 bench: $(VENV)/.installed  ## offline throughput of the default model (ARGS="--num-prompts 64" is passed on)
