@@ -132,6 +132,13 @@ def test_bos_and_eos_are_added_as_the_file_says() -> None:
     assert build_gguf_tokenizer(sentencepiece_metadata()).encode("a").ids[0] == 1
 
 
+def test_tekken_cuts_where_words_turn_to_upper_case() -> None:
+    """As the tokenizer.json of Mistral Nemo does."""
+    tokenizer = build_gguf_tokenizer(byte_level_metadata() | {"tokenizer.ggml.pre": "tekken"})
+    pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("HelloWorld it's  42\n")]
+    assert pieces == ["Hello", "World", "Ġit", "'s", "Ġ", "Ġ", "4", "2", "Ċ"]
+
+
 def test_fill_names_are_not_added_tokens() -> None:
     metadata = byte_level_metadata()
     name = f"[PAD{len(metadata['tokenizer.ggml.tokens'])}]"
