@@ -7,10 +7,15 @@ likely next token must be ours at every position. By induction that is its own g
 import gc
 
 import pytest
-from octavo.models.hub import resolve_model
 from prompts import PROMPTS
 
 from octavo import LLM, SamplingParams
+from octavo.models.decoder import record
+from octavo.models.hub import resolve_model
+from octavo.models.reader import read_spec
+from octavo.models.weights import open_weights
+from octavo.runtime.reference import ReferenceRuntime
+from tests.engine.naive import greedy, one_request
 
 pytestmark = pytest.mark.model
 
@@ -34,21 +39,33 @@ def native():
     return tokens, prompt_ids
 
 
-def test_tokens_equal_transformers(native):
+@pytest.fixture(scope="module")
+def oracle():
+    """The file as transformers reads it: its own GGUF parser, dequantised to float32."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     path = resolve_model("smollm2").path
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    config = transformers.LlamaConfig(**load_gguf_checkpoint(str(path))["config"])
+    model = transformers.LlamaForCausalLM(config)
+    parsed = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    missing, unexpected = model.load_state_dict(parsed["tensors"], strict=False)
+    assert unexpected == []
+    assert missing in ([], ["lm_head.weight"])  # tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    yield torch, model.eval(), tokenizer
+    del model, parsed
+    gc.collect()
+
+
+def test_tokens_equal_transformers(native, oracle):
+    torch, model, tokenizer = oracle
     for prompt, tokens, prompt_ids in zip(PROMPTS, *native, strict=True):
         assert tokenizer(prompt)["input_ids"] == prompt_ids
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt_ids + tokens[:-1]])).logits[0, len(prompt_ids) - 1 :]
+            logits = model(torch.tensor([prompt_ids + tokens[:-1]]), logits_to_keep=NUM_TOKENS).logits[0]
         assert logits.argmax(-1).tolist() == tokens, f"differs on {prompt[:40]!r}"
-    del model
-    gc.collect()
 
 
 @pytest.mark.parametrize(
@@ -77,8 +94,17 @@ def test_batching_never_changes_a_token(native, settings, events):
 
 
 def test_reference_runtime_gives_the_same_tokens(native):
-    tokens, _, _ = answers(PROMPTS, runtime="reference", enable_prefix_caching=False)
-    assert tokens == native[0]
+    """Teacher forcing again, straight on the runtime: all 64 positions of a prompt in one step."""
+    files = resolve_model("smollm2")
+    spec = read_spec(files, max_model_len=2048)
+    runtime = ReferenceRuntime()
+    sizes = {"max_num_tokens": 2048, "max_num_logits": NUM_TOKENS, "max_num_requests": 1}
+    runtime.load(record(spec), open_weights(files, spec), dtype="float32", **sizes)
+    runtime.allocate_kv(128, 16)
+    for prompt, tokens, prompt_ids in zip(PROMPTS, *native, strict=True):
+        forced = one_request(prompt_ids + tokens[:-1], first_logits=len(prompt_ids) - 1)
+        runtime.execute(forced)
+        assert runtime.sample(greedy(NUM_TOKENS)).token_ids.tolist() == tokens, f"differs on {prompt[:40]!r}"
 
 
 def test_one_foreign_call_per_step():

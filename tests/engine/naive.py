@@ -18,7 +18,6 @@ class NaiveLoop:
         weights = open_weights(files, spec, load_format=load_format, seed=seed)
         runtime.load(program, weights, dtype="float32", max_num_tokens=max_len, max_num_logits=1, max_num_requests=1)
         runtime.allocate_kv(-(-max_len // block_size), block_size)
-        self._groups = program.num_kv_groups
 
     def generate(self, prompt, num_tokens, *, temperature=0.0, seed=0):
         ids = list(prompt)
@@ -27,39 +26,45 @@ class NaiveLoop:
         return ids[len(prompt) :]
 
     def _next(self, ids, drawn, temperature, seed):
-        n = len(ids)
-        blocks = -(-n // self._block_size)
-        positions = np.arange(n, dtype=np.int32)
-        self._runtime.execute(
-            StepInputs(
-                token_ids=np.array(ids, np.int32),
-                positions=positions,
-                slots=np.tile(positions.astype(np.int64), (self._groups, 1)),
-                query_start_loc=np.array([0, n], np.int32),
-                seq_lens=np.array([n], np.int32),
-                block_tables=np.tile(np.arange(blocks, dtype=np.int32), (self._groups, 1, 1)),
-                logits_indices=np.array([n - 1], np.int32),
-            )
-        )
-        nothing = np.zeros(2, np.int32), np.zeros(0, np.int32)
-        out = self._runtime.sample(
-            SamplingInputs(
-                temperature=np.array([temperature], np.float32),
-                top_k=np.zeros(1, np.int32),
-                top_p=np.ones(1, np.float32),
-                min_p=np.zeros(1, np.float32),
-                seeds=np.array([seed], np.uint64),
-                positions=np.array([drawn], np.int64),
-                num_logprobs=np.full(1, -1, np.int32),
-                bias_start=nothing[0],
-                bias_ids=nothing[1],
-                bias_values=np.zeros(0, np.float32),
-                repetition_penalty=np.ones(1, np.float32),
-                presence_penalty=np.zeros(1, np.float32),
-                frequency_penalty=np.zeros(1, np.float32),
-                seen_start=nothing[0],
-                seen_ids=nothing[1],
-                seen_counts=nothing[1],
-            )
-        )
-        return int(out.token_ids[0])
+        self._runtime.execute(one_request(ids, first_logits=len(ids) - 1, block_size=self._block_size))
+        sampling = greedy(1)
+        sampling.temperature[:], sampling.seeds[:], sampling.positions[:] = temperature, seed, drawn
+        return int(self._runtime.sample(sampling).token_ids[0])
+
+
+def one_request(ids, *, first_logits, block_size=16):
+    """A whole sequence as one step of one request in blocks 0, 1, 2, ...; logits from position `first_logits` on."""
+    n = len(ids)
+    positions = np.arange(n, dtype=np.int32)
+    return StepInputs(
+        token_ids=np.array(ids, np.int32),
+        positions=positions,
+        slots=positions.astype(np.int64)[None],
+        query_start_loc=np.array([0, n], np.int32),
+        seq_lens=np.array([n], np.int32),
+        block_tables=np.arange(-(-n // block_size), dtype=np.int32)[None, None],
+        logits_indices=np.arange(first_logits, n, dtype=np.int32),
+    )
+
+
+def greedy(num_rows):
+    """Sampling inputs that take the most likely token of so many rows."""
+    none = np.zeros(0, np.int32)
+    return SamplingInputs(
+        temperature=np.zeros(num_rows, np.float32),
+        top_k=np.zeros(num_rows, np.int32),
+        top_p=np.ones(num_rows, np.float32),
+        min_p=np.zeros(num_rows, np.float32),
+        seeds=np.zeros(num_rows, np.uint64),
+        positions=np.zeros(num_rows, np.int64),
+        num_logprobs=np.full(num_rows, -1, np.int32),
+        bias_start=np.zeros(num_rows + 1, np.int32),
+        bias_ids=none,
+        bias_values=np.zeros(0, np.float32),
+        repetition_penalty=np.ones(num_rows, np.float32),
+        presence_penalty=np.zeros(num_rows, np.float32),
+        frequency_penalty=np.zeros(num_rows, np.float32),
+        seen_start=np.zeros(num_rows + 1, np.int32),
+        seen_ids=none,
+        seen_counts=none,
+    )

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-from naive import NaiveLoop
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
@@ -13,6 +12,7 @@ from octavo.messages import AbortRequests, AddRequest, FinishRequest
 from octavo.models.spec import ModelFiles
 from octavo.runtime.reference import ReferenceRuntime
 from octavo.sampling_params import SamplingParams
+from tests.engine.naive import NaiveLoop
 
 VOCAB = 97
 TINY = {
