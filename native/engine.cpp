@@ -311,6 +311,6 @@ void OctavoEngine::gather_rows(const OctavoNode& node, const OctavoStep& step) {
 void OctavoEngine::sample(const OctavoStep& step) {
     const size_t vocab = width(logits_);
     pool_.run(static_cast<size_t>(step.num_logits), [&](size_t row, size_t thread) {
-        sample_row(step, row, logits() + row * vocab, vocab, sampler_scratch_[thread]);
+        sample_row(step, row, logits() + row * vocab, vocab, kernels_, sampler_scratch_[thread]);
     });
 }

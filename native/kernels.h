@@ -107,6 +107,9 @@ struct Kernels {
     void (*rope_kv_write)(const RopeKVWriteArgs&, size_t first_token, size_t last_token);
     void (*attention)(const AttentionArgs&, const QueryTile&, float* scratch);
     size_t (*attention_scratch)(size_t rows, size_t head_dim, size_t value_width);  // floats
+    float (*max_value)(const float* values, size_t count);  // NaN is passed over
+    // Sum of exp((values[i] - top) / temperature) for values <= top: quotients in float, the rest in double.
+    double (*sum_exp)(const float* values, size_t count, float top, float temperature);
 };
 
 // The level named `wanted`, or the best of this machine for "auto"; null when the machine or the build lacks it.

@@ -37,56 +37,67 @@ void adjust(const OctavoStep& s, size_t row, float* logits) {
     }
 }
 
-size_t largest(const float* logits, size_t vocab) {  // the lowest id among equals
-    float top = kNever;
-    for (size_t i = 0; i < vocab; ++i) top = logits[i] > top ? logits[i] : top;
-    for (size_t i = 0; i < vocab; ++i)
-        if (logits[i] == top) return i;
+struct Row {
+    const float* logits;
+    size_t vocab;
+    const Kernels& kernels;
+};
+
+size_t largest(const Row& row) {  // the lowest id among equals
+    const float top = row.kernels.max_value(row.logits, row.vocab);
+    for (size_t i = 0; i < row.vocab; ++i)
+        if (row.logits[i] == top) return i;
     return 0;  // nothing but NaN
+}
+
+// A number that sorts by descending logit, then by ascending id.
+uint64_t rank_key(float logit, size_t id) {
+    logit += 0.0f;  // -0 equals 0
+    uint32_t bits;
+    std::memcpy(&bits, &logit, sizeof bits);
+    const uint32_t ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return uint64_t{~ascending} << 32 | id;
 }
 
 // Ids by descending logit, the lowest first among equals, ranked only as far as somebody asks: each pass takes what
 // lies above a lower threshold, so that a draw from 50,000 tokens sorts some dozens.
 class Ranking {
 public:
-    Ranking(const float* logits, size_t vocab, float top, float temperature, SamplerScratch& scratch)
-        : logits_(logits), vocab_(vocab), top_(top), temperature_(temperature), order_(scratch.order),
-          running_(scratch.running) {
+    Ranking(const Row& row, float top, float temperature, SamplerScratch& scratch)
+        : row_(row), top_(top), temperature_(temperature), order_(scratch.order), running_(scratch.running) {
         order_.clear();
         running_.clear();
     }
 
-    double weight(float logit) const { return std::exp(static_cast<double>((logit - top_) / temperature_)); }
     bool complete() const { return complete_; }
     size_t size() const { return order_.size(); }
-    int32_t id(size_t rank) const { return order_[rank]; }
-    double weight_of(size_t rank) const { return weight(logits_[order_[rank]]); }
+    size_t id(size_t rank) const { return static_cast<size_t>(order_[rank] & 0xffffffffu); }
+    double weight(size_t rank) const {
+        return std::exp(static_cast<double>((row_.logits[id(rank)] - top_) / temperature_));
+    }
     double running(size_t rank) const { return running_[rank]; }  // sum of weights up to and with this rank
 
     void extend() {
-        reach_ *= 2.0f;
+        reach_ *= 1.5f;
         float floor = top_ - reach_ * temperature_;
         if (!(floor < above_) || reach_ > 256.0f) floor = kNever;
         const size_t first = order_.size();
-        for (size_t i = 0; i < vocab_; ++i)
-            if (logits_[i] >= floor && logits_[i] < above_) order_.push_back(static_cast<int32_t>(i));
-        std::sort(order_.begin() + static_cast<ptrdiff_t>(first), order_.end(), [this](int32_t a, int32_t b) {
-            return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b);
-        });
+        for (size_t i = 0; i < row_.vocab; ++i)
+            if (row_.logits[i] >= floor && row_.logits[i] < above_) order_.push_back(rank_key(row_.logits[i], i));
+        std::sort(order_.begin() + static_cast<ptrdiff_t>(first), order_.end());
         for (size_t rank = first; rank < order_.size(); ++rank)
-            running_.push_back((rank == 0 ? 0.0 : running_[rank - 1]) + weight_of(rank));
+            running_.push_back((rank == 0 ? 0.0 : running_[rank - 1]) + weight(rank));
         above_ = floor;
         complete_ = floor == kNever;
     }
 
 private:
-    const float* logits_;
-    size_t vocab_;
+    const Row& row_;
     float top_, temperature_;
     float above_ = std::numeric_limits<float>::infinity();
-    float reach_ = 2.0f;
+    float reach_ = 2.0f;  // in temperatures below the top
     bool complete_ = false;
-    std::vector<int32_t>& order_;
+    std::vector<uint64_t>& order_;
     std::vector<double>& running_;
 };
 
@@ -100,15 +111,15 @@ size_t first_rank(Ranking& ranking, size_t count, const Passes& passes) {
     }
 }
 
-size_t draw(const OctavoStep& s, size_t row, const float* logits, size_t vocab, SamplerScratch& scratch) {
-    const size_t best = largest(logits, vocab);
-    const float temperature = s.temperature[row], top = logits[best];
+size_t draw(const OctavoStep& s, size_t row, const Row& logits, SamplerScratch& scratch) {
+    const size_t best = largest(logits);
+    const float temperature = s.temperature[row], top = logits.logits[best];
     if (!(temperature > 0.0f) || !std::isfinite(top)) return best;
-    Ranking ranking(logits, vocab, top, temperature, scratch);
+    Ranking ranking(logits, top, temperature, scratch);
     const size_t all = std::numeric_limits<size_t>::max();
 
     size_t count = all;  // ranks that are left
-    if (s.top_k[row] > 0 && static_cast<size_t>(s.top_k[row]) < vocab) {
+    if (s.top_k[row] > 0 && static_cast<size_t>(s.top_k[row]) < logits.vocab) {
         count = static_cast<size_t>(s.top_k[row]);
         while (ranking.size() < count && !ranking.complete()) ranking.extend();
         count = std::min(count, ranking.size());
@@ -117,8 +128,7 @@ size_t draw(const OctavoStep& s, size_t row, const float* logits, size_t vocab, 
     if (count != all) {
         total = ranking.running(count - 1);
     } else {
-        for (size_t i = 0; i < vocab; ++i)
-            if (logits[i] > kNever) total += ranking.weight(logits[i]);
+        total = logits.kernels.sum_exp(logits.logits, logits.vocab, top, temperature);
     }
     if (s.top_p[row] < 1.0f) {
         const double wanted = static_cast<double>(s.top_p[row]) * total;
@@ -127,17 +137,16 @@ size_t draw(const OctavoStep& s, size_t row, const float* logits, size_t vocab, 
     }
     if (s.min_p[row] > 0.0f) {
         const double least = static_cast<double>(s.min_p[row]);
-        const size_t end = first_rank(ranking, count, [&](size_t rank) { return ranking.weight_of(rank) < least; });
-        count = ranking.weight_of(end) < least ? end : end + 1;
+        const size_t end = first_rank(ranking, count, [&](size_t rank) { return ranking.weight(rank) < least; });
+        count = ranking.weight(end) < least ? end : end + 1;
         total = ranking.running(count - 1);
     }
     const double target = uniform(s.seeds[row], s.sample_positions[row]) * total;
     const size_t rank = first_rank(ranking, count, [&](size_t r) { return ranking.running(r) > target; });
-    return static_cast<size_t>(ranking.id(rank));
+    return ranking.id(rank);
 }
 
-void write_logprobs(const OctavoStep& s, size_t row, const float* raw, size_t vocab, size_t token,
-                    SamplerScratch& scratch) {
+void write_logprobs(const OctavoStep& s, size_t row, const Row& raw, size_t token, SamplerScratch& scratch) {
     const size_t most = static_cast<size_t>(s.max_logprobs);
     int32_t* top_ids = s.out_top_ids + row * most;
     float* top_logprobs = s.out_top_logprobs + row * most;
@@ -147,24 +156,22 @@ void write_logprobs(const OctavoStep& s, size_t row, const float* raw, size_t vo
     s.out_ranks[row] = 0;
     if (s.num_logprobs[row] < 0) return;
 
-    const float top = raw[largest(raw, vocab)];
-    double total = 0.0;
+    const float top = raw.kernels.max_value(raw.logits, raw.vocab);
+    const double log_total = std::log(raw.kernels.sum_exp(raw.logits, raw.vocab, top, 1.0f));
+    const auto logprob = [&](size_t id) {
+        return static_cast<float>(static_cast<double>(raw.logits[id] - top) - log_total);
+    };
     int32_t larger = 0;
-    for (size_t i = 0; i < vocab; ++i) {
-        total += std::exp(static_cast<double>(raw[i] - top));
-        larger += raw[i] > raw[token];
-    }
-    const double log_total = std::log(total);
-    const auto logprob = [&](size_t id) { return static_cast<float>(static_cast<double>(raw[id] - top) - log_total); };
+    for (size_t i = 0; i < raw.vocab; ++i) larger += raw.logits[i] > raw.logits[token];
     s.out_logprobs[row] = logprob(token);
     s.out_ranks[row] = 1 + larger;
 
-    Ranking ranking(raw, vocab, top, 1.0f, scratch);
-    const size_t wanted = std::min(static_cast<size_t>(s.num_logprobs[row]), vocab);
+    Ranking ranking(raw, top, 1.0f, scratch);
+    const size_t wanted = std::min(static_cast<size_t>(s.num_logprobs[row]), raw.vocab);
     while (ranking.size() < wanted && !ranking.complete()) ranking.extend();
     for (size_t rank = 0; rank < std::min(wanted, ranking.size()); ++rank) {
-        top_ids[rank] = ranking.id(rank);
-        top_logprobs[rank] = logprob(static_cast<size_t>(ranking.id(rank)));
+        top_ids[rank] = static_cast<int32_t>(ranking.id(rank));
+        top_logprobs[rank] = logprob(ranking.id(rank));
     }
 }
 
@@ -176,16 +183,18 @@ void reserve(SamplerScratch& scratch, size_t vocab) {
     scratch.running.reserve(vocab);
 }
 
-void sample_row(const OctavoStep& s, size_t row, const float* logits, size_t vocab, SamplerScratch& scratch) {
-    const float* chosen_from = logits;
+void sample_row(const OctavoStep& s, size_t row, const float* logits, size_t vocab, const Kernels& kernels,
+                SamplerScratch& scratch) {
+    const Row raw{logits, vocab, kernels};
+    Row adjusted = raw;
     if (adjusts(s, row)) {
         std::memcpy(scratch.adjusted.data(), logits, vocab * sizeof(float));
         adjust(s, row, scratch.adjusted.data());
-        chosen_from = scratch.adjusted.data();
+        adjusted.logits = scratch.adjusted.data();
     }
-    const size_t token = draw(s, row, chosen_from, vocab, scratch);
+    const size_t token = draw(s, row, adjusted, scratch);
     s.out_token_ids[row] = static_cast<int32_t>(token);
-    write_logprobs(s, row, logits, vocab, token, scratch);
+    write_logprobs(s, row, raw, token, scratch);
 }
 
 }  // namespace octavo

@@ -6,19 +6,21 @@
 #include <vector>
 
 #include "abi.h"
+#include "kernels.h"
 
 namespace octavo {
 
 // Memory that one thread reuses from row to row.
 struct SamplerScratch {
     std::vector<float> adjusted;
-    std::vector<int32_t> order;
+    std::vector<uint64_t> order;
     std::vector<double> running;
 };
 
 void reserve(SamplerScratch& scratch, size_t vocab);
 
 // Chooses the token of one row and fills in its log probabilities. The step was checked before.
-void sample_row(const OctavoStep& step, size_t row, const float* logits, size_t vocab, SamplerScratch& scratch);
+void sample_row(const OctavoStep& step, size_t row, const float* logits, size_t vocab, const Kernels& kernels,
+                SamplerScratch& scratch);
 
 }  // namespace octavo

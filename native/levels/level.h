@@ -13,5 +13,7 @@ void add(const float* x, const float* y, float* out, size_t count);
 void rope_kv_write(const RopeKVWriteArgs&, size_t first_token, size_t last_token);
 void attention(const AttentionArgs&, const QueryTile&, float* scratch);
 size_t attention_scratch(size_t rows, size_t head_dim, size_t value_width);
+float max_value(const float* values, size_t count);
+double sum_exp(const float* values, size_t count, float top, float temperature);
 
 }  // namespace octavo::OCTAVO_LEVEL

@@ -6,7 +6,16 @@ namespace octavo::OCTAVO_LEVEL {
 #define OCTAVO_TEXT(x) OCTAVO_TEXT_(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL), linear, linear_scratch, norm, embedding, add,
-                         rope_kv_write, attention, attention_scratch};
+const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
+                         linear,
+                         linear_scratch,
+                         norm,
+                         embedding,
+                         add,
+                         rope_kv_write,
+                         attention,
+                         attention_scratch,
+                         max_value,
+                         sum_exp};
 
 }  // namespace octavo::OCTAVO_LEVEL
