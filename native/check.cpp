@@ -45,7 +45,7 @@ const float* OctavoEngine::vector(int32_t id, int64_t width) const {
     if (id < 0) return nullptr;
     const Weight& weight = matrix(id, 1, width);
     if (weight.bfloat16) refuse("weight %d is a vector and must be float32", id);
-    return weight.memory.as<float>();
+    return static_cast<const float*>(weight.data);
 }
 
 const OctavoEngine::Layer& OctavoEngine::kv_layer(const OctavoNode& node) const {

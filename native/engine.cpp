@@ -27,8 +27,8 @@ OctavoEngine::OctavoEngine(size_t num_threads, const Kernels& kernels) : kernels
 void OctavoEngine::add_weight(int64_t rows, int64_t cols, int32_t dtype) {
     const size_t bytes = checked_size(rows, cols, "a weight") * (dtype == OCTAVO_BFLOAT16 ? 2 : 4);
     if (dtype != OCTAVO_FLOAT32 && dtype != OCTAVO_BFLOAT16) refuse("there is no weight type %d", dtype);
-    weights_.push_back(
-        {Mapping(bytes, true), static_cast<size_t>(rows), static_cast<size_t>(cols), dtype == OCTAVO_BFLOAT16});
+    weights_.push_back({weight_memory_.take(bytes), static_cast<size_t>(rows), static_cast<size_t>(cols),
+                        dtype == OCTAVO_BFLOAT16});
 }
 
 void OctavoEngine::pack(int32_t id, int64_t first_row, int64_t num_rows, const char* type_name, const void* data,
@@ -51,9 +51,9 @@ void OctavoEngine::pack(int32_t id, int64_t first_row, int64_t num_rows, const c
         for (size_t row = task * rows_per_task; row < last; ++row) {
             const uint8_t* source = static_cast<const uint8_t*>(data) + row * static_cast<size_t>(row_bytes);
             const size_t at = (static_cast<size_t>(first_row) + row) * cols;
-            float* values = weight.bfloat16 ? wide[thread].data() : weight.memory.as<float>() + at;
+            float* values = weight.bfloat16 ? wide[thread].data() : static_cast<float*>(weight.data) + at;
             type->decode(source, cols / type->block_values, values);
-            if (weight.bfloat16) to_bfloat16(values, cols, weight.memory.as<uint16_t>() + at);
+            if (weight.bfloat16) to_bfloat16(values, cols, static_cast<uint16_t*>(weight.data) + at);
         }
     });
 }
@@ -196,8 +196,8 @@ void OctavoEngine::embedding(const OctavoNode& node, const OctavoStep& step) {
     const EmbeddingArgs args = {
         .token_ids = step.token_ids,
         .positions = step.positions,
-        .weight = weight ? weight->memory.as<void>() : nullptr,
-        .position_weight = learned ? learned->memory.as<void>() : nullptr,
+        .weight = weight ? weight->data : nullptr,
+        .position_weight = learned ? learned->data : nullptr,
         .bfloat16 = weight && weight->bfloat16,
         .position_bfloat16 = learned && learned->bfloat16,
         .out = data(node.out),
@@ -230,7 +230,7 @@ void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
     const Weight& weight = weights_[static_cast<size_t>(node.weight)];
     const LinearArgs args = {
         .x = data(node.x),
-        .weight = weight.memory.as<void>(),
+        .weight = weight.data,
         .bias = vector(node.bias, static_cast<int64_t>(weight.rows)),
         .out = data(node.out),
         .num_rows = rows,
@@ -242,7 +242,7 @@ void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
         .softcap = node.softcap,
     };
     const size_t groups = (args.channels + kChannels - 1) / kChannels;
-    const size_t group_bytes = weight.memory.size() / groups;
+    const size_t group_bytes = weight.bytes() / groups;
     const size_t even = (groups + pool_.num_threads() * kTasksPerThread - 1) / (pool_.num_threads() * kTasksPerThread);
     const size_t step = kChannels * std::max(even, (kMinTaskBytes + group_bytes - 1) / group_bytes);
     pool_.run((args.channels + step - 1) / step, [&](size_t task, size_t thread) {

@@ -24,9 +24,11 @@ public:
 
 private:
     struct Weight {
-        octavo::Mapping memory;
+        void* data;
         size_t rows, cols;
         bool bfloat16;
+
+        size_t bytes() const { return rows * cols * (bfloat16 ? 2 : 4); }
     };
     struct Layer {
         OctavoKVLayer layer;
@@ -62,6 +64,7 @@ private:
 
     const octavo::Kernels& kernels_;
     octavo::ThreadPool pool_;
+    octavo::Arena weight_memory_;
     std::vector<Weight> weights_;
     std::vector<OctavoNode> nodes_;
     std::vector<OctavoBuffer> buffers_;

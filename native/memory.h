@@ -5,8 +5,10 @@
 
 #include <cstddef>
 #include <utility>
+#include <vector>
 
 #include "error.h"
+#include "kernels.h"
 
 namespace octavo {
 
@@ -53,6 +55,32 @@ private:
 
     void* data_ = nullptr;
     size_t size_ = 0;
+};
+
+// Hands out pieces of large mappings, so that small weights too lie on huge pages.
+class Arena {
+public:
+    void* take(size_t bytes) {
+        bytes = round_up(bytes, 64);
+        if (bytes > left_) {
+            const size_t chunk = round_up(bytes > kChunk ? bytes : kChunk, kHugePage);
+            chunks_.emplace_back(chunk + kHugePage, true);
+            const size_t address = reinterpret_cast<size_t>(chunks_.back().as<char>());
+            next_ = chunks_.back().as<char>() + (round_up(address, kHugePage) - address);
+            left_ = chunk;
+        }
+        void* piece = next_;
+        next_ += bytes;
+        left_ -= bytes;
+        return piece;
+    }
+
+private:
+    static constexpr size_t kHugePage = size_t{2} << 20, kChunk = size_t{64} << 20;
+
+    std::vector<Mapping> chunks_;
+    char* next_ = nullptr;
+    size_t left_ = 0;
 };
 
 }  // namespace octavo
