@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from rich.text import Text
 
 from octavo import __version__
 from octavo.cli.help import Verb
@@ -45,6 +44,8 @@ def doctor() -> None:
 
     Exits with 1 when something would keep the default model from being served.
     """
+    from rich.text import Text
+
     findings = [look() for look in CHECKS]
     width = max(len(f.name) for f in findings)
     say(f"Octavo {__version__}", style="bold")

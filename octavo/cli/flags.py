@@ -87,50 +87,35 @@ def engine_flags(
 ) -> Callable[..., Callable[..., Any]]:
     """Decorates a verb: its parameter `config: EngineConfig` becomes the model and one flag per field, and
     `--log-level` is added and acted on. `only` and `without` leave out fields that would mean nothing to the verb.
+    Another parameter that is a dataclass of annotated fields becomes a panel of flags, named by its class's `panel`.
 
-    The config is built when the verb is called, so what it refuses is an error of the verb like any other.
+    All are built when the verb is called, so what they refuse is an error of the verb like any other.
     """
     names = [name for name in FLAGS if name in only and name not in without]
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
-        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "config"]
+        own, build_groups = _own_parameters(verb)
 
         @functools.wraps(verb)
         def with_flags(**values: Any) -> Any:
             set_log_level(values.pop("log_level"))
             config = EngineConfig(**{name: values.pop(name) for name in ("model", *names)})
-            return verb(config=config, **values)
+            return verb(config=config, **build_groups(values))
 
-        parameters = [*_model_first(model_as), *own, *_field_parameters(names), _log_level_parameter()]
-        ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-        with_flags.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-        with_flags.__annotations__ = {p.name: p.annotation for p in ordered}
-        return with_flags
+        return _declare(with_flags, [*_model_first(model_as), *own, *_field_parameters(names), _log_level_parameter()])
 
     return decorate
 
 
 def grouped_flags(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a verb whose parameters are dataclasses of annotated fields: each becomes a panel of flags, named by
-    the class's `panel`. A dataclass checks its values where it is built, so what it refuses is an error of the verb.
-    """
-    groups = {p.name: p.annotation for p in inspect.signature(verb, eval_str=True).parameters.values()}
+    """Decorates a verb that needs no engine of its own: its dataclass parameters become panels of flags."""
+    own, build_groups = _own_parameters(verb)
 
     @functools.wraps(verb)
     def with_flags(**values: Any) -> Any:
-        built = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in groups.items()}
-        return verb(**built)
+        return verb(**build_groups(values))
 
-    parameters = []
-    for kind in groups.values():
-        hints = typing.get_type_hints(kind, include_extras=True)
-        for f in fields(kind):
-            declared, info = typing.get_args(hints[f.name])
-            info.rich_help_panel = kind.panel
-            parameters.append(_parameter(f.name, declared, info, f.default))
-    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
-    return with_flags
+    return _declare(with_flags, own)
 
 
 def set_log_level(name: str) -> None:
@@ -144,6 +129,42 @@ def set_log_level(name: str) -> None:
 def flag_name(field: str) -> str:
     """`max_model_len` -> `--max-model-len`."""
     return "--" + field.replace("_", "-")
+
+
+def _own_parameters(
+    verb: Callable[..., Any],
+) -> tuple[list[inspect.Parameter], Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The parameters that a verb declares itself, dataclasses expanded, and what puts those together again."""
+    declared = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "config"]
+    groups = {p.name: p.annotation for p in declared if hasattr(p.annotation, "panel")}
+
+    def build_groups(values: dict[str, Any]) -> dict[str, Any]:
+        taken = {f.name for kind in groups.values() for f in fields(kind)}
+        built = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in groups.items()}
+        return built | {name: value for name, value in values.items() if name not in taken}
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in declared:
+        parameters += _group_parameters(groups[parameter.name]) if parameter.name in groups else [parameter]
+    return parameters, build_groups
+
+
+def _group_parameters(kind: Any) -> list[inspect.Parameter]:
+    parameters = []
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for f in fields(kind):
+        declared, info = typing.get_args(hints[f.name])
+        info.rich_help_panel = kind.panel
+        parameters.append(_parameter(f.name, declared, info, f.default))
+    return parameters
+
+
+def _declare(wrapper: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
+    """Gives a function the signature that typer reads."""
+    ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    wrapper.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in ordered}
+    return wrapper
 
 
 def _model_first(model_as: str) -> list[inspect.Parameter]:

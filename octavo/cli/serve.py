@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
+from typer import Option
 
 from octavo import __version__
 from octavo.cli.flags import engine_flags
@@ -63,39 +64,32 @@ class Startup:
         return sum(self.phases.values())
 
 
-@engine_flags()
-def serve(
-    config: EngineConfig,
-    host: Annotated[
-        str,
-        typer.Option(help="Address to listen on; 0.0.0.0 is every network.", metavar="ADDRESS", rich_help_panel="HTTP"),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            help="Port to listen on; 0 takes a free one.", metavar="N", min=0, max=65535, rich_help_panel="HTTP"
-        ),
-    ] = 8000,
+@dataclass(frozen=True, slots=True)
+class HttpFlags:
+    """How the server listens and speaks."""
+
+    panel: ClassVar[str] = "HTTP"
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 is every network.", metavar="ADDRESS")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Option(help="Port to listen on; 0 takes a free one.", metavar="N", min=0, max=65535)] = 8000
     chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with a Jinja chat template, instead of the model's own.", metavar="FILE", rich_help_panel="HTTP"
-        ),
-    ] = None,
+        Path | None, Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE")
+    ] = None
     shutdown_timeout: Annotated[
-        int,
-        typer.Option(
-            help="Seconds that running requests get to end; 0: ended at once.",
-            metavar="N",
-            min=0,
-            rich_help_panel="HTTP",
-        ),
-    ] = 0,
-    metrics_compat: Annotated[
-        str,
-        typer.Option(help="vllm repeats every metric under vllm:.", metavar="octavo|vllm", rich_help_panel="HTTP"),
-    ] = "octavo",
-) -> None:
+        int, Option(help="Seconds that running requests get to end; 0: ended at once.", metavar="N", min=0)
+    ] = 0
+    metrics_compat: Annotated[str, Option(help="vllm repeats every metric under vllm:.", metavar="octavo|vllm")] = (
+        "octavo"
+    )
+
+    def __post_init__(self) -> None:
+        if self.metrics_compat not in ("octavo", "vllm"):
+            raise ConfigError(f"--metrics-compat must be octavo or vllm, not {self.metrics_compat!r}")
+
+
+@engine_flags()
+def serve(config: EngineConfig, http: HttpFlags) -> None:
     """Serve a model over HTTP, the way OpenAI's API does.
 
     Ctrl-C or SIGTERM stops it: running requests get --shutdown-timeout seconds to end.
@@ -103,16 +97,14 @@ def serve(
     startup = Startup()
     startup.close_phase("command line")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is a Ctrl-C
-    if metrics_compat not in ("octavo", "vllm"):
-        raise ConfigError(f"--metrics-compat must be octavo or vllm, not {metrics_compat!r}")
-    template = read_template(chat_template)
-    check_port(host, port)
+    template = read_template(http.chat_template)
+    check_port(http.host, http.port)
     say(f"Octavo {__version__}", style="bold")
     find_model(config)
     startup.close_phase("find model")
     # with a timeout of 0 uvicorn complains that it cancels, which is what was asked for
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.getMessage().startswith("Cancel "))
-    asyncio.run(_serve(config, template, metrics_compat, host, port, shutdown_timeout, startup))
+    asyncio.run(_serve(config, http, template, startup))
     say("Stopped.")
 
 
@@ -164,33 +156,27 @@ def curl_lines(engine: AsyncEngine, url: str) -> str:
     return f"curl -N {url}/{path} \\\n    -H 'Content-Type: application/json' \\\n    -d {shlex.quote(body)}"
 
 
-async def _serve(
-    config: EngineConfig,
-    template: str | None,
-    metrics_compat: str,
-    host: str,
-    port: int,
-    shutdown_timeout: int,
-    startup: Startup,
-) -> None:
+async def _serve(config: EngineConfig, http: HttpFlags, template: str | None, startup: Startup) -> None:
     from octavo.engine.async_engine import AsyncEngine
 
     startup.close_phase("engine imports")
     with console().status(f"Loading {config.model} ..."):
         engine, app_module = await asyncio.gather(
-            AsyncEngine.start(config, chat_template=template, metrics_compat=metrics_compat),
+            AsyncEngine.start(config, chat_template=template, metrics_compat=http.metrics_compat),
             asyncio.to_thread(import_module, "octavo.server.app"),  # while the engine process loads the model
         )
     startup.add_engine(engine.timings)
 
     def ready(real_port: int) -> None:
         startup.close_phase("server")
-        shown = f"[{host}]" if ":" in host else host
+        shown = f"[{http.host}]" if ":" in http.host else http.host
         print_ready(engine, startup, f"http://{shown}:{real_port}/v1")
 
     try:
         app = app_module.create_app(engine, served_model_names=[engine.model_name])
-        await app_module.run_server(app, host=host, port=port, ready=ready, drain_seconds=shutdown_timeout)
+        await app_module.run_server(
+            app, host=http.host, port=http.port, ready=ready, drain_seconds=http.shutdown_timeout
+        )
     finally:
         await engine.shutdown()
 
