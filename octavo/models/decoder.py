@@ -27,6 +27,8 @@ def record(spec: ModelSpec) -> Program:
 class _Decoder:
     """Holds the spec and the builder while recording.
 
+    After the last attention only the positions whose logits are wanted go on (R rows instead of T).
+
     Between blocks the residual stream is a pair (stream, update): `update` is what the last block made and the next
     norm adds, so that sum and norm are one node. It is None where there is nothing to add.
     """
@@ -43,7 +45,8 @@ class _Decoder:
         spec = self._spec
         stream, update = self._embedding(), None
         for index, layer in enumerate(spec.layers):
-            stream, update = self._attention_block(f"layers.{index}", layer, stream, update)
+            is_last = index == spec.num_layers - 1
+            stream, update = self._attention_block(f"layers.{index}", layer, stream, update, is_last=is_last)
             stream, update = self._mlp_block(f"layers.{index}", stream, update)
         hidden = self._last_states(stream, update)
         return self._build.finish(
@@ -76,7 +79,7 @@ class _Decoder:
         return Weight("position_embed", ("position_embed",), (rows,), (rows, width), "embedding") if rows else None
 
     def _attention_block(
-        self, label: str, layer: LayerSpec, stream: Buffer, update: Buffer | None
+        self, label: str, layer: LayerSpec, stream: Buffer, update: Buffer | None, *, is_last: bool
     ) -> tuple[Buffer, Buffer | None]:
         spec, build = self._spec, self._build
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -116,6 +119,9 @@ class _Decoder:
                 softcap=spec.attention_softcap,
             )
         )
+        if is_last:
+            mixed = self._gather(f"{label}.gather", mixed)
+            stream = self._gather(f"{label}.gather_stream", stream)
         out = self._stacked_linear(
             f"{label}.o", mixed, {f"{label}.o": spec.hidden_size}, has_bias=spec.attention_out_bias
         )
@@ -138,7 +144,7 @@ class _Decoder:
             return stream, stream
         if update is None:
             return self._norm(norm, stream), stream
-        summed = self._build.tokens(f"{norm}.stream", self._spec.hidden_size)
+        summed = Buffer(f"{norm}.stream", stream.rows, stream.width)
         return self._norm(norm, update, residual=stream, residual_out=summed), summed
 
     def _leave(self, block: str, stream: Buffer, out: Buffer) -> tuple[Buffer, Buffer | None]:
@@ -148,11 +154,9 @@ class _Decoder:
         return stream, self._norm(f"{block}_post_norm", out) if self._spec.post_norms else out
 
     def _last_states(self, stream: Buffer, update: Buffer | None) -> Buffer:
-        """The last states [R, hidden] of the positions whose logits are wanted, normed where the model norms them."""
-        stream = self._gather("gather", stream)
+        """The last states [R, hidden], normed where the model norms them."""
         if update is None:
             return self._norm("final_norm", stream) if self._spec.final_norm else stream
-        update = self._gather("gather_update", update)
         if self._spec.final_norm:
             return self._norm("final_norm", update, residual=stream)
         return self._sum("final_sum", update, stream)
