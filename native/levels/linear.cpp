@@ -11,9 +11,9 @@
 namespace octavo::OCTAVO_LEVEL {
 namespace {
 
-// Weight rows read together: one activation row needs more of them to hide the latency of its chains.
+// Weight rows read together: few activation rows need more of them to hide the latency of their chains.
 template <size_t ROWS>
-constexpr size_t kTogether = ROWS > 1 ? 4 : kLanes == 16 ? 16 : 8;
+constexpr size_t kTogether = ROWS > 2 ? 4 : (kLanes == 16 ? 16 : 8) / ROWS;
 constexpr size_t kMaxRows = kLanes == 16 ? 4 : 2;  // activation rows of a tile: what the registers hold
 constexpr size_t kWidenFrom = kMaxRows + 1;        // rows from which bf16 weights are widened once per task
 
@@ -28,7 +28,7 @@ inline void dot_tile(const float* x, const W* const* w, size_t depth, size_t col
     size_t i = 0;
     for (; i + kLanes <= depth; i += kLanes) {
         if constexpr (STREAM) {
-            for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+            for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 3);
             next += bytes;
         }
         Floats weights[width];
@@ -122,12 +122,17 @@ inline void tile(const LinearArgs& a, const W* gate, const W* up, size_t row, si
 template <bool STREAM, class W>
 void all_rows(const LinearArgs& a, const W* gate, const W* up, size_t channel, size_t count) {
     size_t row = 0;
-    if (STREAM && a.num_rows >= kMaxRows) {  // later rows find the weights in the cache
-        tile<kMaxRows, STREAM>(a, gate, up, 0, channel, count);
-        row = kMaxRows;
+    for (; row + kMaxRows <= a.num_rows; row += kMaxRows) {
+        if (row == 0)
+            tile<kMaxRows, STREAM>(a, gate, up, row, channel, count);
+        else  // the first rows brought the weights into the cache
+            tile<kMaxRows, false>(a, gate, up, row, channel, count);
     }
-    for (; row + kMaxRows <= a.num_rows; row += kMaxRows) tile<kMaxRows, false>(a, gate, up, row, channel, count);
-    for (; row < a.num_rows; ++row) tile<1, STREAM>(a, gate, up, row, channel, count);
+    switch (a.num_rows - row) {
+        case 1: return tile<1, STREAM>(a, gate, up, row, channel, count);
+        case 2: return tile<2, STREAM>(a, gate, up, row, channel, count);
+        case 3: return tile<3, STREAM>(a, gate, up, row, channel, count);
+    }
 }
 
 const float* widen_rows(const uint16_t* weight, size_t elements, float* out) {
