@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from octavo.errors import ContextLengthError, InvalidValueError
 from octavo.messages import AddRequest, FinishRequest, RequestDelta
@@ -21,6 +22,7 @@ from octavo.step import TokenLogprobs
 from octavo.text.stream import TextStream
 from octavo.text.tokenizer import Tokenizer
 
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 Prompt = str | Sequence[int] | Mapping[str, object]
 
 
@@ -205,7 +207,7 @@ class Frontend:
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidValueError(f"a prompt is a string or token ids, not {type(prompt).__name__}", param="prompt")
-        return None, list(prompt)
+        return None, [*prompt]
 
     def _apply(self, child: Child, delta: RequestDelta) -> FinishRequest | None:
         group, output = child.parent, child.output
@@ -278,6 +280,12 @@ class Frontend:
             finished=False,
             num_cached_tokens=group.num_cached_tokens,
         )
+
+
+def default_sampling(spec: ModelSpec) -> dict[str, Any]:
+    """Sampling parameters that the model's own generation_config recommends, by the names of SamplingParams."""
+    given = {name: value for name, value in spec.generation_defaults.items() if name in MODEL_DEFAULTS}
+    return {name: int(value) if name == "top_k" else value for name, value in given.items()}
 
 
 @dataclass(slots=True)

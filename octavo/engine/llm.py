@@ -11,7 +11,7 @@ from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
-from octavo.engine.frontend import Frontend, Group, Prompt
+from octavo.engine.frontend import Frontend, Group, Prompt, default_sampling
 from octavo.errors import ConfigError, InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests
@@ -23,6 +23,7 @@ from octavo.text.load import load_text
 from octavo.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+TextAndIds = tuple[str | None, list[int]]
 
 
 class LLM:
@@ -63,7 +64,7 @@ class LLM:
 
         Args:
             prompts: one or many.
-            sampling_params: one for all, or one per prompt; default `SamplingParams()`.
+            sampling_params: one for all, or one per prompt; default: what the model recommends.
             prompt_token_ids: instead of prompts (the older vLLM spelling).
             use_tqdm: show a progress bar with tokens per second.
 
@@ -72,7 +73,7 @@ class LLM:
             StepError: the engine failed on a request even when it was retried alone.
         """
         todo = _prompt_list(prompts, prompt_token_ids)
-        params = _params_list(sampling_params, len(todo))
+        params = self._params_list(sampling_params, len(todo))
         tokenized = [self._frontend.tokenize(prompt) for prompt in todo]
         return self._run(tokenized, params, use_tqdm)
 
@@ -86,21 +87,19 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many: renders the model's chat template, then generates."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        conversations = _conversations(messages)
         template = self._template(chat_template)
-        texts = [
-            template.render(
-                [dict(m) for m in conversation],  # type: ignore[call-overload]
-                add_generation_prompt=add_generation_prompt,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in conversations
-        ]
-        params = _params_list(sampling_params, len(texts))
+        kwargs = chat_template_kwargs or {}
+        texts = [template.render(c, add_generation_prompt=add_generation_prompt, **kwargs) for c in conversations]
+        params = self._params_list(sampling_params, len(texts))
         tokenizer = self.get_tokenizer()
         # the template writes the special tokens itself: none may be added
-        tokenized = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        tokenized: list[TextAndIds] = [(t, tokenizer.encode(t, add_special_tokens=False)) for t in texts]
         return self._run(tokenized, params, use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends; plain defaults where it has none."""
+        return SamplingParams(**default_sampling(self.core.info.spec))
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError when the engine runs without one."""
@@ -118,6 +117,17 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _params_list(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            return [self.get_default_sampling_params()] * count
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise InvalidValueError(f"{count} prompts, but {len(params)} sampling_params", param="sampling_params")
+        return list(params)
+
     def _template(self, source: str | None) -> ChatTemplate:
         if source is not None:
             return ChatTemplate(source, self.get_tokenizer())
@@ -127,7 +137,7 @@ class LLM:
 
     def _run(
         self,
-        tokenized: list[tuple[str | None, list[int]]],
+        tokenized: list[TextAndIds],
         params: list[SamplingParams],
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
@@ -218,11 +228,8 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt] | None, ids: Any) -> list[Pr
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InvalidValueError(f"{count} prompts, but {len(params)} sampling_params", param="sampling_params")
-    return list(params)
+def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[dict[str, Any]]]:
+    """One conversation or many as many."""
+    if messages and isinstance(messages[0], Mapping):
+        return [[dict(message) for message in messages if isinstance(message, Mapping)]]
+    return [[dict(message) for message in turns if isinstance(message, Mapping)] for turns in messages]

@@ -28,6 +28,6 @@ class StepLog:
     def __len__(self) -> int:
         return len(self._records)
 
-    def total(self, field: str) -> int | float:
+    def total(self, field: str) -> float:
         """The sum of one field over the records still in the ring."""
-        return sum(getattr(record, field) for record in self._records)
+        return float(sum(getattr(record, field) for record in self._records))

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from octavo.engine.frontend import MODEL_DEFAULTS, default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 LONG_TEXT = 4096  # characters; from here on templates and tokenisation leave the event loop
-MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -130,11 +130,8 @@ class Front:
             for name in (*MODEL_DEFAULTS, "n", "presence_penalty", "frequency_penalty")
             if getattr(body, name) is not None
         }
-        defaults = {k: v for k, v in engine.spec.generation_defaults.items() if k in MODEL_DEFAULTS}
-        if "top_k" in defaults:
-            defaults["top_k"] = int(defaults["top_k"])
         return SamplingParams(
-            **{**defaults, **given},
+            **{**default_sampling(engine.spec), **given},
             best_of=getattr(body, "best_of", None),
             seed=body.seed,
             stop=body.stop,

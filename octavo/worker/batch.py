@@ -68,11 +68,11 @@ def _sampling(rows: Rows, row: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.i
         num_logprobs=rows.num_logprobs[row],
         bias_start=bias_start,
         bias_ids=bias_ids,
-        bias_values=bias_values,  # type: ignore[arg-type]
+        bias_values=bias_values,
         repetition_penalty=rows.repetition_penalty[row],
         presence_penalty=rows.presence_penalty[row],
         frequency_penalty=rows.frequency_penalty[row],
         seen_start=seen_start,
         seen_ids=seen_ids,
-        seen_counts=seen_counts,  # type: ignore[arg-type]
+        seen_counts=seen_counts,
     )

@@ -5,10 +5,16 @@ A Request keeps its row from admission to finish or preemption, so a step costs 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
+from octavo.runtime.base import Float32, Int32
 from octavo.step import NewRow, ScheduledRow
+
+Value = TypeVar("Value", np.float32, np.int32)
 
 
 class Rows:
@@ -79,21 +85,18 @@ class Rows:
         if (seen := self._seen.get(row)) is not None:
             seen[token] = seen.get(token, 0) + 1
 
-    def biases(self, rows: list[int], drawn: list[int]) -> Ragged:
+    def biases(self, rows: list[int], drawn: list[int]) -> tuple[Int32, Int32, Float32]:
         """Logit biases of these rows as (start [R + 1], ids, values); `drawn`: tokens generated so far."""
         if not self._bias:
-            return _no_entries(len(rows))
+            return _ragged([{}] * len(rows), np.float32)
         entries = [b.at(n) if (b := self._bias.get(row)) else {} for row, n in zip(rows, drawn, strict=True)]
         return _ragged(entries, np.float32)
 
-    def seen(self, rows: list[int]) -> Ragged:
+    def seen(self, rows: list[int]) -> tuple[Int32, Int32, Int32]:
         """Distinct tokens seen by rows with penalties as (start [R + 1], ids, times generated)."""
         if not self._seen:
-            return _no_entries(len(rows), np.int32)
+            return _ragged([{}] * len(rows), np.int32)
         return _ragged([self._seen.get(row, {}) for row in rows], np.int32)
-
-
-Ragged = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32] | npt.NDArray[np.int32]]
 
 
 class RowBias:
@@ -109,13 +112,9 @@ class RowBias:
         return self._early if num_generated < self._min_tokens else self._always
 
 
-def _no_entries(num_rows: int, dtype: type[np.float32] | type[np.int32] = np.float32) -> Ragged:
-    return np.zeros(num_rows + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, dtype)
-
-
-def _ragged(entries: list[dict[int, float]] | list[dict[int, int]], dtype: type[np.float32] | type[np.int32]) -> Ragged:
+def _ragged(entries: Sequence[Mapping[int, float]], dtype: type[Value]) -> tuple[Int32, Int32, npt.NDArray[Value]]:
     start = np.zeros(len(entries) + 1, np.int32)
     np.cumsum([len(e) for e in entries], out=start[1:])
     ids = np.fromiter((token for e in entries for token in e), np.int32, start[-1])
-    values = np.fromiter((value for e in entries for value in e.values()), dtype, start[-1])
+    values: npt.NDArray[Value] = np.fromiter((value for e in entries for value in e.values()), dtype, start[-1])
     return start, ids, values
