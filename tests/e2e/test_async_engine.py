@@ -1,0 +1,152 @@
+"""AsyncEngine as a library: a real engine process on a tiny model with seeded weights, token ids in and out."""
+
+import asyncio
+import json
+import os
+import signal
+
+import pytest
+
+from octavo import AsyncEngine, EngineConfig, RequestOutputKind, SamplingParams
+from octavo.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidValueError, MemoryPlanError
+from tests.engine.test_core import TINY
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    (path / "config.json").write_text(json.dumps(TINY))
+    return path
+
+
+def with_engine(folder, use, **settings):
+    """Runs `await use(engine)` on a fresh engine."""
+
+    async def body():
+        engine = await AsyncEngine.start(EngineConfig(model=str(folder), load_format="dummy", **settings))
+        try:
+            return await use(engine)
+        finally:
+            await engine.shutdown()
+
+    return asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def params(**changes):
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, **changes})
+
+
+async def collect(engine, request_id, **changes):
+    return [output async for output in engine.generate(PROMPT, params(**changes), request_id)]
+
+
+def test_kinds_of_output_agree(folder):
+    async def use(engine):
+        return [await collect(engine, kind.value, output_kind=kind, n=2, seed=1) for kind in RequestOutputKind]
+
+    cumulative, deltas, final = with_engine(folder, use)
+    assert len(final) == 1
+    whole = {o.index: o.token_ids for o in final[0].outputs}
+    assert {o.index: o.token_ids for o in cumulative[-1].outputs} == whole
+    added = {0: [], 1: []}
+    for output in deltas:
+        for answer in output.outputs:
+            added[answer.index] += answer.token_ids
+    assert added == whole
+    assert all(len(ids) == 40 for ids in whole.values())
+    assert len(deltas) > 10, "it streams"
+
+
+def test_a_slow_consumer_gets_everything_in_fewer_pieces(folder):
+    async def use(engine):
+        quick = await collect(engine, "quick", output_kind=RequestOutputKind.DELTA)
+        tokens, pieces = [], 0
+        async for output in engine.generate(PROMPT, params(output_kind=RequestOutputKind.DELTA), "slow"):
+            tokens += output.outputs[0].token_ids
+            pieces += 1
+            await asyncio.sleep(0.02)
+        return [t for o in quick for t in o.outputs[0].token_ids], tokens, pieces
+
+    quick, slow, pieces = with_engine(folder, use)
+    assert slow == quick
+    assert pieces < 40
+
+
+def test_leaving_the_stream_frees_the_whole_pool(folder):
+    async def use(engine):
+        for i in range(8):
+            async for _ in engine.generate(PROMPT, params(max_tokens=200), f"left-{i}"):
+                break
+        whole = params(max_tokens=2)
+        return [o async for o in engine.generate([9] * 254, whole, "whole")], engine._frontend.num_unfinished
+
+    outputs, unfinished = with_engine(folder, use, num_gpu_blocks_override=16)
+    assert len(outputs[-1].outputs[0].token_ids) == 2
+    assert unfinished == 0
+
+
+def test_abort_ends_a_stream_with_its_reason(folder):
+    async def use(engine):
+        last = None
+        async for output in engine.generate(PROMPT, params(max_tokens=250, n=2), "r"):
+            last = output
+            if len(output.outputs[0].token_ids) == 3:
+                await engine.abort("r")
+        return last
+
+    last = with_engine(folder, use)
+    assert last.finished
+    assert [o.finish_reason for o in last.outputs] == ["abort", "abort"]
+
+
+def test_wrong_requests_are_refused_before_the_first_output(folder):
+    async def use(engine):
+        with pytest.raises(InvalidValueError, match="without a tokenizer"):
+            await anext(engine.generate("text", params(), "a"))
+        with pytest.raises(ContextLengthError):
+            await anext(engine.generate([1] * 256, params(), "b"))
+        with pytest.raises(InvalidValueError, match="from 0 to 96"):
+            await anext(engine.generate([97], params(), "c"))
+        return await collect(engine, "d")
+
+    assert len(with_engine(folder, use)[-1].outputs[0].token_ids) == 40
+
+
+def test_a_killed_engine_is_told_to_everybody(folder):
+    async def use(engine):
+        async def stream():
+            async for _ in engine.generate(PROMPT, params(max_tokens=250), "r"):
+                os.kill(engine._process.pid, signal.SIGKILL)
+
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await stream()
+        assert "signal 9" in engine.dead
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await anext(engine.generate(PROMPT, params(), "later"))
+
+    with_engine(folder, use)
+
+
+def test_what_the_engine_cannot_start_with_is_raised_here(folder):
+    async def use(engine):
+        raise AssertionError("it should not have started")
+
+    with pytest.raises(MemoryPlanError, match="largest --max-model-len that fits is 32"):
+        with_engine(folder, use, max_model_len=256, num_gpu_blocks_override=2)
+    with pytest.raises(ConfigError, match="max_model_len"):
+        with_engine(folder, use, max_model_len=4096)
+
+
+def test_start_up_phases_add_up_and_metrics_move(folder):
+    async def use(engine):
+        await collect(engine, "m")
+        return engine.timings, engine.metrics.render().decode()
+
+    timings, page = with_engine(folder, use)
+    assert {"weights", "kv cache", "warm-up"} <= set(timings)
+    assert all(seconds >= 0 for seconds in timings.values())
+    assert 'octavo:generation_tokens_total{engine="0"' in page
+    line = next(x for x in page.splitlines() if x.startswith("octavo:generation_tokens_total"))
+    assert float(line.split()[-1]) == 40
