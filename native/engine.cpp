@@ -101,7 +101,6 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
             if (node->position_offset < 0 || node->position_offset >= rows) refuse("position_offset is out of bounds");
             max_positions_ = std::min(max_positions_, rows - node->position_offset);
         }
-        if (node->op == OCTAVO_LINEAR) scratch = std::max(scratch, kernels_.linear_scratch(width(node->x)));
         if (node->op == OCTAVO_ATTENTION) {
             const KVCache& cache = kv_layer(*node).cache;
             const size_t share = static_cast<size_t>(node->num_heads / node->num_kv_heads);
@@ -245,8 +244,8 @@ void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
     const size_t group_bytes = weight.bytes() / groups;
     const size_t even = (groups + pool_.num_threads() * kTasksPerThread - 1) / (pool_.num_threads() * kTasksPerThread);
     const size_t step = kChannels * std::max(even, (kMinTaskBytes + group_bytes - 1) / group_bytes);
-    pool_.run((args.channels + step - 1) / step, [&](size_t task, size_t thread) {
-        kernels_.linear(args, task * step, std::min(args.channels, (task + 1) * step), scratch_[thread].as<float>());
+    pool_.run((args.channels + step - 1) / step, [&](size_t task, size_t) {
+        kernels_.linear(args, task * step, std::min(args.channels, (task + 1) * step));
     });
 }
 

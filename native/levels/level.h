@@ -5,8 +5,7 @@
 
 namespace octavo::OCTAVO_LEVEL {
 
-void linear(const LinearArgs&, size_t first_channel, size_t last_channel, float* scratch);
-size_t linear_scratch(size_t depth);
+void linear(const LinearArgs&, size_t first_channel, size_t last_channel);
 void norm(const NormArgs&, size_t first_row, size_t last_row);
 void embedding(const EmbeddingArgs&, size_t first_row, size_t last_row);
 void add(const float* x, const float* y, float* out, size_t count);

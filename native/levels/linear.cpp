@@ -15,7 +15,6 @@ namespace {
 template <size_t ROWS>
 constexpr size_t kTogether = ROWS > 2 ? 4 : (kLanes == 16 ? 16 : 8) / ROWS;
 constexpr size_t kMaxRows = kLanes == 16 ? 4 : 2;  // activation rows of a tile: what the registers hold
-constexpr size_t kWidenFrom = kMaxRows + 1;        // rows from which bf16 weights are widened once per task
 
 // totals[r][column + c] = the lanes of dot(x row r, w[c]) for kTogether weight rows. STREAM: the weights come from
 // memory, so those of the next tile, which follow, are asked for while these are used.
@@ -119,51 +118,33 @@ inline void tile(const LinearArgs& a, const W* gate, const W* up, size_t row, si
         finish(a, sums[r], up ? ups[r] : nullptr, channel, count, a.out + (row + r) * a.channels + channel);
 }
 
-template <bool STREAM, class W>
-void all_rows(const LinearArgs& a, const W* gate, const W* up, size_t channel, size_t count) {
+template <class W>
+void all_rows(const LinearArgs& a, size_t channel, size_t count) {
+    const W* gate = static_cast<const W*>(a.weight) + channel * a.depth;
+    const W* up = gated(a.activation) ? gate + a.channels * a.depth : nullptr;
     size_t row = 0;
     for (; row + kMaxRows <= a.num_rows; row += kMaxRows) {
         if (row == 0)
-            tile<kMaxRows, STREAM>(a, gate, up, row, channel, count);
+            tile<kMaxRows, true>(a, gate, up, row, channel, count);
         else  // the first rows brought the weights into the cache
             tile<kMaxRows, false>(a, gate, up, row, channel, count);
     }
     switch (a.num_rows - row) {
-        case 1: return tile<1, STREAM>(a, gate, up, row, channel, count);
-        case 2: return tile<2, STREAM>(a, gate, up, row, channel, count);
-        case 3: return tile<3, STREAM>(a, gate, up, row, channel, count);
+        case 1: return tile<1, true>(a, gate, up, row, channel, count);
+        case 2: return tile<2, true>(a, gate, up, row, channel, count);
+        case 3: return tile<3, true>(a, gate, up, row, channel, count);
     }
-}
-
-const float* widen_rows(const uint16_t* weight, size_t elements, float* out) {
-    size_t i = 0;
-    for (; i + kLanes <= elements; i += kLanes) store(out + i, load(weight + i));
-    if (i < elements) store_part(out + i, load_part(weight + i, elements - i), elements - i);
-    return out;
 }
 
 }  // namespace
 
-size_t linear_scratch(size_t depth) { return 2 * kChannels * depth; }
-
-void linear(const LinearArgs& a, size_t first_channel, size_t last_channel, float* scratch) {
-    const bool pair = gated(a.activation);
+void linear(const LinearArgs& a, size_t first_channel, size_t last_channel) {
     for (size_t channel = first_channel; channel < last_channel; channel += kChannels) {
         const size_t count = last_channel - channel < kChannels ? last_channel - channel : kChannels;
-        const size_t gate = channel * a.depth, up = (a.channels + channel) * a.depth;
-        if (!a.bfloat16) {
-            const float* w = static_cast<const float*>(a.weight);
-            all_rows<true>(a, w + gate, pair ? w + up : nullptr, channel, count);
-            continue;
-        }
-        const uint16_t* w = static_cast<const uint16_t*>(a.weight);
-        if (a.num_rows < kWidenFrom) {
-            all_rows<true>(a, w + gate, pair ? w + up : nullptr, channel, count);
-            continue;
-        }
-        const float* wide = widen_rows(w + gate, count * a.depth, scratch);
-        const float* wide_up = pair ? widen_rows(w + up, count * a.depth, scratch + kChannels * a.depth) : nullptr;
-        all_rows<false>(a, wide, wide_up, channel, count);
+        if (a.bfloat16)
+            all_rows<uint16_t>(a, channel, count);
+        else
+            all_rows<float>(a, channel, count);
     }
 }
 

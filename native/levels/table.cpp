@@ -8,7 +8,6 @@ namespace octavo::OCTAVO_LEVEL {
 extern const Kernels kernels;
 const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
                          linear,
-                         linear_scratch,
                          norm,
                          embedding,
                          add,
