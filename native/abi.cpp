@@ -27,6 +27,9 @@ int32_t guarded(const Body& body) {
     } catch (const std::exception& error) {
         last_error = error.what();
         return OCTAVO_INTERNAL;
+    } catch (...) {
+        last_error = "unknown exception";
+        return OCTAVO_INTERNAL;
     }
 }
 

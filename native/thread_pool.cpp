@@ -31,10 +31,17 @@ bool spin_until(const Done& done) {
 }  // namespace
 
 ThreadPool::ThreadPool(size_t num_threads) {
-    for (size_t thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+    try {
+        for (size_t thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+    } catch (...) {  // the system has no more threads: end those that run before the vector is destroyed
+        close();
+        throw;
+    }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { close(); }
+
+void ThreadPool::close() {
     closing_.store(true);
     wake_.fetch_add(1);
     wake_.notify_all();

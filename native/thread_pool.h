@@ -40,6 +40,7 @@ private:
     void run_shared(size_t num_tasks, Call call, const void* body);
     bool run_one(size_t thread);
     void work(size_t thread);
+    void close();
 
     std::vector<std::thread> workers_;
     // (loop number << 32) | unclaimed tasks. One word, so a claim by compare-and-swap can only succeed within the

@@ -72,23 +72,28 @@ class Piece:
 
 
 class Steps:
-    """Makes the arrays of a step: request i owns every third block from i on, so that no table is contiguous."""
+    """Makes the arrays of a step. Tables of a request are not contiguous, and run the other way in odd groups."""
 
     def __init__(self, num_requests: int = 4, block_size: int = 16, groups: int = 1) -> None:
         self.block_size = block_size
-        self.groups = groups
         self.num_requests = num_requests
         self.per_request = -(-MAX_LEN // block_size)
         self.num_blocks = num_requests * self.per_request
         order = np.arange(self.num_blocks).reshape(self.per_request, num_requests).T
         self.tables = np.ascontiguousarray(order[:, ::-1].astype(np.int32))
+        self.group_tables = [(self.num_blocks - 1 - self.tables) if g % 2 else self.tables for g in range(groups)]
         self.ids = np.random.default_rng(7).integers(0, VOCAB, (num_requests, MAX_LEN)).astype(np.int32)
 
     def inputs(self, pieces: Sequence[Piece], logits: str = "all") -> StepInputs:
         positions = [np.arange(p.start, p.start + p.count) for p in pieces]
         slots = [
-            self.tables[p.request][at // self.block_size].astype(np.int64) * self.block_size + at % self.block_size
-            for p, at in zip(pieces, positions, strict=True)
+            np.concatenate(
+                [
+                    table[p.request][at // self.block_size].astype(np.int64) * self.block_size + at % self.block_size
+                    for p, at in zip(pieces, positions, strict=True)
+                ]
+            )
+            for table in self.group_tables
         ]
         counts = np.array([p.count for p in pieces], dtype=np.int32)
         starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
@@ -97,10 +102,10 @@ class Steps:
         return StepInputs(
             token_ids=np.concatenate([self.ids[p.request][at] for p, at in zip(pieces, positions, strict=True)]),
             positions=np.concatenate(positions).astype(np.int32),
-            slots=np.ascontiguousarray(np.tile(np.concatenate(slots), (self.groups, 1))),
+            slots=np.stack(slots),
             query_start_loc=starts,
             seq_lens=np.array([p.start + p.count for p in pieces], dtype=np.int32),
-            block_tables=np.ascontiguousarray(np.tile(self.tables[[p.request for p in pieces]], (self.groups, 1, 1))),
+            block_tables=np.stack([table[[p.request for p in pieces]] for table in self.group_tables]),
             logits_indices=indices.astype(np.int32),
         )
 
@@ -220,15 +225,17 @@ def attention_program(
     return row_program((heads + 2 * kv_heads) * dim, body)
 
 
-def decoder_program(*, hidden: int = 48, heads: int = 6, kv_heads: int = 2, dim: int = 20, inner: int = 75) -> Program:
-    """Two Llama layers with a tied head; odd sizes."""
+def decoder_program(
+    *, hidden: int = 48, heads: int = 6, kv_heads: int = 2, dim: int = 20, inner: int = 75, groups: int = 1
+) -> Program:
+    """Two Llama layers with a tied head; odd sizes. With two KV groups the second layer follows the second table."""
     build = ProgramBuilder()
     embed = matrix("embed", VOCAB, hidden, "embedding")
     stream, update = build.tokens("embed", hidden), None
     build.add(Embedding("embed", weight=embed, out=stream))
     rope = Rope(tuple(100.0 ** (-i / (dim // 2)) for i in range(dim // 2)))
     for n in range(2):
-        layer = build.kv_layer(KVLayer(kv_heads, dim))
+        layer = build.kv_layer(KVLayer(kv_heads, dim, group=n % groups))
         shape = {"kv_layer": layer, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
         normed, qkv = build.tokens("normed", hidden), build.tokens("qkv", (heads + 2 * kv_heads) * dim)
         q, mixed, out = build.tokens("q", heads * dim), build.tokens("mixed", heads * dim), build.tokens("o", hidden)

@@ -146,3 +146,7 @@ def test_partial_and_absent_rotation(level: str, rope: int) -> None:
 @every_dtype
 def test_decoder(level: str, dtype: str) -> None:
     assert_same_logits(decoder_program(), MIXED, level=level, dtype=dtype, tolerance=1e-4)
+
+
+def test_kv_groups_follow_their_own_tables() -> None:
+    assert_same_logits(decoder_program(groups=2), MIXED, level="auto", steps=Steps(groups=2), tolerance=1e-4)
