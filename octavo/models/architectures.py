@@ -50,6 +50,7 @@ class Architecture:
     bias_key: str | None = None  # config key that gives every attention projection a bias
     windows: Literal["none", "all", "upper", "pattern"] = "none"  # which layers have a sliding window
     positions: Literal["rope", "learned"] = "rope"
+    context_is_scaled: bool = False  # max_position_embeddings counts what RoPE scaling adds already
 
     def key(self, name: str) -> str:
         """This row's config key for one of ours."""
@@ -218,6 +219,7 @@ ARCHITECTURES = (
         extras=_gemma3_extras,
         bias_key="attention_bias",
         windows="pattern",
+        context_is_scaled=True,
     ),
     Architecture(
         name="gpt2",

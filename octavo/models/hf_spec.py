@@ -79,7 +79,7 @@ class _SpecReader:
         vocab_size = self._integer("vocab_size", high=MAX_VOCAB)
         context = self._integer("max_position_embeddings", high=MAX_CONTEXT)
         ropes = self._rope_parameters(context)
-        reach, served = _context_lengths(ropes, context, max_model_len)
+        reach, served = _context_lengths({} if row.context_is_scaled else ropes, context, max_model_len)
         has_bias = bool(row.bias_key) and fields.boolean(str(row.bias_key), False)
         spec = ModelSpec(
             architecture=row.name,

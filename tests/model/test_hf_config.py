@@ -170,3 +170,10 @@ def test_broken_json(tmp_path: Path, content: bytes, message: str) -> None:
 def test_missing_config(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"config.json cannot be read: No such file"):
         read_spec(ModelFiles("test", "hf", tmp_path))
+
+
+def test_gemma3_says_its_scaled_context_itself(tmp_path: Path) -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    gemma = {"model_type": "gemma3_text", "head_dim": 16, "max_position_embeddings": 131072, "rope_scaling": scaling}
+    assert read(tmp_path, **gemma).max_model_len == 131072
+    assert read(tmp_path, rope_scaling=scaling).max_model_len == 8 * 2048
