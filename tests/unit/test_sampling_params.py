@@ -38,7 +38,7 @@ from octavo.sampling_params import MAX_STOP, SamplingParams
         ("stop_token_ids", "12"),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: 101.0}),
-        ("logit_bias", {i: 1.0 for i in range(301)}),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)),
     ],
 )
 def test_out_of_bounds_is_refused_by_name(name, bad):
