@@ -1,6 +1,6 @@
 """Measures what a stranger meets: install size, time from a clone to the first token, time of a warm start.
 
-    python tools/measure_install.py            writes docs/results/install.json (a few minutes; needs the network)
+    python -m lab.install            writes docs/results/install.json (a few minutes; needs the network)
 
 Works in a temporary clone of HEAD with an empty cache, so nothing on this machine helps except pip's own cache.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import re
 import signal
 import statistics
@@ -20,6 +19,8 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+
+from lab.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_STARTS = 7
@@ -111,13 +112,6 @@ def spread(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f}, n={len(seconds)})"
 
 
-def machine() -> str:
-    """Cores and processor, as the kernel names them."""
-    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores of {names[0] if names else platform.processor()}, Python {platform.python_version()}"
-
-
 def main() -> int:
     """Measures, writes the result, prints it."""
     with tempfile.TemporaryDirectory() as work:
@@ -125,8 +119,8 @@ def main() -> int:
     result = {
         "what": "Install and start",
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "command": "python tools/measure_install.py",
+        "machine": describe_machine(),
+        "command": "python -m lab.install",
         "rows": rows,
     }
     path = ROOT / "docs" / "results" / "install.json"

@@ -1,0 +1,1 @@
+"""Experiments that anyone re-runs: every number about Octavo comes from here, with its command, machine and date."""
