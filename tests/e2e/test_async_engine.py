@@ -87,16 +87,18 @@ def test_leaving_the_stream_frees_the_whole_pool(folder):
     assert unfinished == 0
 
 
-def test_abort_ends_a_stream_with_its_reason(folder):
+def test_abort_ends_a_stream_with_its_reason(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "max_position_embeddings": 32768}))
+
     async def use(engine):
         last = None
-        async for output in engine.generate(PROMPT, params(max_tokens=250, n=2), "r"):
-            last = output
-            if len(output.outputs[0].token_ids) == 3:
+        async for output in engine.generate(PROMPT, params(max_tokens=30_000, n=2), "r"):
+            if last is None:
                 await engine.abort("r")
+            last = output
         return last
 
-    last = with_engine(folder, use)
+    last = with_engine(tmp_path, use)
     assert last.finished
     assert [o.finish_reason for o in last.outputs] == ["abort", "abort"]
 
