@@ -44,7 +44,7 @@ async def collect(engine, request_id, **changes):
 
 def test_kinds_of_output_agree(folder):
     async def use(engine):
-        return [await collect(engine, kind.value, output_kind=kind, n=2, seed=1) for kind in RequestOutputKind]
+        return [await collect(engine, kind.value, output_kind=kind, n=2, max_tokens=200) for kind in RequestOutputKind]
 
     cumulative, deltas, final = with_engine(folder, use)
     assert len(final) == 1
@@ -55,8 +55,8 @@ def test_kinds_of_output_agree(folder):
         for answer in output.outputs:
             added[answer.index] += answer.token_ids
     assert added == whole
-    assert all(len(ids) == 40 for ids in whole.values())
-    assert len(deltas) > 10, "it streams"
+    assert all(len(ids) == 200 for ids in whole.values())
+    assert len(deltas) > 1, "it streams"
 
 
 def test_a_slow_consumer_gets_everything_in_fewer_pieces(folder):
