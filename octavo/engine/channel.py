@@ -104,9 +104,12 @@ class EngineChannel:
         return messages
 
     def send(self, message: object) -> None:
-        """Sends a start-up message, waiting for room."""
+        """Sends a start-up message, waiting for room; `closed` when the front is gone (it found the error first)."""
         self._sock.setblocking(True)
-        self._sock.sendall(encode(message))
+        try:
+            self._sock.sendall(encode(message))
+        except ConnectionError:
+            self.closed = True
         self._sock.setblocking(False)
 
     def publish(self, outputs: StepOutputs) -> None:

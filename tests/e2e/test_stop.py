@@ -1,8 +1,11 @@
-"""Ctrl-C with a request running: its client is told, the exit is clean."""
+"""How a server ends: Ctrl-C with a request running, and a model it cannot start with."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import openai
 import pytest
@@ -28,3 +31,13 @@ def test_ctrl_c_ends_running_requests_with_an_error() -> None:
         assert statuses == [0]
         assert "Traceback" not in "".join(server.lines)
         assert server.lines[-1].strip() == "Stopped."
+
+
+def test_a_damaged_model_is_one_line_without_traceback(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
+    serve = [sys.executable, "-m", "octavo", "serve", str(damaged), "--port", "0"]
+    done = subprocess.run(serve, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "damaged.gguf is truncated or corrupt" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
