@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 1
+#define OCTAVO_ABI_VERSION 2
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {
@@ -79,6 +79,11 @@ struct OctavoProgram {
     int32_t max_num_tokens, max_num_logits, max_num_requests;
 };
 
+struct OctavoNodeTime {
+    int64_t nanoseconds;
+    int64_t barriers;  // parallel loops: the threads waited for each other so often
+};
+
 // Everything a step reads and writes; arrays as in runtime/base.py (StepInputs, SamplingInputs, SamplerOutput).
 struct OctavoStep {
     int64_t num_tokens, num_requests, num_logits, max_blocks, max_logprobs;
@@ -113,6 +118,7 @@ struct OctavoStep {
     int32_t* out_ranks;
     int32_t* out_top_ids;
     float* out_top_logprobs;
+    OctavoNodeTime* out_times;  // one per node, then one for the sampler; null: not measured
 };
 
 struct OctavoEngine;
@@ -137,5 +143,8 @@ OCTAVO_API int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, 
 OCTAVO_API int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs, int64_t num_pairs);
 // Runs the whole program and the sampler.
 OCTAVO_API int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step);
+// What the engine's threads can do at most, measured for a fraction of a second: bytes a second read from memory, and
+// floating-point operations a second (a multiply-add counts two) of the level's fastest instruction, from registers.
+OCTAVO_API int32_t octavo_probe(OctavoEngine* engine, double* bytes_per_second, double* operations_per_second);
 // The raw logits of the last step, [num_logits, vocab]; valid until the next call on this engine.
 OCTAVO_API const float* octavo_logits(OctavoEngine* engine);

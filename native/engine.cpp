@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "dequantize.h"
@@ -165,8 +166,20 @@ void OctavoEngine::copy_blocks(const int64_t* pairs, int64_t num_pairs) {
 
 void OctavoEngine::step(const OctavoStep& step) {
     check_step(step);
-    for (const OctavoNode& node : nodes_) run(node, step);
-    sample(step);
+    OctavoNodeTime* times = step.out_times;
+    for (const OctavoNode& node : nodes_) measured(times, [&] { run(node, step); });
+    measured(times, [&] { sample(step); });
+}
+
+// Runs a part of the step; where somebody asks, what it took goes to *times, which moves on.
+template <class Body>
+void OctavoEngine::measured(OctavoNodeTime*& times, const Body& body) {
+    if (times == nullptr) return body();
+    const auto start = std::chrono::steady_clock::now();
+    const uint64_t loops = pool_.num_loops();
+    body();
+    const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - start;
+    *times++ = {took.count(), static_cast<int64_t>(pool_.num_loops() - loops)};
 }
 
 void OctavoEngine::run(const OctavoNode& node, const OctavoStep& step) {

@@ -20,6 +20,7 @@ public:
     void allocate_kv(int64_t num_blocks, int64_t block_size);
     void copy_blocks(const int64_t* pairs, int64_t num_pairs);
     void step(const OctavoStep& step);
+    void probe(double& bytes_per_second, double& operations_per_second);
     const float* logits() const { return data(logits_); }
 
 private:
@@ -45,6 +46,8 @@ private:
     const float* vector(int32_t id, int64_t width) const;  // null for -1
     const Layer& kv_layer(const OctavoNode& node) const;
 
+    template <class Body>
+    void measured(OctavoNodeTime*& times, const Body& body);
     void run(const OctavoNode& node, const OctavoStep& step);
     void embedding(const OctavoNode& node, const OctavoStep& step);
     void norm(const OctavoNode& node, size_t rows);

@@ -109,6 +109,10 @@ struct Kernels {
     float (*max_value)(const float* values, size_t count);  // NaN is passed over
     // Sum of exp((values[i] - top) / temperature) for values <= top: quotients in float, the rest in double.
     double (*sum_exp)(const float* values, size_t count, float top, float temperature);
+    // For measuring the machine: reads a buffer whose size is a multiple of 1 KiB; runs `turns` of the level's fastest
+    // multiply-adds in registers and returns how many operations that was. Both return through *sink.
+    void (*read_all)(const float* values, size_t count, float* sink);
+    double (*multiply_adds)(size_t turns, float* sink);
 };
 
 // The level named `wanted`, or the best of this machine for "auto"; null when the machine or the build lacks it.

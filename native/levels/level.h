@@ -14,5 +14,7 @@ void attention(const AttentionArgs&, const QueryTile&, float* scratch);
 size_t attention_scratch(size_t rows, size_t head_dim, size_t value_width);
 float max_value(const float* values, size_t count);
 double sum_exp(const float* values, size_t count, float top, float temperature);
+void read_all(const float* values, size_t count, float* sink);
+double multiply_adds(size_t turns, float* sink);
 
 }  // namespace octavo::OCTAVO_LEVEL

@@ -15,6 +15,8 @@ const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
                          attention,
                          attention_scratch,
                          max_value,
-                         sum_exp};
+                         sum_exp,
+                         read_all,
+                         multiply_adds};
 
 }  // namespace octavo::OCTAVO_LEVEL

@@ -44,8 +44,8 @@ class LLM:
             download_dir=config.download_dir,
             load_format=config.load_format,
         )
-        executor = LocalExecutor(config, files)
-        self.core = EngineCore(config, executor, executor.start())
+        self._executor = LocalExecutor(config, files)
+        self.core = EngineCore(config, self._executor, self._executor.start())
         self.config = config
         self._text = load_text(config, files)
         self._frontend = Frontend(
@@ -106,6 +106,14 @@ class LLM:
         if self._text.tokenizer is None:
             raise ConfigError("this engine runs without a tokenizer (skip_tokenizer_init, or a bare config.json)")
         return self._text.tokenizer
+
+    def start_profile(self) -> None:
+        """Times every node of the steps from now on. Raises UnsupportedError on the reference runtime."""
+        self._executor.worker.runtime.start_profile()
+
+    def stop_profile(self) -> str:
+        """Ends start_profile(); tables of what the nodes took, as a share of what the machine can do."""
+        return self._executor.worker.runtime.stop_profile().describe()
 
     def close(self) -> None:
         """Frees weights, KV and threads."""

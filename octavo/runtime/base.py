@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.program.ops import Weight
+from octavo.program.profile import Profile
 from octavo.program.program import Program
 
 Int32 = npt.NDArray[np.int32]
@@ -159,6 +160,15 @@ class Runtime(Protocol):
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab], after sample()."""
+        ...
+
+    def start_profile(self) -> None:
+        """Measures the machine's limits, then the time of every node of each step until stop_profile().
+        Raises UnsupportedError where it cannot."""
+        ...
+
+    def stop_profile(self) -> Profile:
+        """What was measured since start_profile(). Steps pay nothing from here on."""
         ...
 
     def close(self) -> None:

@@ -217,3 +217,23 @@ def test_threads_end_with_the_runtime() -> None:
         runtime.close()
         runtime.close()
     assert threading.active_count() == before
+
+
+def test_a_profile_has_a_time_for_every_node() -> None:
+    steps = Steps()
+    program = decoder_program()
+    runtime = load(NativeRuntime(2), program, steps=steps)
+    expected = run(runtime, steps.inputs([Piece(0, 0, 40), Piece(1, 0, 9)]))
+    runtime.start_profile()
+    assert np.array_equal(run(runtime, steps.inputs([Piece(0, 0, 40), Piece(1, 0, 9)])), expected)
+    run(runtime, steps.inputs([Piece(0, 40, 1), Piece(1, 9, 1)]))
+    profile = runtime.stop_profile()
+    with pytest.raises(StepError, match="start_profile"):
+        runtime.stop_profile()
+    assert (profile.decode.count, profile.other.count) == (1, 1)
+    assert min(profile.limits.bytes_per_second, profile.limits.operations_per_second) > 1e8
+    lines = profile.other.lines.values()
+    assert all(line.seconds > 0 for line in lines)
+    assert sum(line.barriers for line in lines) >= 8  # two threads share at least the linears
+    assert sum(line.barriers for line in profile.decode.lines.values()) < sum(line.barriers for line in lines)
+    runtime.close()

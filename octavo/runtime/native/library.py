@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
 LEVELS = ("auto", "portable", "avx2", "avx512")
@@ -88,6 +88,7 @@ class StepTable(ctypes.Structure):
         ("num_bias", c_int64),
         ("num_seen", c_int64),
         *((f"out_{name}", c_void_p) for name in OUTPUT_ARRAYS),
+        ("out_times", c_void_p),
     ]
 
 
@@ -103,6 +104,7 @@ _SIGNATURES = {
     "octavo_allocate_kv": (c_int32, [c_void_p, c_int64, c_int64]),
     "octavo_copy_blocks": (c_int32, [c_void_p, c_void_p, c_int64]),
     "octavo_step": (c_int32, [c_void_p, POINTER(StepTable)]),
+    "octavo_probe": (c_int32, [c_void_p, POINTER(c_double), POINTER(c_double)]),
     "octavo_logits": (c_void_p, [c_void_p]),
 }
 

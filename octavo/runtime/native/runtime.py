@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import StepError, UnsupportedError
+from octavo.program.ops import Sizes
+from octavo.program.profile import Limits as MachineLimits
+from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.native import library as lib
@@ -62,6 +65,8 @@ class NativeRuntime:
         self._step = lib.StepTable()
         self._step_pointer = ctypes.pointer(self._step)
         self._inputs: StepInputs | None = None
+        self._dtype = ""
+        self._profile: Profile | None = None
 
     def load(
         self,
@@ -86,7 +91,7 @@ class NativeRuntime:
         limits = Limits(max_num_tokens, max_num_logits, max_num_requests)
         self._tables = build_tables(program, ids, limits)
         self._call(self._library.octavo_set_program, ctypes.byref(self._tables.program))
-        self._program = program
+        self._program, self._dtype = program, dtype
         return LoadReport(
             weight_bytes=self.weight_bytes(program, weights, dtype),
             arena_bytes=program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES,
@@ -137,7 +142,10 @@ class NativeRuntime:
         for name in lib.OUTPUT_ARRAYS:
             setattr(step, f"out_{name}", _address(getattr(output, name)))
         self.num_foreign_calls += 1
-        self._call(self._library.octavo_step, self._step_pointer)
+        if self._profile is None:
+            self._call(self._library.octavo_step, self._step_pointer)
+        else:
+            self._measured_step(self._profile, inputs)
         return output
 
     def logits(self) -> Float32:
@@ -151,11 +159,40 @@ class NativeRuntime:
         values = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), shape)
         return values.copy()
 
+    def start_profile(self) -> None:
+        """Measures the machine's limits (half a second), then times every node of each step until stop_profile()."""
+        if self._program is None:
+            raise StepError("start_profile() before load()")
+        reads, operations = ctypes.c_double(), ctypes.c_double()
+        self._call(self._library.octavo_probe, ctypes.byref(reads), ctypes.byref(operations))
+        kv_bytes = self.kv_bytes_per_block(self._program, 1) / max(1, self._program.kv_elements_per_block(1))
+        limits = MachineLimits(reads.value, operations.value)
+        self._profile = Profile(self._program, limits, lambda w: packed_bytes(w, self._dtype), kv_bytes)
+
+    def stop_profile(self) -> Profile:
+        """What was measured since start_profile(). Steps pay nothing from here on."""
+        profile, self._profile = self._profile, None
+        if profile is None:
+            raise StepError("stop_profile() without start_profile()")
+        return profile
+
     def close(self) -> None:
         """Frees everything; threads end. Further calls raise StepError."""
         self._finalizer()
         self._engine = ctypes.c_void_p()
         self._tables = None
+
+    def _measured_step(self, profile: Profile, inputs: StepInputs) -> None:
+        assert self._program is not None
+        times = np.zeros((len(self._program.nodes) + 1, 2), dtype=np.int64)
+        self._step.out_times = _address(times)
+        try:
+            self._call(self._library.octavo_step, self._step_pointer)
+        finally:
+            self._step.out_times = None
+        attended = float(inputs.positions.mean()) + 1 if len(inputs.positions) else 0.0
+        sizes = Sizes(len(inputs.token_ids), len(inputs.logits_indices), attended, len(inputs.seq_lens))
+        profile.add(sizes, [(ns, barriers) for ns, barriers in times.tolist()])
 
     def _handle(self) -> ctypes.c_void_p:
         if not self._engine:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from octavo.errors import UnsupportedError
+from octavo.errors import StepError, UnsupportedError
 from octavo.program.ops import (
     Add,
     AnyOp,
@@ -19,6 +19,7 @@ from octavo.program.ops import (
     RopeKVWrite,
     Weight,
 )
+from octavo.program.profile import Profile
 from octavo.program.program import BufferPlan, Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.reference import ops
@@ -105,6 +106,14 @@ class ReferenceRuntime:
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
         return self._read(self._program.logits).copy()
+
+    def start_profile(self) -> None:
+        """Raises UnsupportedError: times of numpy calls would tell nothing about serving."""
+        raise UnsupportedError("the reference runtime has no profile: use --runtime native")
+
+    def stop_profile(self) -> Profile:
+        """Raises StepError: none was started."""
+        raise StepError("stop_profile() without start_profile()")
 
     def close(self) -> None:
         """Lets go of weights, KV and buffers."""

@@ -1,0 +1,46 @@
+// What the machine can do at most, as a yardstick for the profile.
+#include "level.h"
+#include "simd.h"
+
+namespace octavo::OCTAVO_LEVEL {
+
+void read_all(const float* values, size_t count, float* sink) {
+    constexpr size_t chains = 8;
+    Floats total[chains] = {};
+    for (size_t i = 0; i + chains * kLanes <= count; i += chains * kLanes)
+        for (size_t c = 0; c < chains; ++c) total[c] += load(values + i + c * kLanes);
+    for (size_t c = 0; c < chains; ++c) *sink += sum(total[c]);
+}
+
+// As many chains as hide the latency of two multiply-adds a cycle. The empty asm hides the operands' values, so that
+// nothing is folded.
+double multiply_adds(size_t turns, float* sink) {
+    constexpr size_t chains = 12;
+#if defined(__AVX512BF16__)
+    __m512i factor = _mm512_set1_epi32(0x3f803f80);
+    asm("" : "+v"(factor));
+    __m512 total[chains] = {};
+    for (size_t turn = 0; turn < turns; ++turn)
+        for (size_t c = 0; c < chains; ++c) {
+            total[c] = _mm512_dpbf16_ps(total[c], (__m512bh)factor, (__m512bh)factor);
+            asm("" : "+v"(total[c]));
+        }
+    for (size_t c = 0; c < chains; ++c) *sink += _mm512_reduce_add_ps(total[c]);
+    return static_cast<double>(turns * chains) * 64;
+#else
+    Floats factor = splat(1e-3f), total[chains] = {};
+    for (size_t turn = 0; turn < turns; ++turn)
+        for (size_t c = 0; c < chains; ++c) {
+            total[c] = fma(factor, factor, total[c]);
+#if defined(__x86_64__)
+            asm("" : "+x"(total[c]));
+#elif defined(__aarch64__)
+            asm("" : "+w"(total[c]));
+#endif
+        }
+    for (size_t c = 0; c < chains; ++c) *sink += sum(total[c]);
+    return static_cast<double>(turns * chains) * 2 * kLanes;
+#endif
+}
+
+}  // namespace octavo::OCTAVO_LEVEL
