@@ -1,4 +1,4 @@
-"""Arithmetics that no runtime has (yet), simulated in numpy: weights and inputs of every Linear rounded as stated.
+"""Arithmetics that no runtime has, simulated in numpy: weights and inputs of every Linear rounded as stated.
 
 Products are summed in float32. Everything between the Linears (norms, rotation, attention, KV) stays float32.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gguf
 import numpy as np
 
 from octavo.program.ops import AnyOp, Linear
@@ -69,6 +70,9 @@ ARITHMETICS = {
 }
 
 
+REQUANTIZABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # what the gguf package can make
+
+
 class SimulatedWeights:
     """A WeightSource whose matrices are rounded; vectors pass."""
 
@@ -86,6 +90,27 @@ class SimulatedWeights:
     def type_of(self, part: str) -> str:
         """Its stored type name."""
         return self._source.type_of(part)
+
+
+class RequantizedWeights:
+    """A WeightSource whose matrices are stored as another GGUF block type, so that one model shows every type."""
+
+    def __init__(self, source: WeightSource, stored_type: str) -> None:
+        self._source = source
+        self._stored_type = stored_type
+
+    def get(self, part: str) -> Tensor:
+        """The tensor, dequantised and quantised again; vectors as they are."""
+        tensor = self._source.get(part)
+        if len(tensor.shape) < 2:
+            return tensor
+        data = gguf.quantize(to_float32(tensor), gguf.GGMLQuantizationType[self._stored_type])
+        return Tensor(tensor.name, self._stored_type, tensor.shape, data)
+
+    def type_of(self, part: str) -> str:
+        """The type that get() gives."""
+        tensor = self._source.get(part)
+        return tensor.type if len(tensor.shape) < 2 else self._stored_type
 
 
 class SimulatedRuntime(ReferenceRuntime):

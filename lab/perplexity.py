@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lab.arithmetic import ARITHMETICS, SimulatedRuntime, SimulatedWeights
+from lab.arithmetic import ARITHMETICS, REQUANTIZABLE, RequantizedWeights, SimulatedRuntime, SimulatedWeights
 from lab.divergence import Scores, perplexity_difference
 from lab.machine import describe_machine
 from lab.text import TEXTS, load_text
+from octavo.errors import OctavoError
 from octavo.models.decoder import record
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
-from octavo.models.spec import ModelFiles, ModelSpec
+from octavo.models.spec import ModelSpec
 from octavo.models.weights import open_weights
 from octavo.program.program import Program
 from octavo.runtime.base import Choice, Float32, Int32, Runtime, SamplingInputs, StepInputs, WeightSource, weight_parts
@@ -44,10 +45,11 @@ MAX_CHARACTERS_PER_TOKEN = 8  # how much text is tokenised for so many tokens
 class Arm:
     """One arithmetic: a runtime with the model loaded, fed one window at a time."""
 
-    def __init__(self, dtype: str, runtime: str, threads: int, files: ModelFiles, spec: ModelSpec, window: int) -> None:
+    def __init__(
+        self, dtype: str, runtime: str, threads: int, spec: ModelSpec, weights: WeightSource, window: int
+    ) -> None:
         self.dtype = dtype
         self.scores = Scores()
-        weights = open_weights(files, spec)
         self._runtime, source, kept = _runtime_for(dtype, runtime, threads, weights)
         report = self._runtime.load(
             record(spec), source, dtype=kept, max_num_tokens=SLICE, max_num_logits=SLICE, max_num_requests=1
@@ -218,8 +220,8 @@ def show(result: dict[str, Any]) -> None:
     Console(width=120).print(table)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measures, prints, and writes lab/results/perplexity-NAME.json."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
     known = ", ".join(f"{name} ({a.description})" for name, a in ARITHMETICS.items())
     parser = argparse.ArgumentParser(prog="python -m lab.perplexity", description=__doc__)
     parser.add_argument("model", help="as for `octavo serve`")
@@ -230,20 +232,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", choices=list(TEXTS), default="moby-dick")
     parser.add_argument("--runtime", choices=("native", "reference"), default="native")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stored-as", choices=REQUANTIZABLE, help="quantise every matrix anew, as this type")
     parser.add_argument("--save-as", metavar="NAME", help="of the result; MODEL by default")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, prints, and writes lab/results/perplexity-NAME.json."""
+    options = parse(arguments)
     files = resolve_model(options.model)
     spec = read_spec(files, max_model_len=options.window)
     windows = windows_of(load_text(options.text), load_tokenizer(files), options.tokens, options.window)
+    weights = open_weights(files, spec)
+    if options.stored_as:
+        weights = RequantizedWeights(weights, options.stored_as)
     arms = [
-        Arm(dtype, options.runtime, options.threads, files, spec, options.window)
+        Arm(dtype, options.runtime, options.threads, spec, weights, options.window)
         for dtype in (options.against, *options.dtype)
     ]
     measure(arms, windows)
-    subject = Subject(
-        options.model, options.text, options.window, stored_types(record(spec), open_weights(files, spec))
-    )
-    command = "python -m lab.perplexity " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    subject = Subject(options.model, options.text, options.window, stored_types(record(spec), weights))
+    command = "python -m lab.perplexity " + " ".join(arguments)
     result = result_of(subject, arms, command)
     show(result)
     save(result, options.save_as or Path(options.model).stem)
@@ -257,4 +266,7 @@ def save(result: dict[str, Any], name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except OctavoError as error:
+        sys.exit(f"error: {error}")

@@ -1,16 +1,28 @@
 """The simulated arithmetics: what rounding does to values, and that every Linear's input is rounded, no other."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lab.arithmetic import ARITHMETICS, SimulatedRuntime, SimulatedWeights, exact, to_bf16, to_int8
+from lab.arithmetic import (
+    ARITHMETICS,
+    REQUANTIZABLE,
+    RequantizedWeights,
+    SimulatedRuntime,
+    SimulatedWeights,
+    exact,
+    to_bf16,
+    to_int8,
+)
 from octavo.models.decoder import record
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles
 from octavo.models.weights import open_weights
+from octavo.runtime.base import Tensor
 from octavo.runtime.reference import ReferenceRuntime
+from octavo.runtime.reference.tensors import to_float32
 from tests.engine.naive import greedy, one_request
 
 CONFIG = {
@@ -106,19 +118,29 @@ def test_the_residual_stream_is_not_rounded(model):
 
 
 def test_weights_are_rounded_and_vectors_are_not(model):
-    program, weights = model
+    _, weights = model
     simulated = SimulatedWeights(weights, lambda values: values * 0)
     assert not simulated.get("layers.0.q.weight").data.any()
     np.testing.assert_array_equal(simulated.get("final_norm.weight").data, weights.get("final_norm.weight").data)
+
+
+@pytest.mark.parametrize("stored_type", REQUANTIZABLE)
+def test_requantised_matrices_are_blocks_near_the_values(stored_type):
+    values = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    tensors = {"up": Tensor("up", "F32", (3, 64), values), "norm": Tensor("norm", "F32", (64,), values[0])}
+    weights = RequantizedWeights(SimpleNamespace(get=tensors.get), stored_type)
+    requantised = weights.get("up")
+    assert (requantised.type, requantised.shape) == (stored_type, (3, 64)) == (weights.type_of("up"), (3, 64))
+    assert requantised.nbytes < values.nbytes / 3
+    np.testing.assert_allclose(to_float32(requantised), values, atol=0.25)
+    assert (weights.get("norm"), weights.type_of("norm")) == (tensors["norm"], "F32")
 
 
 @pytest.mark.parametrize("name", ARITHMETICS)
 def test_each_differs_from_exact_but_not_by_much(model, name):
     program, weights = model
     arithmetic = ARITHMETICS[name]
-    logits = logits_of(
-        SimulatedRuntime(arithmetic.activations), program, SimulatedWeights(weights, arithmetic.weights)
-    )
+    logits = logits_of(SimulatedRuntime(arithmetic.activations), program, SimulatedWeights(weights, arithmetic.weights))
     right = logits_of(ReferenceRuntime(), program, weights)
     error = np.abs(logits - right).max() / np.abs(right).max()
     assert 0 < error < 0.05
