@@ -17,12 +17,12 @@ from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.protocol import ChatRequest, GenerationRequest, Message, TokenizeRequest
 from octavo.text.chat import missing_template
+from octavo.text.tokenizer import LONG_TEXT
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
     from octavo.text.tokenizer import Tokenizer
 
-LONG_TEXT = 4096  # characters; from here on templates and tokenisation leave the event loop
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -60,11 +60,25 @@ class Front:
         return self.engine.generate(ids, params, f"{request_id}-{next(self._numbers)}", cache_salt=body.cache_salt)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; a long one is tokenised off the event loop."""
+        """Token ids of a text; a long one is tokenised off the event loop, which goes on meanwhile."""
         tokenizer = self.tokenizer
         if len(text) < LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_prompt(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """`encode`, but a text that is too long whatever its tokens are is refused without counting them.
+
+        Raises ContextLengthError.
+        """
+        limit = self.engine.max_model_len
+        if len(text) > limit and (fewest := self.tokenizer.fewest_tokens(text)) >= limit:
+            raise ContextLengthError(
+                f"the prompt has {len(text)} characters, so {fewest} tokens or more; the context is {limit} tokens: "
+                "shorten the prompt",
+                param=param,
+            )
+        return await self.encode(text, add_special_tokens=add_special_tokens)
 
     async def render(self, body: ChatRequest | TokenizeRequest) -> str:
         """The messages of `body` as one prompt, through the model's chat template."""

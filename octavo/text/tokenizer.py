@@ -10,6 +10,7 @@ added tokens are plain text.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from octavo.models.gguf_file import GGUFFile
 from octavo.models.spec import ModelFiles
 from octavo.text.gguf_tokenizer import SPACE, build_gguf_tokenizer, token_id
 
+LONG_TEXT = 4096  # characters; from here on the library works without the GIL, which it only does for batches
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -84,6 +86,8 @@ class Tokenizer:
         Raises:
             InvalidValueError: `text` holds lone surrogates.
         """
+        if len(text) >= LONG_TEXT:
+            return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         self._check_text(text)
         return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -93,6 +97,16 @@ class Tokenizer:
             self._check_text(text)
         encoded = self._core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in encoded]
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, told from its length alone: a hopeless prompt need not be
+        tokenised to be refused. (A tokenizer that drops whitespace or joins unknown characters may get by with
+        fewer.)"""
+        return -(-len(text) // self._longest_token)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self._core.get_vocab(with_added_tokens=True)))
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token are passed over. No spaces are tidied up around punctuation."""
