@@ -191,7 +191,7 @@ class AsyncEngine:
             await self._end_process()
             raise EngineDeadError(f"the engine process {self._exit_status()} while it started; its messages are above")
         self.ready = message
-        self._frontend = Frontend(self.tokenizer, self.spec, max_model_len=message.max_model_len, seed=self.config.seed)
+        self._frontend = Frontend(self.tokenizer, self.spec, self.config, max_model_len=message.max_model_len)
         self.metrics = Metrics(
             self.model_name,
             cache_config={

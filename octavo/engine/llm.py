@@ -49,7 +49,7 @@ class LLM:
         self.config = config
         self._text = load_text(config, files)
         self._frontend = Frontend(
-            self._text.tokenizer, self.core.info.spec, max_model_len=self.core.info.spec.max_model_len, seed=config.seed
+            self._text.tokenizer, self.core.info.spec, config, max_model_len=self.core.info.spec.max_model_len
         )
         self._next_id = 0
 

@@ -144,7 +144,7 @@ class Front:
             for name in (*MODEL_DEFAULTS, "n", "presence_penalty", "frequency_penalty")
             if getattr(body, name) is not None
         }
-        return SamplingParams(
+        params = SamplingParams(
             **{**default_sampling(engine.spec), **given},
             best_of=getattr(body, "best_of", None),
             seed=body.seed,
@@ -155,20 +155,13 @@ class Front:
             max_tokens=max_tokens,
             min_tokens=body.min_tokens,
             logprobs=logprobs,
-            logit_bias=self._logit_bias(body),
+            logit_bias={int(token): bias for token, bias in body.logit_bias.items()} if body.logit_bias else None,
             skip_special_tokens=body.skip_special_tokens,
             detokenize=engine.tokenizer is not None,
             output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
         )
-
-    def _logit_bias(self, body: GenerationRequest) -> dict[int, float] | None:
-        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        vocab_size = self.engine.spec.vocab_size
-        if bias and max(bias) >= vocab_size:
-            raise InvalidValueError(
-                f"token id {max(bias)} is outside the vocabulary of {vocab_size}", param="logit_bias"
-            )
-        return bias or None
+        params.check_vocabulary(engine.spec.vocab_size)
+        return params
 
 
 def _plain(message: Message) -> dict[str, str]:
