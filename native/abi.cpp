@@ -8,6 +8,7 @@
 #include "dequantize.h"
 #include "engine.h"
 #include "error.h"
+#include "stores.h"
 
 namespace {
 
@@ -55,8 +56,20 @@ int32_t octavo_create(int32_t num_threads, const char* level, OctavoEngine** eng
 
 void octavo_destroy(OctavoEngine* engine) { delete engine; }
 
-int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols, int32_t dtype) {
-    return guarded([&] { engine->add_weight(rows, cols, dtype); });
+int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols) {
+    return guarded([&] { engine->add_weight(rows, cols); });
+}
+
+int32_t octavo_add_packed(OctavoEngine* engine, int64_t cols) {
+    return guarded([&] { engine->add_packed(cols); });
+}
+
+int32_t octavo_add_part(OctavoEngine* engine, int32_t weight, int64_t rows, const char* store) {
+    return guarded([&] { engine->add_part(weight, rows, store); });
+}
+
+int64_t octavo_part_bytes(const char* store, int64_t rows, int64_t cols) {
+    return static_cast<int64_t>(octavo::part_bytes(store, rows, cols));
 }
 
 int32_t octavo_pack(OctavoEngine* engine, int32_t weight, int64_t first_row, int64_t num_rows, const char* type,

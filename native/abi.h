@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 2
+#define OCTAVO_ABI_VERSION 3
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {
@@ -35,8 +35,6 @@ enum OctavoActivation : int32_t {
     OCTAVO_SILU_MUL = 4,
     OCTAVO_GELU_TANH_MUL = 5,
 };
-
-enum OctavoDType : int32_t { OCTAVO_FLOAT32 = 0, OCTAVO_BFLOAT16 = 1 };
 
 // One node of the program. Ids are -1 where absent; docs of the fields are those of octavo/program/ops.py.
 struct OctavoNode {
@@ -124,16 +122,23 @@ struct OctavoStep {
 struct OctavoEngine;
 
 OCTAVO_API int32_t octavo_abi_version();
-// Name of the level that `wanted` ("auto", "portable", "avx2", "avx512") means on this machine, or null.
+// Name of the level that `wanted` ("auto", "portable", "avx2", ...) means on this machine, or null.
 OCTAVO_API const char* octavo_level(const char* wanted);
 // The message of the last call that failed on this thread.
 OCTAVO_API const char* octavo_error();
 
 OCTAVO_API int32_t octavo_create(int32_t num_threads, const char* level, OctavoEngine** engine);
 OCTAVO_API void octavo_destroy(OctavoEngine* engine);
-// Declares the next weight (ids count from 0) as a matrix [rows, cols] kept as `dtype`; memory is reserved here.
-OCTAVO_API int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols, int32_t dtype);
+// Declares the next weight (ids count from 0) as a matrix [rows, cols] of float32; memory is reserved here.
+OCTAVO_API int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols);
+// Declares the next weight as a packed matrix (stores.h) of `cols` columns, without rows yet.
+OCTAVO_API int32_t octavo_add_packed(OctavoEngine* engine, int64_t cols);
+// Adds `rows` rows to a packed weight, kept as the GGUF type `store` is kept; the float types are kept as bf16.
+OCTAVO_API int32_t octavo_add_part(OctavoEngine* engine, int32_t weight, int64_t rows, const char* store);
+// Bytes that such a part takes, or 0 where octavo_add_part() would refuse.
+OCTAVO_API int64_t octavo_part_bytes(const char* store, int64_t rows, int64_t cols);
 // Converts `num_rows` stored rows (a GGUF type name: "F32", "BF16", "Q4_K", ...) into rows first_row .. of a weight.
+// Of a packed weight: into one whole part, once; its store must be that type or bf16.
 OCTAVO_API int32_t octavo_pack(OctavoEngine* engine, int32_t weight, int64_t first_row, int64_t num_rows,
                                const char* type, const void* data, int64_t num_bytes);
 // Bytes of one stored row of `cols` elements, or 0 where octavo_pack() does not know the type or the length.

@@ -12,22 +12,54 @@
 
 namespace octavo {
 
-constexpr size_t kChannels = 16;   // output channels of a Linear that one call computes at least
+constexpr size_t kChannels = 16;   // output channels of a group: what one call of a Linear computes at least
 constexpr size_t kGroup = 16;      // slots that lie together in the KV cache
 constexpr size_t kKVTile = 64;     // positions between two rescalings of the softmax; tiles start at its multiples
 constexpr size_t kQueryRows = 32;  // rows (tokens x query heads) of an attention task at most, unless one token has more
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-struct LinearArgs {
-    const float* x;      // [num_rows, depth]
-    const void* weight;  // [channels, depth], or [2 * channels, depth] gate over up
-    const float* bias;   // as many as weight rows, or null
-    float* out;          // [num_rows, channels]
-    size_t num_rows, depth, channels;
-    bool bfloat16;  // weight holds bf16 bits
+// What happens to the sums of a Linear.
+struct Epilogue {
+    const float* bias;  // as many as weight rows, or null
+    float* out;         // [num_rows, channels]
+    size_t channels;
     int activation;
     float scale, softcap;
+};
+
+struct LinearArgs {
+    const float* x;       // [num_rows, depth]
+    const float* weight;  // [channels, depth], or [2 * channels, depth] gate over up
+    size_t num_rows, depth;
+    Epilogue epilogue;
+};
+
+// Consecutive output channels in one layout of stores.h.
+struct Part {
+    const uint8_t* data;  // groups of kChannels
+    size_t layout;        // index into kLayouts
+    const float* table;   // the 16 values of 4-bit quanta
+    size_t group_bytes, first_channel, channels;
+
+    size_t num_groups() const { return round_up(channels, kChannels) / kChannels; }
+};
+
+struct PackedArgs {
+    const void* x;      // as round_rows() leaves it: [num_rows, depth]
+    const Part* parts;  // they cover the channels in order
+    const Part* ups;    // as many, for gated activations, else null; their first_channel continues
+    size_t num_rows, depth, num_blocks;  // depth = 32 * num_blocks
+    Epilogue epilogue;
+};
+
+// The Linear of bf16 and quantised weights: weights and activations are rounded to bf16, products summed in float32.
+struct PackedKernels {
+    size_t activation_bytes;  // of an element of rounded rows
+    void (*round_rows)(const float* x, size_t rows, size_t width, size_t depth, void* out);  // depth pads with zeros
+    // Groups [first_group, last_group) of one part, and of its counterpart in `ups`.
+    void (*linear)(const PackedArgs&, size_t part, size_t first_group, size_t last_group, void* scratch);
+    size_t (*scratch)(size_t depth);  // bytes
 };
 
 struct NormArgs {
@@ -42,12 +74,16 @@ struct NormArgs {
     float eps;
 };
 
+// Rows to look up: row-major floats, or packed parts. Neither: there is no such term.
+struct EmbeddingTable {
+    const float* rows;
+    const Part* parts;
+};
+
 struct EmbeddingArgs {
     const int32_t* token_ids;
     const int32_t* positions;
-    const void* weight;  // [vocab, width] or null
-    const void* position_weight;
-    bool bfloat16, position_bfloat16;
+    EmbeddingTable weight, position_weight;
     float* out;
     size_t width;
     float scale;
@@ -100,6 +136,7 @@ struct Kernels {
     const char* name;
     // Channels [first_channel, last_channel); first_channel is a multiple of kChannels.
     void (*linear)(const LinearArgs&, size_t first_channel, size_t last_channel);
+    const PackedKernels* packed;
     void (*norm)(const NormArgs&, size_t first_row, size_t last_row);
     void (*embedding)(const EmbeddingArgs&, size_t first_row, size_t last_row);
     void (*add)(const float* x, const float* y, float* out, size_t count);

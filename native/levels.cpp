@@ -16,6 +16,10 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512bf16 {
+extern const PackedKernels packed;
+double multiply_adds(size_t turns, float* sink);
+}
 
 static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -25,11 +29,24 @@ static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// AVX-512 with another Linear for packed weights.
+static Kernels avx512_with(const char* name, const PackedKernels& packed, double (*multiply_adds)(size_t, float*)) {
+    Kernels kernels = avx512::kernels;
+    kernels.name = name;
+    kernels.packed = &packed;
+    kernels.multiply_adds = multiply_adds;
+    return kernels;
+}
 #endif
 
 const Kernels* find_kernels(const char* wanted) {
     const bool any = std::strcmp(wanted, "auto") == 0;
 #if defined(__x86_64__)
+    static const Kernels bf16 = avx512_with("avx512bf16", avx512bf16::packed, avx512bf16::multiply_adds);
+    if ((any || std::strcmp(wanted, "avx512bf16") == 0) && has_avx512bf16()) return &bf16;
     if ((any || std::strcmp(wanted, "avx512") == 0) && has_avx512()) return &avx512::kernels;
     if ((any || std::strcmp(wanted, "avx2") == 0) && has_avx2()) return &avx2::kernels;
 #endif

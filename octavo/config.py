@@ -15,7 +15,7 @@ from octavo.errors import ConfigError, UnsupportedError
 DEFAULT_MODEL = "smollm2"
 BLOCK_SIZE = 16
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 RuntimeName = Literal["auto", "native", "reference"]
 
@@ -64,7 +64,7 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "quantized", "float16"))
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _one_of("runtime", self.runtime, ("auto", "native", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs",))

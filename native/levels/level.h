@@ -5,6 +5,7 @@
 
 namespace octavo::OCTAVO_LEVEL {
 
+extern const PackedKernels packed;
 void linear(const LinearArgs&, size_t first_channel, size_t last_channel);
 void norm(const NormArgs&, size_t first_row, size_t last_row);
 void embedding(const EmbeddingArgs&, size_t first_row, size_t last_row);

@@ -1,6 +1,7 @@
 // Ops that treat each row by itself: embedding, norms, sums, the rotation and the KV write.
 #include <cmath>
 
+#include "../stores.h"
 #include "level.h"
 #include "simd.h"
 
@@ -26,21 +27,26 @@ inline float inverse_rms(const float* x, size_t width, float eps) {
     return 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
 }
 
-template <class W>
-inline void add_row(const W* weight, float scale, float* out, size_t width) {
+inline void add_values(const float* values, float scale, float* out, size_t count) {
     size_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) store(out + i, load(out + i) + load(weight + i) * scale);
-    if (i < width) {
-        const size_t rest = width - i;
-        store_part(out + i, load_part(out + i, rest) + load_part(weight + i, rest) * scale, rest);
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load(out + i) + load(values + i) * scale);
+    if (i < count) {
+        const size_t rest = count - i;
+        store_part(out + i, load_part(out + i, rest) + load_part(values + i, rest) * scale, rest);
     }
 }
 
-void add_weight_row(const void* weight, bool bfloat16, size_t row, float scale, float* out, size_t width) {
-    if (bfloat16)
-        add_row(static_cast<const uint16_t*>(weight) + row * width, scale, out, width);
-    else
-        add_row(static_cast<const float*>(weight) + row * width, scale, out, width);
+inline bool given(const EmbeddingTable& table) { return table.rows != nullptr || table.parts != nullptr; }
+
+void add_row(const EmbeddingTable& table, size_t row, float scale, float* out, size_t width) {
+    if (table.rows != nullptr) return add_values(table.rows + row * width, scale, out, width);
+    const Part* part = table.parts;
+    while (row >= part->first_channel + part->channels) ++part;
+    for (size_t i = 0; i < width; i += kBlockDepth) {
+        float values[kBlockDepth];
+        unpack_block(*part, row - part->first_channel, i / kBlockDepth, values);
+        add_values(values, scale, out + i, width - i < kBlockDepth ? width - i : kBlockDepth);
+    }
 }
 
 // out = the head, normed and rotated.
@@ -104,12 +110,9 @@ void embedding(const EmbeddingArgs& a, size_t first_row, size_t last_row) {
     for (size_t row = first_row; row < last_row; ++row) {
         float* out = a.out + row * a.width;
         std::memset(out, 0, a.width * sizeof(float));
-        if (a.weight != nullptr)
-            add_weight_row(a.weight, a.bfloat16, static_cast<size_t>(a.token_ids[row]), a.scale, out, a.width);
-        if (a.position_weight != nullptr) {
-            const size_t position = static_cast<size_t>(a.positions[row] + a.position_offset);
-            add_weight_row(a.position_weight, a.position_bfloat16, position, 1.0f, out, a.width);
-        }
+        if (given(a.weight)) add_row(a.weight, static_cast<size_t>(a.token_ids[row]), a.scale, out, a.width);
+        if (given(a.position_weight))
+            add_row(a.position_weight, static_cast<size_t>(a.positions[row] + a.position_offset), 1.0f, out, a.width);
     }
 }
 

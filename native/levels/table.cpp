@@ -8,6 +8,7 @@ namespace octavo::OCTAVO_LEVEL {
 extern const Kernels kernels;
 const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
                          linear,
+                         &packed,
                          norm,
                          embedding,
                          add,

@@ -130,7 +130,9 @@ class Runtime(Protocol):
         max_num_requests: int,
         progress: Callable[[int], None] | None = None,
     ) -> LoadReport:
-        """Packs the weights and plans the buffers. `dtype` ("float32" or "bfloat16") is how matrices are kept.
+        """Packs the weights and plans the buffers. `dtype` is how matrices are kept: "float32"; "bfloat16", rounded to
+        nearest even; "quantized", each part in its stored block type, float types as bfloat16. With the latter two a
+        weight's value is bf16(dequantised), a Linear rounds its activations to bf16, and sums are float32.
         `progress` is called with the number of weights done. Raises MemoryPlanError, ModelFileError."""
         ...
 

@@ -12,6 +12,7 @@ from octavo.program.ops import Attention, Buffer, Embedding, GatherRows, Linear,
 from octavo.program.program import KVLayer, Program, ProgramBuilder
 from octavo.runtime.base import Runtime, SamplingInputs, StepInputs, Tensor
 from octavo.runtime.native import NativeRuntime
+from octavo.runtime.native.library import LEVELS as ALL_LEVELS
 from octavo.runtime.native.library import resolve_level
 from octavo.runtime.reference.runtime import ReferenceRuntime
 
@@ -23,7 +24,7 @@ MAX_TOKENS = 160
 def levels() -> list[str]:
     """The levels this machine can run."""
     found = []
-    for level in ("portable", "avx2", "avx512"):
+    for level in ALL_LEVELS[1:]:
         try:
             found.append(resolve_level(level))
         except UnsupportedError:

@@ -145,7 +145,9 @@ def test_partial_and_absent_rotation(level: str, rope: int) -> None:
 @every_level
 @every_dtype
 def test_decoder(level: str, dtype: str) -> None:
-    assert_same_logits(decoder_program(), MIXED, level=level, dtype=dtype, tolerance=1e-4)
+    # An activation between two bf16 numbers may round to either one after sums of another order: 2^-9 of itself.
+    tolerance = 1e-4 if dtype == "float32" else 2e-3
+    assert_same_logits(decoder_program(), MIXED, level=level, dtype=dtype, tolerance=tolerance)
 
 
 def test_kv_groups_follow_their_own_tables() -> None:

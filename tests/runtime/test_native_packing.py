@@ -9,9 +9,9 @@ from native_harness import RandomWeights, load, row_program
 
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.runtime.base import StepInputs, Tensor
+from octavo.runtime.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
 from octavo.runtime.native import NativeRuntime
 from octavo.runtime.native.library import load_library
-from octavo.runtime.reference.tensors import bfloat16_to_float32, float32_to_bfloat16
 
 BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 OTHERS = ["IQ4_NL", "IQ4_XS", "TQ1_0"]

@@ -201,10 +201,16 @@ def test_memory_is_what_was_announced() -> None:
     program = decoder_program()
     runtime = NativeRuntime(1)
     matrices = sum(int(np.prod(w.shape)) for w in program.weights if w.role != "vector")
+    padded = sum(
+        -(-rows // 16) * 16 * -(-w.shape[1] // 32) * 32
+        for w in program.weights
+        if w.role != "vector"
+        for rows in w.part_rows
+    )
     vectors = sum(w.shape[0] for w in program.weights if w.role == "vector")
     weights = RandomWeights(program)
     assert runtime.weight_bytes(program, weights, "float32") == 4 * (matrices + vectors)
-    assert runtime.weight_bytes(program, weights, "bfloat16") == 2 * matrices + 4 * vectors
+    assert runtime.weight_bytes(program, weights, "bfloat16") == 2 * padded + 4 * vectors
     assert runtime.kv_bytes_per_block(program, 16) == 2 * 16 * 2 * (20 + 32) * 4  # layers, slots, heads, K + padded V
     runtime.close()
 

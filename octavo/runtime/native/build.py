@@ -23,7 +23,8 @@ SOURCES = Path(__file__).resolve().parents[3] / "native"
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off"]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-_X86_LEVELS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512}
+_X86_LEVELS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "avx512bf16": [*_AVX512, "-mavx512bf16"]}
+_PARTIAL_LEVELS = {"avx512bf16": ("packed", "probe")}  # levels that are avx512 but for these files
 
 
 class BuildError(Exception):
@@ -62,6 +63,8 @@ def build(target: Path, *, extra_flags: list[str] | None = None) -> Path:
         jobs: list[tuple[Path, list[str], Path]] = []  # (source, its flags, object); longest first
         for level, level_flags in levels().items():
             for source in sorted((SOURCES / "levels").glob("*.cpp")):
+                if source.stem not in _PARTIAL_LEVELS.get(level, (source.stem,)):
+                    continue
                 target_flags = [f"-DOCTAVO_LEVEL={level}", *level_flags]
                 jobs.append((source, target_flags, Path(folder, f"{level}_{source.stem}.o")))
         jobs += [(source, [], Path(folder, f"{source.stem}.o")) for source in sorted(SOURCES.glob("*.cpp"))]

@@ -17,7 +17,7 @@ from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.native import library as lib
-from octavo.runtime.native.packing import pack_weights, packed_bytes
+from octavo.runtime.native.packing import Packer
 from octavo.runtime.native.table import Limits, Tables, build_tables
 
 _FLOAT_BYTES = 4
@@ -40,7 +40,7 @@ _PER_ROW = (
 
 
 class NativeRuntime:
-    """Implements runtime.base.Runtime on the CPU; matrices as float32 or bfloat16, everything else float32.
+    """Implements runtime.base.Runtime on the CPU; matrices as float32, bfloat16 or stored blocks, the rest float32.
 
     Results do not depend on the number of threads, on batch mates, or on how a prompt is cut into chunks.
 
@@ -65,7 +65,7 @@ class NativeRuntime:
         self._step = lib.StepTable()
         self._step_pointer = ctypes.pointer(self._step)
         self._inputs: StepInputs | None = None
-        self._dtype = ""
+        self._weight_bytes: dict[tuple[str, ...], int] = {}
         self._profile: Profile | None = None
 
     def load(
@@ -82,26 +82,27 @@ class NativeRuntime:
         """Packs the weights with all threads and hands the program over.
 
         Raises:
-            UnsupportedError: a dtype other than float32 and bfloat16.
+            UnsupportedError: a dtype other than float32, bfloat16 and quantized.
             MemoryPlanError: the system refuses the memory.
             ModelFileError: a tensor of an unexpected shape.
         """
         _check_dtype(dtype)
-        ids = pack_weights(self._library, self._handle(), program, weights, dtype, progress)
+        packer = Packer(self._library, program, weights, dtype)
+        ids = packer.pack(self._handle(), progress)
         limits = Limits(max_num_tokens, max_num_logits, max_num_requests)
         self._tables = build_tables(program, ids, limits)
         self._call(self._library.octavo_set_program, ctypes.byref(self._tables.program))
-        self._program, self._dtype = program, dtype
+        self._program, self._weight_bytes = program, packer.bytes()
         return LoadReport(
-            weight_bytes=self.weight_bytes(program, weights, dtype),
+            weight_bytes=sum(self._weight_bytes.values()),
             arena_bytes=program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES,
             description=f"native ({self.level}, {self.num_threads} threads, {dtype})",
         )
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
-        """Bytes that load() would make resident, from shapes alone."""
+        """Bytes that load() would make resident, from shapes and stored types alone."""
         _check_dtype(dtype)
-        return sum(packed_bytes(weight, dtype) for weight in program.weights)
+        return sum(Packer(self._library, program, weights, dtype).bytes().values())
 
     def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
         """Bytes of one KV block over all layers, with the padding of V."""
@@ -167,7 +168,7 @@ class NativeRuntime:
         self._call(self._library.octavo_probe, ctypes.byref(reads), ctypes.byref(operations))
         kv_bytes = self.kv_bytes_per_block(self._program, 1) / max(1, self._program.kv_elements_per_block(1))
         limits = MachineLimits(reads.value, operations.value)
-        self._profile = Profile(self._program, limits, lambda w: packed_bytes(w, self._dtype), kv_bytes)
+        self._profile = Profile(self._program, limits, lambda w: self._weight_bytes[w.parts], kv_bytes)
 
     def stop_profile(self) -> Profile:
         """What was measured since start_profile(). Steps pay nothing from here on."""
@@ -240,7 +241,7 @@ class NativeRuntime:
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in lib.DTYPES:
-        raise UnsupportedError(f"the native runtime keeps weights as float32 or bfloat16, not {dtype}")
+        raise UnsupportedError(f"the native runtime keeps weights as {', '.join(lib.DTYPES)}, not {dtype}")
 
 
 def _checked(name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> int:

@@ -22,6 +22,7 @@ from octavo.program.ops import (
 from octavo.program.profile import Profile
 from octavo.program.program import BufferPlan, Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.bfloat16 import round_to_bfloat16
 from octavo.runtime.reference import ops
 from octavo.runtime.reference.sampler import sample
 from octavo.runtime.reference.tensors import stack
@@ -43,6 +44,7 @@ class ReferenceRuntime:
         self._keys: list[Float32] = []  # per KV layer: [slots, KV heads, head_dim]
         self._values: list[Float32] = []
         self._block_size = 0
+        self._rounds = False  # matrices and the activations they meet
         self._arena: dict[int, Float32] = {}
 
     def load(
@@ -56,9 +58,14 @@ class ReferenceRuntime:
         max_num_requests: int,
         progress: Callable[[int], None] | None = None,
     ) -> LoadReport:
-        """Reads every weight as float32 (rounded to bfloat16 values first where that is asked for)."""
-        if dtype not in ("float32", "bfloat16"):
-            raise UnsupportedError(f"the reference runtime keeps float32 or bfloat16 values, not {dtype}")
+        """Reads every weight as float32.
+
+        With "bfloat16" and "quantized" (which differ in what a runtime keeps, not in what it computes) the values of
+        matrices are rounded to bfloat16, and so are the activations that a Linear reads; sums stay float32.
+        """
+        if dtype not in ("float32", "bfloat16", "quantized"):
+            raise UnsupportedError(f"the reference runtime computes in float32, bfloat16 or quantized, not {dtype}")
+        self._rounds = dtype != "float32"
         self._program = program
         plan: BufferPlan = program.plan_buffers()
         self._slot_of = dict(zip(program.buffers, plan.slot_of, strict=True))
@@ -144,6 +151,8 @@ class ReferenceRuntime:
                 self._write(node.out, self._read(node.x) + self._read(node.y))
             case Linear():
                 x, weight = self._read(node.x), self._weight(node.weight)
+                if self._rounds:
+                    x = round_to_bfloat16(x)
                 product = ops.linear(x, weight, self._optional(node.bias), node.scale)
                 self._write(node.out, ops.softcap(ops.activate(product, node.activation), node.softcap))
             case RopeKVWrite():
