@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
@@ -32,10 +33,10 @@ from octavo.request import FinishReason
 from octavo.sampling_params import SamplingParams
 from octavo.text.chat import ChatTemplate
 from octavo.text.load import load_text
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.tokenizer import LONG_TEXT, Tokenizer
 
 SHUTDOWN_SECONDS = 5.0
-LONG_PROMPT = 2000  # characters; from here on tokenising leaves the event loop
+log = logging.getLogger("octavo.engine")
 
 
 class AsyncEngine:
@@ -103,7 +104,7 @@ class AsyncEngine:
 
     async def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text and checked ids of a prompt; a long text is tokenised off the event loop."""
-        if isinstance(prompt, str) and len(prompt) > LONG_PROMPT:
+        if isinstance(prompt, str) and len(prompt) >= LONG_TEXT:
             return await asyncio.to_thread(self._frontend.tokenize, prompt)
         return self._frontend.tokenize(prompt)
 
@@ -125,9 +126,9 @@ class AsyncEngine:
             StepError: the engine failed on this request alone.
             EngineDeadError: the engine process is gone.
         """
-        if self.dead:
-            raise EngineDeadError(self.dead)
         text, ids = await self.tokenize(prompt)
+        if self.dead:  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
+            raise EngineDeadError(self.dead)
         group, requests = self._frontend.add(request_id, text, ids, params, priority=priority, cache_salt=cache_salt)
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind)
         try:
@@ -206,14 +207,20 @@ class AsyncEngine:
         )
 
     async def _read(self) -> None:
-        """Takes what the engine publishes until it is gone."""
-        while (message := await self._channel.receive()) is not None:
-            if isinstance(message, StepOutputs):
-                self._take(message)
+        """Takes what the engine publishes until it is gone. A failure here is the engine's death too: what nobody
+        reads, nobody must wait for."""
+        try:
+            while (message := await self._channel.receive()) is not None:
+                if isinstance(message, StepOutputs):
+                    self._take(message)
+        except Exception as error:
+            log.exception("reading the engine's outputs failed")
+            self.dead = self.dead or f"its outputs could not be read: {error}"
+            self._process.kill()
         if self.dead is None:
             await asyncio.to_thread(self._process.wait)
             self.dead = f"the engine process {self._exit_status()}"
-            self._fail_all()
+        self._fail_all()
 
     def _take(self, outputs: StepOutputs) -> None:
         updates, finishes, arrivals = self._frontend.process(outputs.deltas)

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, processors
 
-from octavo.errors import InvalidValueError, ModelFileError, UnsupportedModelError
+from octavo.errors import ContextLengthError, InvalidValueError, ModelFileError, UnsupportedModelError
 from octavo.models.gguf_file import GGUFFile
 from octavo.models.spec import ModelFiles
 from octavo.text.gguf_tokenizer import SPACE, build_gguf_tokenizer, token_id
@@ -99,9 +99,8 @@ class Tokenizer:
         return [list(encoding.ids) for encoding in encoded]
 
     def fewest_tokens(self, text: str) -> int:
-        """A number of tokens that `text` has at least, told from its length alone: a hopeless prompt need not be
-        tokenised to be refused. (A tokenizer that drops whitespace or joins unknown characters may get by with
-        fewer.)"""
+        """A number of tokens that `text` has at least, told from its length alone. (A tokenizer that drops whitespace
+        or joins unknown characters may get by with fewer.)"""
         return -(-len(text) // self._longest_token)
 
     @functools.cached_property
@@ -161,6 +160,16 @@ def load_tokenizer(files: ModelFiles | Path) -> Tokenizer:
     """
     path = files if isinstance(files, Path) else files.path
     return _load_folder(path) if path.is_dir() else _load_gguf(path)
+
+
+def refuse_hopeless(tokenizer: Tokenizer, text: str, max_model_len: int, *, param: str) -> None:
+    """Raises ContextLengthError for a prompt that is too long whatever its tokens are, without tokenising it."""
+    if len(text) > max_model_len and (fewest := tokenizer.fewest_tokens(text)) >= max_model_len:
+        raise ContextLengthError(
+            f"the prompt has {len(text)} characters, so {fewest} tokens or more; the context is {max_model_len} "
+            "tokens: shorten the prompt",
+            param=param,
+        )
 
 
 def has_tokenizer(files: ModelFiles | Path) -> bool:
