@@ -21,7 +21,7 @@ from octavo.request import FinishReason
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.step import TokenLogprobs
 from octavo.text.stream import TextStream
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.tokenizer import Tokenizer, refuse_hopeless
 
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 Prompt = str | Sequence[int] | Mapping[str, object]
@@ -216,6 +216,7 @@ class Frontend:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidValueError("this engine runs without a tokenizer: give prompt_token_ids", param="prompt")
+            refuse_hopeless(self.tokenizer, prompt, self.max_model_len, param="prompt")
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidValueError(f"a prompt is a string or token ids, not {type(prompt).__name__}", param="prompt")

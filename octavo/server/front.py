@@ -17,7 +17,7 @@ from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.protocol import ChatRequest, GenerationRequest, Message, TokenizeRequest
 from octavo.text.chat import missing_template
-from octavo.text.tokenizer import LONG_TEXT
+from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -71,13 +71,7 @@ class Front:
 
         Raises ContextLengthError.
         """
-        limit = self.engine.max_model_len
-        if len(text) > limit and (fewest := self.tokenizer.fewest_tokens(text)) >= limit:
-            raise ContextLengthError(
-                f"the prompt has {len(text)} characters, so {fewest} tokens or more; the context is {limit} tokens: "
-                "shorten the prompt",
-                param=param,
-            )
+        refuse_hopeless(self.tokenizer, text, self.engine.max_model_len, param=param)
         return await self.encode(text, add_special_tokens=add_special_tokens)
 
     async def render(self, body: ChatRequest | TokenizeRequest) -> str:

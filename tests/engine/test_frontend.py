@@ -139,6 +139,8 @@ def test_wrong_prompts_are_refused(front):
         front.tokenize(3)
     with pytest.raises(InvalidValueError, match="not NoneType"):
         front.tokenize({"prompt_token_ids": None})
+    with pytest.raises(ContextLengthError, match="33 characters, so 33 tokens or more; the context is 32"):
+        front.tokenize("a" * 33)
     with pytest.raises(ContextLengthError, match="32 tokens; the context is 32"):
         front.add("r", None, [1] * 32, SamplingParams())
     add(front)
