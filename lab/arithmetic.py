@@ -61,6 +61,7 @@ class Arithmetic:
 ARITHMETICS = {
     "sim:bf16": Arithmetic(to_bf16, to_bf16, "weights bf16, activations bf16"),
     "sim:bf16-weights": Arithmetic(to_bf16, exact, "weights bf16, activations float32"),
+    "sim:int8-weights": Arithmetic(to_int8(None), exact, "weights int8 per output channel, activations float32"),
     "sim:int8-act-32": Arithmetic(exact, to_int8(32), "weights as stored, activations int8 per 32 of k"),
     "sim:int8-act-64": Arithmetic(exact, to_int8(64), "weights as stored, activations int8 per 64 of k"),
     "sim:int8-64": Arithmetic(to_int8(64), to_int8(64), "weights int8 per 64 of k, activations int8 per 64 of k"),
