@@ -233,7 +233,7 @@ class Frontend:
         if stopped is not None:
             return stopped
         if delta.finish_reason is not None:
-            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+            output.finish_reason, output.stop_reason = str(delta.finish_reason), delta.stop_reason
             child.error = delta.error
         return None
 
@@ -245,7 +245,7 @@ class Frontend:
         output.text += text.text
         if text.stop is not None and text.num_kept is not None:
             self._cut(output, text.num_kept)
-            output.finish_reason, output.stop_reason = FinishReason.STOP, text.stop
+            output.finish_reason, output.stop_reason = FinishReason.STOP.value, text.stop
             return FinishRequest(child.request_id, text.num_kept)
         if delta.finish_reason is not None:
             output.text += stream.finish()

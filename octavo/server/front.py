@@ -15,8 +15,8 @@ from octavo.engine.frontend import MODEL_DEFAULTS, default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.server.protocol import ChatRequest, GenerationRequest, Message, TokenizeRequest
-from octavo.text.chat import missing_template
+from octavo.server.protocol import ChatRequest, GenerationRequest, TokenizeRequest
+from octavo.text.chat import cut_after_last_message, missing_template, plain_message
 from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ class Front:
 
     async def render(self, body: ChatRequest | TokenizeRequest) -> str:
         """The messages of `body` as one prompt, through the model's chat template."""
-        messages = [_plain(message) for message in body.messages or ()]
+        messages = [plain_message(message.model_dump(exclude_none=True)) for message in body.messages or ()]
         if sum(len(message["content"]) for message in messages) < LONG_TEXT:
             return self._render(messages, body)
         return await asyncio.to_thread(self._render, messages, body)
 
-    def _render(self, messages: list[dict[str, str]], body: ChatRequest | TokenizeRequest) -> str:
+    def _render(self, messages: list[dict[str, Any]], body: ChatRequest | TokenizeRequest) -> str:
         template = self.engine.chat_template
         if self.engine.tokenizer is None:
             raise InvalidValueError("this server runs without a tokenizer, so it cannot chat", param="messages")
@@ -92,7 +92,7 @@ class Front:
             if name in RESERVED_KWARGS or name.endswith("_token"):
                 raise InvalidValueError(f"{name} cannot be set here", param="chat_template_kwargs")
         text = template.render(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
-        return _cut_after_last_message(text, messages) if body.continue_final_message else text
+        return cut_after_last_message(text, messages) if body.continue_final_message else text
 
     def check_prompt_ids(self, ids: list[int], param: str) -> None:
         """Raises InvalidValueError for an empty prompt or an id that the model does not have."""
@@ -156,22 +156,3 @@ class Front:
         )
         params.check_vocabulary(engine.spec.vocab_size)
         return params
-
-
-def _plain(message: Message) -> dict[str, str]:
-    """A message as templates know it: text parts are joined by newlines."""
-    content = message.content or ""
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": text}
-    if message.name is not None:
-        plain["name"] = message.name
-    return plain
-
-
-def _cut_after_last_message(text: str, messages: list[dict[str, str]]) -> str:
-    """Drops what the template wrote behind the last message, so that the model goes on with it."""
-    last = messages[-1]["content"]
-    for ending in (last, last.strip()):  # many templates trim
-        if ending and (found := text.rfind(ending)) >= 0:
-            return text[: found + len(ending)]
-    raise InvalidValueError("the chat template changes the last message: it cannot be continued", param="messages")
