@@ -107,11 +107,12 @@ def test_a_text_that_is_too_short_says_so():
         windows_of("hello", byte_level(), 50, 20)
 
 
-def test_the_page_is_filled_from_results(measured, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["alternatives", "models"])
+def test_the_page_is_filled_from_results(measured, kind, tmp_path, capsys):
     _, result = measured
     (tmp_path / "perplexity-tiny.json").write_text(json.dumps(result))
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- perplexity-tiny:start -->\nold\n<!-- perplexity-tiny:end -->\nafter\n")
+    page.write_text(f"before\n<!-- {kind} tiny:start -->\nold\n<!-- end -->\nafter\n")
     assert numerics.main(page, tmp_path, check=True) == 1
     assert "run python -m lab.numerics" in capsys.readouterr().out
     assert numerics.main(page, tmp_path, check=False) == 0
@@ -119,9 +120,19 @@ def test_the_page_is_filled_from_results(measured, tmp_path, capsys):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert f"| fake noisy | {result['rows'][0]['perplexity']:.4f} |" in text
+    (noisy,) = [line for line in text.splitlines() if "fake noisy" in line]
+    assert f"| {result['rows'][0]['perplexity']:.4f} | {result['rows'][0]['difference']:+.3%} ± " in noisy
     assert "F32 x3" in text
+    assert f"- `{result['command']}`, {result['machine']}, {result['date']}\n" in text
     assert numerics.main(page, tmp_path, check=True) == 0
+
+
+def test_several_results_stand_in_one_table(measured, tmp_path):
+    _, result = measured
+    for name in ("one", "two"):
+        (tmp_path / f"perplexity-{name}.json").write_text(json.dumps({**result, "model": name}))
+    text = numerics.filled("<!-- models one two:start -->\n<!-- end -->\n", tmp_path)
+    assert [line.split(":")[0] for line in text.splitlines() if "fake" in line] == ["| one", "| one", "| two", "| two"]
 
 
 def test_the_committed_page_shows_the_committed_results():
