@@ -58,5 +58,12 @@ inline void finish(const Epilogue& a, const float* sums, const float* ups, size_
     }
 }
 
+// The outputs of one group of a part, for one row.
+inline void finish_group(const PackedArgs& a, const Part& part, size_t group, size_t row, const float* sums,
+                         const float* ups) {
+    const size_t channel = group * kChannels, left = part.channels - channel;
+    finish(a.epilogue, sums, ups, row, part.first_channel + channel, left < kChannels ? left : kChannels);
+}
+
 }  // namespace
 }  // namespace octavo::OCTAVO_LEVEL

@@ -272,5 +272,16 @@ constexpr Decode kDecode[] = {decode<kLayouts[0]>, decode<kLayouts[1]>, decode<k
                               decode<kLayouts[8]>, decode<kLayouts[9]>, decode<kLayouts[10]>};
 static_assert(sizeof kDecode / sizeof *kDecode == kNumLayouts);
 
+// PackedKernels::round_rows.
+void round_rows(const float* x, size_t rows, size_t width, size_t depth, void* out) {
+    for (size_t row = 0; row < rows; ++row, x += width) {
+        Activation* values = static_cast<Activation*>(out) + row * depth;
+        for (size_t i = 0; i < depth; i += kLanes) {
+            const size_t left = i < width ? width - i : 0;
+            store_rounded(values + i, left >= kLanes ? load(x + i) : load_part(x + i, left));
+        }
+    }
+}
+
 }  // namespace
 }  // namespace octavo::OCTAVO_LEVEL

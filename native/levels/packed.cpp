@@ -152,13 +152,9 @@ Panel decode_pair(const Part& part, size_t group, size_t count, const PackedArgs
 
 void finish_pair(const PackedArgs& a, const Part& part, size_t group, size_t count, size_t row, size_t rows, Sums sums,
                  Sums ups) {
-    for (size_t g = 0; g < count; ++g) {
-        const size_t channel = (group + g) * kChannels;
-        const size_t left = part.channels - channel;
+    for (size_t g = 0; g < count; ++g)
         for (size_t r = 0; r < rows; ++r)
-            finish(a.epilogue, sums[r][g], ups != nullptr ? ups[r][g] : nullptr, row + r, part.first_channel + channel,
-                   left < kChannels ? left : kChannels);
-    }
+            finish_group(a, part, group + g, row + r, sums[r][g], ups != nullptr ? ups[r][g] : nullptr);
 }
 
 void few_rows(const PackedArgs& a, const Part& part, const Part* up, size_t group, size_t last_group) {
@@ -203,16 +199,6 @@ void packed_linear(const PackedArgs& a, size_t index, size_t first_group, size_t
 
 // Panels of gate and up.
 size_t packed_scratch(size_t depth) { return 2 * 2 * depth / 2 * kLineBytes; }
-
-void round_rows(const float* x, size_t rows, size_t width, size_t depth, void* out) {
-    for (size_t row = 0; row < rows; ++row, x += width) {
-        Activation* values = static_cast<Activation*>(out) + row * depth;
-        for (size_t i = 0; i < depth; i += kLanes) {
-            const size_t left = i < width ? width - i : 0;
-            store_rounded(values + i, left >= kLanes ? load(x + i) : load_part(x + i, left));
-        }
-    }
-}
 
 }  // namespace
 

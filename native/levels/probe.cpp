@@ -1,6 +1,7 @@
 // What the machine can do at most, as a yardstick for the profile.
 #include "level.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace octavo::OCTAVO_LEVEL {
 
@@ -15,8 +16,23 @@ void read_all(const float* values, size_t count, float* sink) {
 // As many chains as hide the latency of two multiply-adds a cycle. The empty asm hides the operands' values, so that
 // nothing is folded.
 double multiply_adds(size_t turns, float* sink) {
-    constexpr size_t chains = 12;
-#if defined(__AVX512BF16__)
+    [[maybe_unused]] constexpr size_t chains = 12;
+#if defined(__AMX_BF16__) && !defined(OCTAVO_EMULATE_TILES)
+    TileConfig config;
+    for (size_t tile = 0; tile < 8; ++tile) config.set(tile, kTileMaxRows);
+    configure_tiles(config);
+    for (size_t turn = 0; turn < turns; ++turn) {
+        multiply_tiles<0, 4, 6>();
+        multiply_tiles<1, 4, 7>();
+        multiply_tiles<2, 5, 6>();
+        multiply_tiles<3, 5, 7>();
+    }
+    alignas(64) float sums[kTileMaxRows * 16];
+    store_tile<0>(sums, kTileRowBytes);
+    release_tiles();
+    *sink += sums[0];
+    return static_cast<double>(turns) * 4 * 2 * kTileMaxRows * 16 * 32;
+#elif defined(__AVX512BF16__)
     __m512i factor = _mm512_set1_epi32(0x3f803f80);
     asm("" : "+v"(factor));
     __m512 total[chains] = {};

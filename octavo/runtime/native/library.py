@@ -14,7 +14,7 @@ from octavo.errors import ConfigError, EngineError, MemoryPlanError, Unsupported
 ABI_VERSION = 3
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
-LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16")
+LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
 
 OP_CODES = {"Embedding": 0, "Norm": 1, "Add": 2, "Linear": 3, "RopeKVWrite": 4, "Attention": 5, "GatherRows": 6}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_mul": 4, "gelu_tanh_mul": 5}
