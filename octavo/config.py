@@ -25,7 +25,7 @@ class EngineConfig:
     """Everything that shapes an engine.
 
     Raises:
-        ConfigError: a value out of its bounds.
+        ConfigError: a value of the wrong type or out of its bounds.
         UnsupportedError: a known setting that is not built.
     """
 
@@ -64,6 +64,8 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            _of_type(f.name, getattr(self, f.name), str(f.type))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "quantized", "float16"))
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _one_of("runtime", self.runtime, ("auto", "native", "reference"))
@@ -118,13 +120,29 @@ class EngineConfig:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bool": (bool, "True or False"),
+    "int": (int, "an integer"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a string"),
+}
+
+
+def _of_type(name: str, value: object, declared: str) -> None:
+    """Holds a value against its field's annotation ("int | None"); literals have their own check."""
+    kind, _, optional = declared.partition(" | ")
+    if kind not in _KINDS or (optional and value is None):
+        return
+    types, words = _KINDS[kind]
+    if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+        raise ConfigError(f"{name} must be {words}, not {value!r:.60}")
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def _range(name: str, value: int | None, low: int, high: int) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if value is not None and not low <= value <= high:
         raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")
