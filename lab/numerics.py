@@ -35,12 +35,12 @@ def alternatives(results: list[Result]) -> list[str]:
 def models(results: list[Result]) -> list[str]:
     """The same arithmetic on several models or stored types."""
     return [
-        "| model, stored types, text | arithmetic | perplexity, float32 | perplexity | difference | KL, nats "
+        "| model, stored types, text | arithmetic: perplexity | compared with | difference | KL, nats "
         "| KL, 99th percentile | same top 1 |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---|---:|---:|---:|---:|",
         *(
-            f"| {result['model']}: {_stored(result)}; {_size(result)} | {row['runtime']} "
-            f"| {result['against']['perplexity']:.4f} | {row['perplexity']:.4f} | {_distance(row)} |"
+            f"| {result['model']}: {_stored(result)}; {_size(result)} | {row['runtime']}: {row['perplexity']:.4f} "
+            f"| {result['against']['dtype']}: {result['against']['perplexity']:.4f} | {_distance(row)} |"
             for result in results
             for row in result["rows"]
         ),
