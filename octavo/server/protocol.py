@@ -116,6 +116,12 @@ def _prompt_kind(value: object) -> str:
     return "<strings>" if isinstance(first, str) else "<ids>"
 
 
+def _scalar_kind(value: object) -> str:
+    """What is no scalar is held against a string, and refused as such."""
+    kinds = {bool: "<bool>", int: "<int>", float: "<float>", type(None): "<null>"}
+    return kinds.get(type(value), "<string>")
+
+
 Content = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
@@ -133,10 +139,15 @@ Prompt = Annotated[
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<lists of ids>")],
     Discriminator(_prompt_kind),
 ]
-TemplateValue = (
-    bool | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] | Annotated[float, Field(ge=-1e300, le=1e300)] | Name
-)
-TemplateKwargs = Annotated[dict[Name, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
+TemplateValue = Annotated[
+    Annotated[bool, Tag("<bool>")]
+    | Annotated[int, Field(ge=-(1 << 53), le=1 << 53), Tag("<int>")]
+    | Annotated[float, Field(ge=-1e300, le=1e300), Tag("<float>")]
+    | Annotated[None, Tag("<null>")]
+    | Annotated[Name, Tag("<string>")],
+    Discriminator(_scalar_kind),
+]
+TemplateKwargs = Annotated[dict[Name, TemplateValue], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
 class Message(Strict):

@@ -180,6 +180,7 @@ def test_wrong_completion_value(shared: Server, change: dict, param: str, code: 
         ({"logprobs": 1}, "logprobs", "invalid_value"),
         ({"max_completion_tokens": 3}, "max_tokens", "invalid_value"),
         ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
+        ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs.x", "invalid_value"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "invalid_value"),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "invalid_value"),
         ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs", "invalid_value"),
