@@ -87,8 +87,16 @@ int32_t octavo_set_program(OctavoEngine* engine, const OctavoProgram* program) {
     return guarded([&] { engine->set_program(*program); });
 }
 
-int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size) {
-    return guarded([&] { engine->allocate_kv(num_blocks, block_size); });
+int64_t octavo_kv_bytes(int32_t kv_type, int64_t num_kv_heads, int64_t head_dim) {
+    const int64_t limit = octavo::kMaxHeadDim;
+    if (kv_type < OCTAVO_KV_FLOAT32 || kv_type > OCTAVO_KV_INT8) return 0;
+    if (num_kv_heads <= 0 || num_kv_heads > 65536 || head_dim <= 0 || head_dim > limit) return 0;
+    const auto heads = static_cast<size_t>(num_kv_heads), dim = static_cast<size_t>(head_dim);
+    return num_kv_heads * static_cast<int64_t>(octavo::kv_layout(kv_type, heads, dim).piece_bytes);
+}
+
+int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size, int32_t kv_type) {
+    return guarded([&] { engine->allocate_kv(num_blocks, block_size, kv_type); });
 }
 
 int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs, int64_t num_pairs) {

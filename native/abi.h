@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 3
+#define OCTAVO_ABI_VERSION 4
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {
@@ -35,6 +35,8 @@ enum OctavoActivation : int32_t {
     OCTAVO_SILU_MUL = 4,
     OCTAVO_GELU_TANH_MUL = 5,
 };
+
+enum OctavoKVType : int32_t { OCTAVO_KV_FLOAT32 = 0, OCTAVO_KV_BFLOAT16 = 1, OCTAVO_KV_INT8 = 2 };
 
 // One node of the program. Ids are -1 where absent; docs of the fields are those of octavo/program/ops.py.
 struct OctavoNode {
@@ -144,7 +146,9 @@ OCTAVO_API int32_t octavo_pack(OctavoEngine* engine, int32_t weight, int64_t fir
 // Bytes of one stored row of `cols` elements, or 0 where octavo_pack() does not know the type or the length.
 OCTAVO_API int64_t octavo_row_bytes(const char* type, int64_t cols);
 OCTAVO_API int32_t octavo_set_program(OctavoEngine* engine, const OctavoProgram* program);
-OCTAVO_API int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size);
+// Bytes that 16 slots of one layer take, padding and scales included; 0 for a type or sizes that there are not.
+OCTAVO_API int64_t octavo_kv_bytes(int32_t kv_type, int64_t num_kv_heads, int64_t head_dim);
+OCTAVO_API int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size, int32_t kv_type);
 OCTAVO_API int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs, int64_t num_pairs);
 // Runs the whole program and the sampler.
 OCTAVO_API int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step);

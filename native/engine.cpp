@@ -11,7 +11,6 @@ using namespace octavo;
 
 namespace {
 
-constexpr size_t kRowsPerTask = 4;
 
 }  // namespace
 
@@ -30,9 +29,10 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         const OctavoKVLayer& layer = p.kv_layers[i];
         if (layer.num_kv_heads <= 0 || layer.head_dim <= 0 || layer.group < 0 || layer.group >= num_groups_)
             refuse("KV layer %d is inconsistent", i);
-        const size_t dim = static_cast<size_t>(layer.head_dim);
-        layers_.push_back(
-            {layer, {nullptr, nullptr, static_cast<size_t>(layer.num_kv_heads), dim, round_up(dim, kGroup)}});
+        if (static_cast<size_t>(layer.head_dim) > kMaxHeadDim)
+            refuse("KV layer %d has heads of %d; at most %zu", i, layer.head_dim, kMaxHeadDim);
+        const size_t heads = static_cast<size_t>(layer.num_kv_heads), dim = static_cast<size_t>(layer.head_dim);
+        layers_.push_back({layer, kv_layout(OCTAVO_KV_FLOAT32, heads, dim)});
     }
     vocab_ = max_positions_ = INT32_MAX;
     for (const OctavoRope& rope : ropes_) max_positions_ = std::min(max_positions_, rope.max_positions);
@@ -68,9 +68,11 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         }
         if (node->op == OCTAVO_ATTENTION) {
             const KVCache& cache = kv_layer(*node).cache;
-            const size_t share = static_cast<size_t>(node->num_heads / node->num_kv_heads);
-            const size_t rows = std::max(kQueryRows, share);
-            scratch = std::max(scratch, kernels_.attention_scratch(rows, cache.head_dim, cache.value_width));
+            const size_t rows = std::max(kQueryRows, static_cast<size_t>(node->num_heads / node->num_kv_heads));
+            for (const int32_t type : {OCTAVO_KV_FLOAT32, OCTAVO_KV_BFLOAT16, OCTAVO_KV_INT8}) {
+                const KVCache layout = kv_layout(type, cache.num_kv_heads, cache.head_dim);
+                scratch = std::max(scratch, kernels_.kv->attention_scratch(rows, layout) / sizeof(float));
+            }
         }
     }
     if (!buffer(logits_).logits_rows) refuse("logits must have one row per sampled position");
@@ -81,56 +83,11 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         scratch_.emplace_back(scratch * sizeof(float), false);
         reserve(sampler_scratch_[thread], width(logits_));
     }
-    tiles_.reserve(static_cast<size_t>(max_tokens_ + max_requests_));
-}
-
-void OctavoEngine::allocate_kv(int64_t num_blocks, int64_t block_size) {
-    const size_t slots = round_up(checked_size(num_blocks, block_size, "a KV pool"), kGroup);
-    constexpr size_t page = 4096 / sizeof(float);
-    size_t elements = 0;
-    std::vector<size_t> starts;
-    for (const Layer& layer : layers_) {
-        for (const size_t width : {layer.cache.head_dim, layer.cache.value_width}) {
-            starts.push_back(elements);
-            elements += round_up(checked_size(static_cast<int64_t>(slots),
-                                              static_cast<int64_t>(width * layer.cache.num_kv_heads), "a KV layer"),
-                                 page);
-        }
-    }
-    kv_ = Mapping(elements * sizeof(float), false);
-    for (size_t i = 0; i < layers_.size(); ++i) {
-        layers_[i].cache.k = kv_.as<float>() + starts[2 * i];
-        layers_[i].cache.v = kv_.as<float>() + starts[2 * i + 1];
-    }
-    num_blocks_ = num_blocks;
-    block_size_ = block_size;
-}
-
-void OctavoEngine::copy_blocks(const int64_t* pairs, int64_t num_pairs) {
-    for (int64_t i = 0; i < 2 * num_pairs; ++i)
-        if (pairs[i] < 0 || pairs[i] >= num_blocks_) refuse("there is no block %lld", (long long)pairs[i]);
-    const size_t size = static_cast<size_t>(block_size_);
-    for (const Layer& layer : layers_) {
-        const KVCache& c = layer.cache;
-        for (int64_t i = 0; i < num_pairs; ++i) {
-            for (size_t offset = 0; offset < size; ++offset) {
-                const size_t from = static_cast<size_t>(pairs[2 * i]) * size + offset;
-                const size_t to = static_cast<size_t>(pairs[2 * i + 1]) * size + offset;
-                for (size_t head = 0; head < c.num_kv_heads; ++head) {
-                    const float* k = c.k_group(from / kGroup, head) + from % kGroup;
-                    float* k_to = c.k_group(to / kGroup, head) + to % kGroup;
-                    for (size_t d = 0; d < c.head_dim; ++d) k_to[d * kGroup] = k[d * kGroup];
-                    std::memcpy(c.v_group(to / kGroup, head) + to % kGroup * c.value_width,
-                                c.v_group(from / kGroup, head) + from % kGroup * c.value_width,
-                                c.value_width * sizeof(float));
-                }
-            }
-        }
-    }
 }
 
 void OctavoEngine::step(const OctavoStep& step) {
     check_step(step);
+    ++step_number_;
     OctavoNodeTime* times = step.out_times;
     for (const OctavoNode& node : nodes_) measured(times, [&] { run(node, step); });
     measured(times, [&] { sample(step); });
@@ -191,57 +148,6 @@ void OctavoEngine::norm(const OctavoNode& node, size_t rows) {
         .eps = node.eps,
     };
     by_rows(rows, 2 * kRowsPerTask, [&](size_t first, size_t last) { kernels_.norm(args, first, last); });
-}
-
-void OctavoEngine::rope_kv_write(const OctavoNode& node, const OctavoStep& step) {
-    const Layer& layer = layers_[static_cast<size_t>(node.kv_layer)];
-    const OctavoRope* rope = node.rope < 0 ? nullptr : &ropes_[static_cast<size_t>(node.rope)];
-    const RopeKVWriteArgs args = {
-        .qkv = data(node.x),
-        .q = data(node.out),
-        .cache = layer.cache,
-        .slots = step.slots + layer.layer.group * step.num_tokens,
-        .positions = step.positions,
-        .cos = rope ? rope->cos : nullptr,
-        .sin = rope ? rope->sin : nullptr,
-        .q_norm = vector(node.weight, node.head_dim),
-        .k_norm = vector(node.extra, node.head_dim),
-        .num_heads = static_cast<size_t>(node.num_heads),
-        .half = rope ? static_cast<size_t>(rope->half) : 0,
-        .eps = node.eps,
-    };
-    by_rows(static_cast<size_t>(step.num_tokens), kRowsPerTask,
-            [&](size_t first, size_t last) { kernels_.rope_kv_write(args, first, last); });
-}
-
-void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
-    const Layer& layer = layers_[static_cast<size_t>(node.kv_layer)];
-    const AttentionArgs args = {
-        .q = data(node.x),
-        .out = data(node.out),
-        .cache = layer.cache,
-        .num_heads = static_cast<size_t>(node.num_heads),
-        .block_size = static_cast<size_t>(block_size_),
-        .window = static_cast<size_t>(node.window),
-        .scale = node.scale,
-        .softcap = node.softcap,
-    };
-    const size_t kv_heads = layer.cache.num_kv_heads;
-    const size_t tile_tokens = std::max<size_t>(1, kQueryRows / (args.num_heads / kv_heads));
-    tiles_.clear();
-    for (int64_t b = 0; b < step.num_requests; ++b) {
-        const size_t first = static_cast<size_t>(step.query_start_loc[b]);
-        const size_t end = static_cast<size_t>(step.query_start_loc[b + 1]);
-        const size_t past = static_cast<size_t>(step.seq_lens[b]) - (end - first);
-        const int32_t* table = step.block_tables + (layer.layer.group * step.num_requests + b) * step.max_blocks;
-        for (size_t token = first; token < end; token += tile_tokens)
-            tiles_.push_back({table, token, past + token - first, std::min(tile_tokens, end - token), 0});
-    }
-    pool_.run(tiles_.size() * kv_heads, [&](size_t task, size_t thread) {
-        QueryTile tile = tiles_[task / kv_heads];
-        tile.kv_head = task % kv_heads;
-        kernels_.attention(args, tile, scratch_[thread].as<float>());
-    });
 }
 
 void OctavoEngine::gather_rows(const OctavoNode& node, const OctavoStep& step) {

@@ -8,6 +8,7 @@
 #include "abi.h"
 #include "dequantize.h"
 #include "kernels.h"
+#include "kv.h"
 #include "memory.h"
 #include "sampler.h"
 #include "thread_pool.h"
@@ -21,7 +22,7 @@ public:
     void add_part(int32_t weight, int64_t rows, const char* store);
     void pack(int32_t weight, int64_t first_row, int64_t num_rows, const char* type, const void* data, int64_t bytes);
     void set_program(const OctavoProgram& program);
-    void allocate_kv(int64_t num_blocks, int64_t block_size);
+    void allocate_kv(int64_t num_blocks, int64_t block_size, int32_t kv_type);
     void copy_blocks(const int64_t* pairs, int64_t num_pairs);
     void step(const OctavoStep& step);
     void probe(double& bytes_per_second, double& operations_per_second);
@@ -45,6 +46,20 @@ private:
     struct Layer {
         OctavoKVLayer layer;
         octavo::KVCache cache;
+    };
+    // Part of a step's attention: some ranges of what one query tile sees of one KV head.
+    struct AttentionTask {
+        octavo::QueryTile tile;
+        size_t first_range, last_range;
+        size_t state;  // offset of the sums in states_, or kWhole: the task makes the output itself
+        size_t cost;
+    };
+    // The tasks of one step, the same for all layers with these numbers.
+    struct AttentionPlan {
+        int32_t group, share, num_kv_heads, head_dim, window;
+        uint64_t step;
+        std::vector<AttentionTask> tasks;
+        std::vector<AttentionTask> merges;  // split tiles: all ranges, and where their sums start
     };
 
     // check.cpp: everything that could make a kernel leave its memory is refused here.
@@ -71,6 +86,8 @@ private:
     void pack_part(const Weight& weight, size_t part, const octavo::StoredType& type, const uint8_t* data);
     void rope_kv_write(const OctavoNode& node, const OctavoStep& step);
     void attention(const OctavoNode& node, const OctavoStep& step);
+    const AttentionPlan& plan_attention(const OctavoNode& node, const OctavoStep& step);
+    void split(AttentionPlan& plan, const octavo::KVCache& cache);
     void gather_rows(const OctavoNode& node, const OctavoStep& step);
     void sample(const OctavoStep& step);
 
@@ -79,6 +96,8 @@ private:
     size_t rows_of(int32_t id, const OctavoStep& step) const {
         return static_cast<size_t>(buffers_[id].logits_rows ? step.num_logits : step.num_tokens);
     }
+    static constexpr size_t kRowsPerTask = 4;
+
     // Tasks of `rows_per_task` rows.
     template <class Body>
     void by_rows(size_t rows, size_t rows_per_task, const Body& body) {
@@ -99,9 +118,11 @@ private:
     std::vector<float*> slots_;
     std::vector<octavo::Mapping> scratch_;  // one per thread
     std::vector<octavo::SamplerScratch> sampler_scratch_;
-    std::vector<octavo::QueryTile> tiles_;
     std::vector<LinearTask> linear_tasks_;
     octavo::Mapping rounded_;  // activations of a packed Linear
+    std::vector<AttentionPlan> plans_;
+    std::vector<float> states_;
+    uint64_t step_number_ = 0;
     octavo::Mapping kv_;
     int32_t logits_ = -1;
     int64_t num_groups_ = 0, max_tokens_ = 0, max_logits_ = 0, max_requests_ = 0;

@@ -15,6 +15,8 @@ namespace octavo {
 constexpr size_t kChannels = 16;   // output channels of a group: what one call of a Linear computes at least
 constexpr size_t kGroup = 16;      // slots that lie together in the KV cache
 constexpr size_t kKVTile = 64;     // positions between two rescalings of the softmax; tiles start at its multiples
+constexpr size_t kKVRange = 256;   // positions whose sums one thread keeps; results of ranges are merged in order
+constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kQueryRows = 32;  // rows (tokens x query heads) of an attention task at most, unless one token has more
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -90,15 +92,21 @@ struct EmbeddingArgs {
     int64_t position_offset;
 };
 
-// The cache of one layer, in groups of kGroup slots: K is [group][kv head][head_dim][kGroup], so that 16 scores are
-// one vector; V is [group][kv head][kGroup][value_width], value_width = head_dim rounded up to 16.
+// The cache of one layer: a piece for each group of kGroup slots and each KV head, [group][kv head], holding K, V and,
+// for int8, their scales. Slots lie side by side in K, so that 16 scores are one vector and nothing is reduced across
+// lanes. With the narrow types, the numbers that follow each other in a reduction lie together: four bytes of them.
+//   float32:  K [head_dim][16]         V [16][value_width]
+//   bfloat16: K [key_dim / 2][16][2]   V [16 / 2][value_width][2]
+//   int8:     K [key_dim / 4][16][4]   V [16 / 4][value_width][4]   scales [2][16] float32: of K, of V
 struct KVCache {
-    float* k;
-    float* v;
-    size_t num_kv_heads, head_dim, value_width;
+    uint8_t* data;
+    int type;  // OctavoKVType
+    size_t num_kv_heads, head_dim;
+    size_t key_dim;      // head_dim, padded to whole four bytes
+    size_t value_width;  // head_dim, padded to a multiple of 16
+    size_t v_offset, scale_offset, piece_bytes;
 
-    float* k_group(size_t group, size_t head) const { return k + (group * num_kv_heads + head) * head_dim * kGroup; }
-    float* v_group(size_t group, size_t head) const { return v + (group * num_kv_heads + head) * kGroup * value_width; }
+    uint8_t* piece(size_t group, size_t head) const { return data + (group * num_kv_heads + head) * piece_bytes; }
 };
 
 struct RopeKVWriteArgs {
@@ -132,6 +140,20 @@ struct QueryTile {
     size_t kv_head;
 };
 
+// The KV cache and attention of a level.
+struct KVKernels {
+    void (*rope_kv_write)(const RopeKVWriteArgs&, size_t first_token, size_t last_token);
+    // One slot, in all of K, V and scales, from one piece to another.
+    void (*copy_slot)(const KVCache&, const uint8_t* from, size_t from_lane, uint8_t* to, size_t to_lane);
+    // The KV ranges [first_range, last_range) that the tile sees: all of them, or with `states` some, whose sums go to
+    // states [range][rows]; attention_merge() then makes the output from those of all ranges.
+    void (*attention)(const AttentionArgs&, const QueryTile&, size_t first_range, size_t last_range, uint8_t* scratch,
+                      float* states);
+    void (*attention_merge)(const AttentionArgs&, const QueryTile&, size_t num_ranges, float* states);
+    size_t (*attention_scratch)(size_t rows, const KVCache&);  // bytes
+    size_t (*attention_state)(size_t rows, const KVCache&);    // floats of `states` for one range
+};
+
 struct Kernels {
     const char* name;
     // Channels [first_channel, last_channel); first_channel is a multiple of kChannels.
@@ -140,9 +162,7 @@ struct Kernels {
     void (*norm)(const NormArgs&, size_t first_row, size_t last_row);
     void (*embedding)(const EmbeddingArgs&, size_t first_row, size_t last_row);
     void (*add)(const float* x, const float* y, float* out, size_t count);
-    void (*rope_kv_write)(const RopeKVWriteArgs&, size_t first_token, size_t last_token);
-    void (*attention)(const AttentionArgs&, const QueryTile&, float* scratch);
-    size_t (*attention_scratch)(size_t rows, size_t head_dim, size_t value_width);  // floats
+    const KVKernels* kv;
     float (*max_value)(const float* values, size_t count);  // NaN is passed over
     // Sum of exp((values[i] - top) / temperature) for values <= top: quotients in float, the rest in double.
     double (*sum_exp)(const float* values, size_t count, float top, float temperature);

@@ -26,6 +26,7 @@ extern const Kernels kernels;
 }
 namespace avx512bf16 {
 extern const PackedKernels packed;
+extern const KVKernels kv;
 double multiply_adds(size_t turns, float* sink);
 }
 namespace amx {
@@ -42,7 +43,9 @@ static bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+static bool has_avx512bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 
 // Tiles for bf16, and leave of the system to use them: their state is large, so that Linux wants to be asked once.
 static bool has_amx() {
@@ -59,9 +62,10 @@ static bool has_amx() {
 #endif
 }
 
-// AVX-512 with another Linear for packed weights.
+// AVX-512 with another Linear for packed weights, and attention by bf16 dot products.
 static Kernels avx512_with(const char* name, const PackedKernels& packed, double (*multiply_adds)(size_t, float*)) {
     Kernels kernels = avx512::kernels;
+    kernels.kv = &avx512bf16::kv;
     kernels.name = name;
     kernels.packed = &packed;
     kernels.multiply_adds = multiply_adds;

@@ -140,12 +140,14 @@ class Runtime(Protocol):
         """Bytes that load() would make resident, without reading any tensor."""
         ...
 
-    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
+    def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers."""
         ...
 
-    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
-        """Reserves the pool; untouched blocks cost no resident memory."""
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
+        """Reserves the pool; untouched blocks cost no resident memory. `dtype` is how K and V are kept: "float32",
+        "bfloat16", or "int8" with one float32 scale per token and KV head. The narrow ones round queries and
+        softmax weights to bfloat16 too."""
         ...
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

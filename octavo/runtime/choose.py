@@ -25,6 +25,13 @@ def choose(runtime: str, dtype: str, stored_dtype: str) -> tuple[Choice, str]:
     return Choice(name, reason), resolved
 
 
+def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
+    """Resolves `--kv-cache-dtype`: "auto" keeps what the weights are computed in."""
+    if kv_cache_dtype != "auto":
+        return kv_cache_dtype
+    return "float32" if dtype == "float32" else "bfloat16"
+
+
 def create(choice: Choice, num_threads: int) -> Runtime:
     """Makes the chosen runtime; compiled code is loaded here and nowhere earlier."""
     if choice.runtime == "reference":

@@ -90,18 +90,6 @@ def test_step_without_logits_still_writes_kv() -> None:
     runtime.close()
 
 
-@pytest.mark.parametrize("block_size", [16, 24])
-def test_copied_blocks_serve_another_request(block_size: int) -> None:
-    steps = Steps(block_size=block_size)
-    runtime = load(NativeRuntime(2), decoder_program(), steps=steps)
-    run(runtime, steps.inputs([Piece(0, 0, 100)]))
-    expected = run(runtime, steps.inputs([Piece(0, 100, 1)]))
-    steps.ids[3] = steps.ids[0]
-    runtime.copy_blocks(list(zip(steps.tables[0].tolist(), steps.tables[3].tolist(), strict=True)))
-    assert np.array_equal(run(runtime, steps.inputs([Piece(3, 100, 1)])), expected)
-    runtime.close()
-
-
 BAD = {
     "token_ids": ("token_ids", 2, VOCAB),
     "token_ids below": ("token_ids", 0, -1),

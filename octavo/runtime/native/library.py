@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
 LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -19,6 +19,7 @@ LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
 OP_CODES = {"Embedding": 0, "Norm": 1, "Add": 2, "Linear": 3, "RopeKVWrite": 4, "Attention": 5, "GatherRows": 6}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_mul": 4, "gelu_tanh_mul": 5}
 DTYPES = ("float32", "bfloat16", "quantized")
+KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _INVALID, _OUT_OF_MEMORY = 1, 2
 
@@ -104,7 +105,8 @@ _SIGNATURES = {
     "octavo_pack": (c_int32, [c_void_p, c_int32, c_int64, c_int64, c_char_p, c_void_p, c_int64]),
     "octavo_row_bytes": (c_int64, [c_char_p, c_int64]),
     "octavo_set_program": (c_int32, [c_void_p, POINTER(ProgramTable)]),
-    "octavo_allocate_kv": (c_int32, [c_void_p, c_int64, c_int64]),
+    "octavo_kv_bytes": (c_int64, [c_int32, c_int64, c_int64]),
+    "octavo_allocate_kv": (c_int32, [c_void_p, c_int64, c_int64, c_int32]),
     "octavo_copy_blocks": (c_int32, [c_void_p, c_void_p, c_int64]),
     "octavo_step": (c_int32, [c_void_p, POINTER(StepTable)]),
     "octavo_probe": (c_int32, [c_void_p, POINTER(c_double), POINTER(c_double)]),

@@ -21,7 +21,7 @@ from octavo.runtime.native.packing import Packer
 from octavo.runtime.native.table import Limits, Tables, build_tables
 
 _FLOAT_BYTES = 4
-_VALUE_GROUP = 16  # a row of V is padded to a multiple of this (native/kernels.h)
+_SLOTS_OF_PIECE = 16  # slots of the KV cache that lie together (kGroup in native/kernels.h)
 
 # What the library takes each array for; checked before any pointer is handed over.
 _STEP_DTYPES: dict[str, type[np.generic]] = dict.fromkeys(lib.STEP_ARRAYS, np.int32) | {"slots": np.int64}
@@ -66,6 +66,7 @@ class NativeRuntime:
         self._step_pointer = ctypes.pointer(self._step)
         self._inputs: StepInputs | None = None
         self._weight_bytes: dict[tuple[str, ...], int] = {}
+        self._kv_dtype = "float32"
         self._profile: Profile | None = None
 
     def load(
@@ -104,17 +105,16 @@ class NativeRuntime:
         _check_dtype(dtype)
         return sum(Packer(self._library, program, weights, dtype).bytes().values())
 
-    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
-        """Bytes of one KV block over all layers, with the padding of V."""
-        per_slot = sum(
-            layer.num_kv_heads * (layer.head_dim + -(-layer.head_dim // _VALUE_GROUP) * _VALUE_GROUP)
-            for layer in program.kv_layers
-        )
-        return per_slot * block_size * _FLOAT_BYTES
+    def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
+        """Bytes of one KV block over all layers, with the padding of V and the scales of int8."""
+        code = _kv_code(dtype)
+        pieces: int = sum(self._library.octavo_kv_bytes(code, kv.num_kv_heads, kv.head_dim) for kv in program.kv_layers)
+        return pieces * block_size // _SLOTS_OF_PIECE
 
-    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves the pool; the system backs a block when it is first written."""
-        self._call(self._library.octavo_allocate_kv, num_blocks, block_size)
+        self._call(self._library.octavo_allocate_kv, num_blocks, block_size, _kv_code(dtype))
+        self._kv_dtype = dtype
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole KV blocks (from, to) in all layers."""
@@ -166,7 +166,8 @@ class NativeRuntime:
             raise StepError("start_profile() before load()")
         reads, operations = ctypes.c_double(), ctypes.c_double()
         self._call(self._library.octavo_probe, ctypes.byref(reads), ctypes.byref(operations))
-        kv_bytes = self.kv_bytes_per_block(self._program, 1) / max(1, self._program.kv_elements_per_block(1))
+        block_bytes = self.kv_bytes_per_block(self._program, _SLOTS_OF_PIECE, self._kv_dtype)
+        kv_bytes = block_bytes / max(1, self._program.kv_elements_per_block(_SLOTS_OF_PIECE))
         limits = MachineLimits(reads.value, operations.value)
         self._profile = Profile(self._program, limits, lambda w: self._weight_bytes[w.parts], kv_bytes)
 
@@ -242,6 +243,12 @@ class NativeRuntime:
 def _check_dtype(dtype: str) -> None:
     if dtype not in lib.DTYPES:
         raise UnsupportedError(f"the native runtime keeps weights as {', '.join(lib.DTYPES)}, not {dtype}")
+
+
+def _kv_code(dtype: str) -> int:
+    if dtype not in lib.KV_DTYPES:
+        raise UnsupportedError(f"the KV cache is kept as {', '.join(lib.KV_DTYPES)}, not {dtype}")
+    return lib.KV_DTYPES[dtype]
 
 
 def _checked(name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> int:

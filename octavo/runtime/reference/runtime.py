@@ -28,6 +28,11 @@ from octavo.runtime.reference.sampler import sample
 from octavo.runtime.reference.tensors import stack
 
 FLOAT_BYTES = 4
+KV_ROUNDING: dict[str, Callable[[Float32], Float32]] = {
+    "float32": lambda x: x,
+    "bfloat16": round_to_bfloat16,
+    "int8": ops.round_to_int8,
+}
 
 
 class ReferenceRuntime:
@@ -44,6 +49,8 @@ class ReferenceRuntime:
         self._keys: list[Float32] = []  # per KV layer: [slots, KV heads, head_dim]
         self._values: list[Float32] = []
         self._block_size = 0
+        self._round_kv = KV_ROUNDING["float32"]
+        self._rounds_attention = False
         self._rounds = False  # matrices and the activations they meet
         self._arena: dict[int, Float32] = {}
 
@@ -83,12 +90,16 @@ class ReferenceRuntime:
         """Everything is kept as float32, whatever `dtype` its values were rounded to."""
         return sum(int(np.prod(w.shape)) for w in program.weights) * FLOAT_BYTES
 
-    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
-        """Bytes of one KV block over all layers."""
+    def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
+        """Bytes of one KV block over all layers: float32, whatever `dtype` its values are rounded to."""
         return program.kv_elements_per_block(block_size) * FLOAT_BYTES
 
-    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves zeroed pages, which the system backs when they are first written."""
+        if dtype not in KV_ROUNDING:
+            raise UnsupportedError(f"the KV cache is kept as {', '.join(KV_ROUNDING)}, not {dtype}")
+        self._round_kv = KV_ROUNDING[dtype]
+        self._rounds_attention = dtype != "float32"
         self._block_size = block_size
         shapes = [(num_blocks * block_size, kv.num_kv_heads, kv.head_dim) for kv in self._program.kv_layers]
         self._keys = [np.zeros(shape, dtype=np.float32) for shape in shapes]
@@ -194,8 +205,8 @@ class ReferenceRuntime:
             q = ops.rotate(q, inputs.positions, node.rope)
             k = ops.rotate(k, inputs.positions, node.rope)
         slots = inputs.slots[self._program.kv_layers[node.kv_layer].group]
-        self._keys[node.kv_layer][slots] = k
-        self._values[node.kv_layer][slots] = v
+        self._keys[node.kv_layer][slots] = self._round_kv(k)
+        self._values[node.kv_layer][slots] = self._round_kv(v)
         self._write(node.out, q.reshape(num_tokens, -1))
 
     def _attention(self, node: Attention, inputs: StepInputs) -> None:
@@ -210,5 +221,6 @@ class ReferenceRuntime:
             scale=node.scale,
             window=node.window,
             cap=node.softcap,
+            rounds=self._rounds_attention,
         )
         self._write(node.out, mixed.reshape(len(q), -1))
