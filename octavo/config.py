@@ -17,6 +17,7 @@ BLOCK_SIZE = 16
 
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 RuntimeName = Literal["auto", "native", "reference"]
 
 
@@ -52,7 +53,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
 
     block_size: int = BLOCK_SIZE
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"  # auto: float32 beside float32 weights, else bfloat16
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None  # blocks of the pool, whatever the device (vLLM's name)
     gpu_memory_utilization: float = 0.9  # read on a GPU only
@@ -70,7 +71,7 @@ class EngineConfig:
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _one_of("runtime", self.runtime, ("auto", "native", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs",))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32"))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
         _range("max_num_seqs", self.max_num_seqs, 1, 4096)
         _range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
