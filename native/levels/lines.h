@@ -13,6 +13,9 @@ namespace octavo::OCTAVO_LEVEL {
 namespace {
 
 constexpr size_t kUnroll = kLanes == 16 ? 4 : 1;
+constexpr int kFetchTo = 2;  // of the caches, the second: what is ahead may not fit into the first
+#define OCTAVO_INLINE_LAMBDA __attribute__((always_inline))
+
 constexpr size_t kVectors = 2 * kChannels / kLanes;  // of floats in a line
 
 inline Floats round_to_bfloat16(Floats v) {
@@ -253,19 +256,30 @@ __attribute__((always_inline)) inline void each_line(const uint8_t* group, size_
     }
 }
 
-// Decodes a group into kLineBytes a line.
+// Asks for what a block needs, so many bytes ahead. Inlined by force: gcc drops calls of functions that only prefetch.
 template <Layout L>
-void decode(const Part& part, size_t group, size_t first_block, size_t last_block, uint8_t* out) {
+__attribute__((always_inline)) inline void fetch(const uint8_t* group, size_t block, size_t ahead) {
+    const uint8_t* at = group + L.payload_at(block) + ahead;
+    for (size_t i = 0; i < L.payload_bytes(); i += 64) __builtin_prefetch(at + i, 0, kFetchTo);
+    if (block % L.period() != 0) return;
+    at = group + L.header_at(block) + ahead;
+    for (size_t i = 0; i < L.header_bytes(); i += 64) __builtin_prefetch(at + i, 0, kFetchTo);
+}
+
+// Decodes blocks of a group into kLineBytes a line, and asks for the same blocks of the group `ahead` bytes later.
+template <Layout L>
+void decode(const Part& part, size_t group, size_t first_block, size_t last_block, size_t ahead, uint8_t* out) {
     const uint8_t* data = part.data + group * part.group_bytes;
     for (size_t block = first_block; block < last_block; ++block) {
-        each_line<L>(data, block, part.table, [&](size_t line, const Strip* strips) {
+        fetch<L>(data, block, ahead);
+        each_line<L>(data, block, part.table, [&](size_t line, const Strip* strips) OCTAVO_INLINE_LAMBDA {
             for (size_t s = 0; s < kStrips; ++s) store_strip(out + line * kLineBytes + s * kStripBytes, strips[s]);
         });
         out += kBlockLines * kLineBytes;
     }
 }
 
-using Decode = void (*)(const Part& part, size_t group, size_t first_block, size_t last_block, uint8_t* out);
+using Decode = void (*)(const Part&, size_t group, size_t first_block, size_t last_block, size_t ahead, uint8_t* out);
 
 constexpr Decode kDecode[] = {decode<kLayouts[0]>, decode<kLayouts[1]>, decode<kLayouts[2]>, decode<kLayouts[3]>,
                               decode<kLayouts[4]>, decode<kLayouts[5]>, decode<kLayouts[6]>, decode<kLayouts[7]>,

@@ -13,13 +13,10 @@ namespace {
 
 constexpr size_t kTileRows = kLanes == 16 ? 8 : 6;  // rows of a tile: what the registers hold
 constexpr size_t kFewRows = kLanes == 16 ? 4 : kLanes == 8 ? 1 : 0;  // rows whose sums fit beside the decoding
+constexpr size_t kChunkBlocks = 4;                  // blocks that one tile of rows decodes at a time
 
 // Sums of one group or two: [rows][2][kChannels].
 using Sums = float (*)[2][kChannels];
-
-inline void prefetch(const uint8_t* at, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
-}
 
 // `count` <= GROUPS groups that follow each other; what would lie past them is computed again and dropped.
 // out: [GROUPS / 2][rows][2][kChannels]. Row r reads x row min(r, last_row).
@@ -36,9 +33,9 @@ void few(const Part& part, size_t group, size_t count, const PackedArgs& a, Sums
         const size_t at = block * kBlockDepth;
 #pragma GCC unroll 4
         for (size_t g = 0; g < GROUPS; ++g) {
-            if (block % L.period() == 0) prefetch(data[g] + L.header_at(block) + ahead, L.header_bytes());
-            prefetch(data[g] + L.payload_at(block) + ahead, L.payload_bytes());
-            each_line<L>(data[g], block, part.table, [&](size_t line, const Strip* strips) {
+            fetch<L>(data[g], block, ahead);
+            for (size_t r = 0; r < ROWS; ++r) asm("" : "+r"(x[r]));  // or pairs are kept for the next group, and spilt
+            each_line<L>(data[g], block, part.table, [&](size_t line, const Strip* strips) OCTAVO_INLINE_LAMBDA {
                 for (size_t r = 0; r < ROWS; ++r) {
                     const Strip pair = load_pair(x[r] + at + 2 * line);
                     for (size_t s = 0; s < kStrips; ++s)
@@ -78,20 +75,28 @@ Few find_few(size_t layout, size_t rows, size_t groups) {
     }
 }
 
-// Two strips of decoded groups: where their first lines begin, and the bytes from one line to the next.
+// Two strips of lines that follow each other: where they begin, and the bytes to the next line.
 struct Strips {
-    const uint8_t* first;
-    const uint8_t* second;
-    size_t line_bytes;
+    const uint8_t *first, *second;
+    size_t line_bytes, ahead;  // ahead: where strips that come next begin, relative to these; 0 for none
 };
 
-// totals[r] = both strips times rows x, x + depth, ...
+// Sums of a tile, before even and odd k are added.
+struct Totals {
+    Floats v[kTileRows][2 * kStrips];
+};
+
+// Adds the products of both strips with rows x, x + depth, ... to totals.v[r][at] and [at + 1].
 template <size_t ROWS>
-inline void dot(const Strips& w, const Activation* x, size_t depth, Floats (*totals)[2]) {
-    Floats total[ROWS][2] = {};
-    for (size_t line = 0; line < depth / 2; ++line) {
-        const Strip first = load_strip(w.first + line * w.line_bytes);
-        const Strip second = load_strip(w.second + line * w.line_bytes);
+inline void dot(const Strips& w, const Activation* x, size_t depth, size_t lines, Totals& totals, size_t at) {
+    Floats total[ROWS][2];
+    for (size_t r = 0; r < ROWS; ++r)
+        for (size_t s = 0; s < 2; ++s) total[r][s] = totals.v[r][at + s];
+    for (size_t line = 0; line < lines; ++line) {
+        const uint8_t *first_at = w.first + line * w.line_bytes, *second_at = w.second + line * w.line_bytes;
+        const Strip first = load_strip(first_at), second = load_strip(second_at);
+        __builtin_prefetch(first_at + w.ahead, 0, kFetchTo);
+        __builtin_prefetch(second_at + w.ahead, 0, kFetchTo);
 #pragma GCC unroll 8
         for (size_t r = 0; r < ROWS; ++r) {
             const Strip pair = load_pair(x + r * depth + 2 * line);
@@ -100,61 +105,50 @@ inline void dot(const Strips& w, const Activation* x, size_t depth, Floats (*tot
         }
     }
     for (size_t r = 0; r < ROWS; ++r)
-        for (size_t s = 0; s < 2; ++s) totals[r][s] = total[r][s];
+        for (size_t s = 0; s < 2; ++s) totals.v[r][at + s] = total[r][s];
 }
 
-inline void dot_rows(size_t rows, const Strips& w, const Activation* x, size_t depth, Floats (*totals)[2]) {
+inline void dot_rows(size_t rows, const Strips& w, const Activation* x, size_t depth, size_t lines, Totals& totals,
+                     size_t at) {
     switch (rows) {
-        case 1: return dot<1>(w, x, depth, totals);
-        case 2: return dot<2>(w, x, depth, totals);
-        case 3: return dot<3>(w, x, depth, totals);
-        case 4: return dot<4>(w, x, depth, totals);
-        case 5: return dot<5>(w, x, depth, totals);
-        case 6: return dot<6>(w, x, depth, totals);
-        case 7: return dot<kTileRows < 7 ? 1 : 7>(w, x, depth, totals);
-        case 8: return dot<kTileRows < 8 ? 1 : 8>(w, x, depth, totals);
+        case 1: return dot<1>(w, x, depth, lines, totals, at);
+        case 2: return dot<2>(w, x, depth, lines, totals, at);
+        case 3: return dot<3>(w, x, depth, lines, totals, at);
+        case 4: return dot<4>(w, x, depth, lines, totals, at);
+        case 5: return dot<5>(w, x, depth, lines, totals, at);
+        case 6: return dot<6>(w, x, depth, lines, totals, at);
+        case 7: return dot<kTileRows < 7 ? 1 : 7>(w, x, depth, lines, totals, at);
+        case 8: return dot<kTileRows < 8 ? 1 : 8>(w, x, depth, lines, totals, at);
     }
 }
 
-// Sums of a tile of rows over a panel: two decoded groups, `stride` bytes apart.
-inline void tile(const uint8_t* panel, size_t stride, const Activation* x, size_t rows, size_t depth, Sums out) {
-    Floats totals[kTileRows][2];
-    if constexpr (kStrips == 1) {
-        dot_rows(rows, {panel, panel + stride, kLineBytes}, x, depth, totals);
-        for (size_t r = 0; r < rows; ++r)
-            for (size_t g = 0; g < 2; ++g) channel_sums(&totals[r][g], out[r][g]);
-        return;
-    }
-    for (size_t g = 0; g < 2; ++g) {
-        Floats lines[kTileRows][kStrips];
-        for (size_t s = 0; s < kStrips; s += 2) {
-            const uint8_t* first = panel + g * stride + s * kStripBytes;
-            dot_rows(rows, {first, first + kStripBytes, kLineBytes}, x, depth, totals);
-            for (size_t r = 0; r < rows; ++r) std::memcpy(&lines[r][s], totals[r], sizeof totals[r]);
-        }
-        for (size_t r = 0; r < rows; ++r) channel_sums(lines[r], out[r][g]);
-    }
-}
-
+// Lines of two groups (of one twice at the end of a part).
 struct Panel {
-    const uint8_t* lines;
-    size_t stride;  // bytes from one group to the next
+    const uint8_t *first, *second;
+    size_t ahead;
 };
 
-// Two groups decoded (the last twice where there is only one). bf16 lines are used where they are.
-Panel decode_pair(const Part& part, size_t group, size_t count, const PackedArgs& a, uint8_t* scratch) {
-    if (kStrips == 1 && kLayouts[part.layout].bits == 16)
-        return {part.data + group * part.group_bytes, count == 2 ? part.group_bytes : 0};
-    const size_t stride = a.num_blocks * kBlockLines * kLineBytes;
-    for (size_t g = 0; g < count; ++g) kDecode[part.layout](part, group + g, 0, a.num_blocks, scratch + g * stride);
-    return {scratch, count == 2 ? stride : 0};
+// Blocks [first, last) of two groups: decoded, but for bf16 lines, which are used where they are.
+Panel decode_pair(const Part& part, size_t group, size_t count, size_t first, size_t last, uint8_t* scratch) {
+    const size_t other = count == 2 ? group + 1 : group, ahead = 2 * part.group_bytes;
+    if (kStrips == 1 && kLayouts[part.layout].bits == 16) {
+        const uint8_t* lines = part.data + first * kBlockLines * kLineBytes;
+        return {lines + group * part.group_bytes, lines + other * part.group_bytes, ahead};
+    }
+    uint8_t* second = count == 2 ? scratch + (last - first) * kBlockLines * kLineBytes : scratch;
+    kDecode[part.layout](part, group, first, last, ahead, scratch);
+    if (count == 2) kDecode[part.layout](part, other, first, last, ahead, second);
+    return {scratch, second, 0};
 }
 
-void finish_pair(const PackedArgs& a, const Part& part, size_t group, size_t count, size_t row, size_t rows, Sums sums,
-                 Sums ups) {
-    for (size_t g = 0; g < count; ++g)
-        for (size_t r = 0; r < rows; ++r)
-            finish_group(a, part, group + g, row + r, sums[r][g], ups != nullptr ? ups[r][g] : nullptr);
+// Adds the products of a panel with a tile of rows.
+inline void multiply(const Panel& panel, const Activation* x, size_t rows, size_t depth, size_t lines, Totals& totals) {
+    if constexpr (kStrips == 1)
+        return dot_rows(rows, {panel.first, panel.second, kLineBytes, panel.ahead}, x, depth, lines, totals, 0);
+    for (size_t s = 0; s < 2 * kStrips; s += 2) {
+        const uint8_t* at = (s < kStrips ? panel.first : panel.second) + s % kStrips * kStripBytes;
+        dot_rows(rows, {at, at + kStripBytes, kLineBytes, 0}, x, depth, lines, totals, s);
+    }
 }
 
 void few_rows(const PackedArgs& a, const Part& part, const Part* up, size_t group, size_t last_group) {
@@ -165,26 +159,53 @@ void few_rows(const PackedArgs& a, const Part& part, const Part* up, size_t grou
         const size_t count = left < groups ? left : groups;
         find_few(part.layout, rows, groups)(part, group, count, a, sums);
         if (up != nullptr) find_few(up->layout, rows, groups)(*up, group, count, a, ups);
-        for (size_t g = 0; g < count; g += 2)
-            finish_pair(a, part, group + g, count - g < 2 ? 1 : 2, 0, a.num_rows, sums + g / 2 * rows,
-                        up != nullptr ? ups + g / 2 * rows : nullptr);
+        for (size_t g = 0; g < count; ++g)
+            for (size_t r = 0; r < a.num_rows; ++r) {
+                const size_t at = g / 2 * rows + r;
+                finish_group(a, part, group + g, r, sums[at][g % 2], up != nullptr ? ups[at][g % 2] : nullptr);
+            }
         group += count;
     }
 }
 
+// A tile of rows: tiles are of even height, because a last one of one row would cost as much as one of four.
+struct Tile {
+    size_t row, rows;
+    Totals gate{}, up{};
+
+    Tile(const PackedArgs& a, size_t index, size_t tiles)
+        : row(a.num_rows * index / tiles), rows(a.num_rows * (index + 1) / tiles - row) {}
+};
+
+// Two groups for all rows. Few tiles keep their sums while blocks pass through the first cache; many tiles take turns
+// at a panel of the whole depth.
 void many_rows(const PackedArgs& a, const Part& part, const Part* up, size_t group, size_t count, uint8_t* scratch) {
-    const Panel panel = decode_pair(part, group, count, a, scratch);
-    Panel up_panel{};
-    if (up != nullptr)
-        up_panel = decode_pair(*up, group, count, a, scratch + 2 * a.num_blocks * kBlockLines * kLineBytes);
     const size_t tiles = (a.num_rows + kTileRows - 1) / kTileRows;
-    float sums[kTileRows][2][kChannels], ups[kTileRows][2][kChannels];
-    for (size_t i = 0; i < tiles; ++i) {  // tiles of even height: a last one of one row would cost as much as of four
-        const size_t row = a.num_rows * i / tiles, rows = a.num_rows * (i + 1) / tiles - row;
-        const Activation* x = static_cast<const Activation*>(a.x) + row * a.depth;
-        tile(panel.lines, panel.stride, x, rows, a.depth, sums);
-        if (up != nullptr) tile(up_panel.lines, up_panel.stride, x, rows, a.depth, ups);
-        finish_pair(a, part, group, count, row, rows, sums, up != nullptr ? ups : nullptr);
+    const size_t chunk = tiles == 1 && kChunkBlocks < a.num_blocks ? kChunkBlocks : a.num_blocks;
+    uint8_t* up_scratch = scratch + 2 * chunk * kBlockLines * kLineBytes;
+    const auto panels = [&](size_t first, size_t last, Panel& panel, Panel& up_panel) {
+        panel = decode_pair(part, group, count, first, last, scratch);
+        if (up != nullptr) up_panel = decode_pair(*up, group, count, first, last, up_scratch);
+    };
+    Panel panel, up_panel;
+    if (chunk == a.num_blocks) panels(0, chunk, panel, up_panel);
+    for (size_t i = 0; i < tiles; ++i) {
+        Tile tile(a, i, tiles);
+        const Activation* x = static_cast<const Activation*>(a.x) + tile.row * a.depth;
+        for (size_t first = 0; first < a.num_blocks; first += chunk) {
+            const size_t last = first + chunk < a.num_blocks ? first + chunk : a.num_blocks;
+            if (chunk < a.num_blocks) panels(first, last, panel, up_panel);
+            const size_t lines = (last - first) * kBlockLines;
+            multiply(panel, x + first * kBlockDepth, tile.rows, a.depth, lines, tile.gate);
+            if (up != nullptr) multiply(up_panel, x + first * kBlockDepth, tile.rows, a.depth, lines, tile.up);
+        }
+        for (size_t r = 0; r < tile.rows; ++r)
+            for (size_t g = 0; g < count; ++g) {
+                float sums[kChannels], ups[kChannels];
+                channel_sums(tile.gate.v[r] + g * kStrips, sums);
+                if (up != nullptr) channel_sums(tile.up.v[r] + g * kStrips, ups);
+                finish_group(a, part, group + g, tile.row + r, sums, up != nullptr ? ups : nullptr);
+            }
     }
 }
 

@@ -25,11 +25,11 @@ struct Source {
     size_t group;
 };
 
-// Blocks [first, last) of a group as lines: decoded to `scratch`, or where they are.
-inline const uint8_t* lines_of(const Source& source, size_t first, size_t last, uint8_t* scratch) {
+// Blocks [first, last) of a group as lines: decoded to `scratch`, or where they are. Groups so far `ahead` come next.
+inline const uint8_t* lines_of(const Source& source, size_t first, size_t last, size_t ahead, uint8_t* scratch) {
     const Part& part = *source.part;
     if (kLayouts[part.layout].bits == 16) return part.data + source.group * part.group_bytes + first * kBlockBytes;
-    kDecode[part.layout](part, source.group, first, last, scratch);
+    kDecode[part.layout](part, source.group, first, last, ahead * part.group_bytes, scratch);
     return scratch;
 }
 
@@ -48,14 +48,15 @@ void multiply_block(const uint8_t* const* lines, size_t count, size_t offset) {
     multiply_tiles<3, 4, 5>();
 }
 
-// sums[s] = up to 16 rows times the group sources[s]; tiles are configured.
-void short_tiles(const PackedArgs& a, const Source* sources, size_t count, uint8_t* scratch, Sums* sums) {
+// sums[s] = up to 16 rows times the group sources[s]; tiles are configured. Groups so far `ahead` come next.
+void short_tiles(const PackedArgs& a, const Source* sources, size_t count, size_t ahead, uint8_t* scratch,
+                 Sums* sums) {
     const size_t chunks = (a.num_blocks + kChunkBlocks - 1) / kChunkBlocks;
     const uint8_t* lines[2][kSources];
     const auto fetch = [&](size_t chunk) {
         const size_t first = chunk * kChunkBlocks, end = first + kChunkBlocks;
         for (size_t s = 0; s < count; ++s)
-            lines[chunk % 2][s] = lines_of(sources[s], first, end < a.num_blocks ? end : a.num_blocks,
+            lines[chunk % 2][s] = lines_of(sources[s], first, end < a.num_blocks ? end : a.num_blocks, ahead,
                                            scratch + (chunk % 2 * kSources + s) * kChunkBytes);
     };
     zero_tile<0>();
@@ -91,7 +92,7 @@ void few_rows(const PackedArgs& a, const Part& part, const Part* up, size_t grou
             sources[g] = {&part, group + g};
             if (up != nullptr) sources[count + g] = {up, group + g};
         }
-        short_tiles(a, sources, up != nullptr ? 2 * count : count, scratch, sums);
+        short_tiles(a, sources, up != nullptr ? 2 * count : count, together, scratch, sums);
         for (size_t g = 0; g < count; ++g)
             for (size_t r = 0; r < a.num_rows; ++r)
                 finish_group(a, part, group + g, r, sums[g][r], up != nullptr ? sums[count + g][r] : nullptr);
@@ -141,7 +142,7 @@ void pair_tiles(const PackedArgs& a, const uint8_t* const* lines, size_t row, bo
 void pair_lines(const PackedArgs& a, const Part& part, size_t group, size_t count, uint8_t* scratch,
                 const uint8_t** lines) {
     for (size_t g = 0; g < 2; ++g)
-        lines[g] = g < count ? lines_of({&part, group + g}, 0, a.num_blocks, scratch + g * a.num_blocks * kBlockBytes)
+        lines[g] = g < count ? lines_of({&part, group + g}, 0, a.num_blocks, 2, scratch + g * a.num_blocks * kBlockBytes)
                              : lines[0];
 }
 
