@@ -244,20 +244,21 @@ class AsyncEngine:
         if self._frontend.num_unfinished == 0:
             self.metrics.on_idle()
 
-    def _observe_finished(self, group: Group) -> None:
+    def _observe_finished(self, group: Group, unfinished: FinishReason = FinishReason.ABORT) -> None:
+        """Tells the metrics how each answer of a group ended; `unfinished` is for those that were cut off."""
         times = group.metrics
         for child in group.children:
             self.metrics.on_finished(
-                child.output.finish_reason or FinishReason.ABORT,
+                child.output.finish_reason or unfinished,
                 prompt_tokens=len(group.prompt_token_ids),
                 output_tokens=len(child.output.token_ids),
                 cached_tokens=group.num_cached_tokens,
-                n=group.params.n,
+                n=group.params.n if child is group.children[0] else None,
                 max_tokens=group.params.max_tokens,
                 arrival=times.arrival_time,
                 queue_seconds=group.queue_seconds,
-                first_token=times.first_token_time,
-                last_token=times.last_token_time,
+                first_token=child.first_token_time,
+                last_token=child.last_token_time,
                 finished=times.finished_time or time.monotonic(),
             )
 
@@ -268,6 +269,7 @@ class AsyncEngine:
 
     def _fail_all(self) -> None:
         for group in self._frontend.fail_all():
+            self._observe_finished(group, FinishReason.ERROR)
             if outbox := self._outboxes.get(id(group)):
                 outbox.put(EngineDeadError(self.dead or "the engine is gone"))
 

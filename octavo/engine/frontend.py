@@ -35,6 +35,7 @@ class Child:
     request_id: str
     output: CompletionOutput
     stream: TextStream | None
+    first_token_time: float | None = None
     last_token_time: float | None = None
     error: str | None = None
 
@@ -191,6 +192,7 @@ class Frontend:
             new = len(child.output.token_ids) - before.num_tokens
             if new > 0:
                 arrivals.append(Arrival(child.parent, child.last_token_time, new))
+                child.first_token_time = child.first_token_time or now
                 child.last_token_time = now
                 metrics = child.parent.metrics
                 metrics.first_token_time = metrics.first_token_time or now

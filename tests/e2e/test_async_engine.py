@@ -127,6 +127,7 @@ def test_a_killed_engine_is_told_to_everybody(folder):
         assert "signal 9" in engine.dead
         with pytest.raises(EngineDeadError, match="signal 9"):
             await anext(engine.generate(PROMPT, params(), "later"))
+        assert 'finished_reason="error",model_name' in engine.metrics.render().decode()
 
     with_engine(folder, use)
 
