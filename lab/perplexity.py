@@ -43,20 +43,25 @@ MAX_CHARACTERS_PER_TOKEN = 8  # how much text is tokenised for so many tokens
 
 
 class Arm:
-    """One arithmetic: a runtime with the model loaded, fed one window at a time."""
+    """One arithmetic: a runtime with the model loaded, fed one window at a time.
+
+    `name` is DTYPE or DTYPE+KV: how matrices are kept and computed with, and how the KV cache is kept (float32).
+    """
 
     def __init__(
-        self, dtype: str, runtime: str, threads: int, spec: ModelSpec, weights: WeightSource, window: int
+        self, name: str, runtime: str, threads: int, spec: ModelSpec, weights: WeightSource, window: int
     ) -> None:
-        self.dtype = dtype
+        self.name = name
+        dtype, _, kv_dtype = name.partition("+")
         self.scores = Scores()
         self._runtime, source, kept = _runtime_for(dtype, runtime, threads, weights)
         report = self._runtime.load(
             record(spec), source, dtype=kept, max_num_tokens=SLICE, max_num_logits=SLICE, max_num_requests=1
         )
-        self._runtime.allocate_kv(-(-window // BLOCK_SIZE), BLOCK_SIZE)
+        self._runtime.allocate_kv(-(-window // BLOCK_SIZE), BLOCK_SIZE, kv_dtype or "float32")
         simulated = ARITHMETICS.get(dtype)
-        self.description = f"simulated: {simulated.description}" if simulated else report.description
+        computed = f"simulated: {simulated.description}" if simulated else report.description
+        self.description = f"{computed}, KV {kv_dtype}" if kv_dtype else computed
 
     def logits(self, window: Int32, start: int) -> Float32:
         """Logits [n, vocab] of what follows tokens start .. start + n - 1; slices of a window come in order."""
@@ -165,7 +170,7 @@ def result_of(subject: Subject, arms: list[Arm], command: str) -> dict[str, Any]
         difference, error = perplexity_difference(arm.scores, against.scores, subject.window - 1)
         rows.append(
             {
-                "dtype": arm.dtype,
+                "dtype": arm.name,
                 "runtime": arm.description,
                 "perplexity": arm.scores.perplexity,
                 "difference": difference,
@@ -186,7 +191,7 @@ def result_of(subject: Subject, arms: list[Arm], command: str) -> dict[str, Any]
         "window": subject.window,
         "num_tokens": sum(len(s) for s in against.scores.surprises),
         "against": {
-            "dtype": against.dtype,
+            "dtype": against.name,
             "runtime": against.description,
             "perplexity": against.scores.perplexity,
         },
@@ -225,7 +230,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     known = ", ".join(f"{name} ({a.description})" for name, a in ARITHMETICS.items())
     parser = argparse.ArgumentParser(prog="python -m lab.perplexity", description=__doc__)
     parser.add_argument("model", help="as for `octavo serve`")
-    parser.add_argument("--dtype", nargs="+", required=True, help=f"of the runtime, or simulated: {known}")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        required=True,
+        help=f"float32, bfloat16, quantized, or simulated; with +KV the cache is narrow too (quantized+int8): {known}",
+    )
     parser.add_argument("--against", default="float32", help="what they are compared with")
     parser.add_argument("--tokens", type=int, default=100_000, help="to predict, rounded up to whole windows")
     parser.add_argument("--window", type=int, default=1024, help="tokens of context")
@@ -247,8 +257,8 @@ def main(arguments: list[str]) -> int:
     if options.stored_as:
         weights = RequantizedWeights(weights, options.stored_as)
     arms = [
-        Arm(dtype, options.runtime, options.threads, spec, weights, options.window)
-        for dtype in (options.against, *options.dtype)
+        Arm(name, options.runtime, options.threads, spec, weights, options.window)
+        for name in (options.against, *options.dtype)
     ]
     measure(arms, windows)
     subject = Subject(options.model, options.text, options.window, stored_types(record(spec), weights))

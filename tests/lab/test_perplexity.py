@@ -33,8 +33,8 @@ WINDOW = 2 * SLICE + 21
 class FakeArm:
     """Logits by a rule; keeps what it was asked."""
 
-    def __init__(self, dtype, noise):
-        self.dtype, self.description, self.scores = dtype, f"fake {dtype}", perplexity.Scores()
+    def __init__(self, name, noise):
+        self.name, self.description, self.scores = name, f"fake {name}", perplexity.Scores()
         self.asked = []
         self._noise, self._random = noise, np.random.default_rng(0)
 
@@ -144,10 +144,14 @@ def test_the_committed_page_shows_the_committed_results():
 def test_the_default_model_on_text(monkeypatch, tmp_path):
     monkeypatch.setattr(perplexity, "RESULTS", tmp_path)
     size = ["--tokens", "190", "--window", "192"]
-    perplexity.main(["smollm2", "--dtype", "bfloat16", *size, "--stored-as", "Q5_1", "--save-as", "x"])
+    perplexity.main(
+        ["smollm2", "--dtype", "quantized", "quantized+int8", *size, "--stored-as", "Q5_1", "--save-as", "x"]
+    )
     result = json.loads((tmp_path / "perplexity-x.json").read_text())
-    (bfloat16,) = result["rows"]
+    quantized, int8_kv = result["rows"]
     assert result["stored_types"] == {"Q5_1": 211}
+    assert result["against"]["dtype"] == "float32"
     assert 10 < result["against"]["perplexity"] < 200
-    assert 0 < bfloat16["kl"] < 0.001
-    assert bfloat16["standard_error"] is None  # one window
+    assert 0 < quantized["kl"] < int8_kv["kl"] < 0.01
+    assert quantized["standard_error"] is None  # one window
+    assert int8_kv["runtime"] == f"{quantized['runtime']}, KV int8"
