@@ -28,7 +28,12 @@ struct Source {
 // Blocks [first, last) of a group as lines: decoded to `scratch`, or where they are. Groups so far `ahead` come next.
 inline const uint8_t* lines_of(const Source& source, size_t first, size_t last, size_t ahead, uint8_t* scratch) {
     const Part& part = *source.part;
-    if (kLayouts[part.layout].bits == 16) return part.data + source.group * part.group_bytes + first * kBlockBytes;
+    if (kLayouts[part.layout].bits == 16) {
+        const uint8_t* group = part.data + source.group * part.group_bytes;
+        for (size_t block = first; block < last && last - first <= kChunkBlocks; ++block)
+            fetch<kLayouts[0]>(group, block, ahead * part.group_bytes);
+        return group + first * kBlockBytes;
+    }
     kDecode[part.layout](part, source.group, first, last, ahead * part.group_bytes, scratch);
     return scratch;
 }
