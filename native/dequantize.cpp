@@ -196,10 +196,23 @@ void split_iq4_xs(const uint8_t* p, Quanta& out) {
     }
 }
 
+// IQ2_XXS after its grid and signs are looked up (octavo/runtime/native/codes.py): half d, 8 bytes of scales,
+// 128 bytes of nibbles, the first value in the low one.
+void split_iq2_codes(const uint8_t* p, Quanta& out) {
+    out.scale = half_at(p) * 0.125f;
+    std::memcpy(out.scale_codes, p + 2, 8);
+    for (int i = 0; i < 128; ++i) {
+        out.codes[2 * i] = p[10 + i] & 15;
+        out.codes[2 * i + 1] = p[10 + i] >> 4;
+    }
+}
+
 constexpr float kUnsigned[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr float kMinusEight[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr float kMinusFour[16] = {-4, -3, -2, -1, 0, 1, 2, 3};
 constexpr float kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+constexpr float kGrid[16] = {8, 25, 43, 0, 0, 0, 0, 0, -8, -25, -43};
 
 constexpr size_t kBFloat16 = find_layout(16, false, false, 32);
 constexpr size_t k4Half = find_layout(4, true, false, 32), k4HalfMin = find_layout(4, true, true, 32);
@@ -222,6 +235,7 @@ constexpr StoredType kTypes[] = {
     {"Q3_K", 256, 110, k4Code16, kMinusFour, nullptr, split_q3_k},
     {"Q4_K", 256, 144, k4CodeMin, kUnsigned, nullptr, split_q4_k},
     {"IQ4_XS", 256, 136, k4Code, kNonLinear, nullptr, split_iq4_xs},
+    {"IQ2_XXS_CODES", 256, 138, k4Code, kGrid, nullptr, split_iq2_codes},
     {"Q5_K", 256, 176, k8CodeMin, nullptr, nullptr, split_q5_k},
     {"Q6_K", 256, 210, k8Code16, nullptr, nullptr, split_q6_k},
 };

@@ -62,7 +62,7 @@ inline constexpr Layout kLayouts[] = {
     {16, false, false, 32},  // float types
     {4, true, false, 32},    // Q4_0, IQ4_NL
     {4, true, true, 32},     // Q4_1
-    {4, false, false, 32},   // IQ4_XS
+    {4, false, false, 32},   // IQ4_XS, IQ2_XXS
     {4, false, true, 32},    // Q4_K
     {4, false, false, 16},   // Q3_K
     {4, false, true, 16},    // Q2_K

@@ -19,6 +19,7 @@ from octavo.errors import ModelFileError
 from octavo.program.ops import Linear, Weight
 from octavo.program.program import Program
 from octavo.runtime.base import Tensor, WeightSource
+from octavo.runtime.native import codes
 from octavo.runtime.native.library import check
 from octavo.runtime.reference.tensors import stack, to_float32
 
@@ -73,6 +74,8 @@ class Packer:
     def _store(self, part: str, cols: int) -> str:
         """The GGUF type that a part is kept as."""
         stored = self._source.type_of(part) if self._dtype == "quantized" else _BFLOAT16
+        if stored == codes.SOURCE_TYPE:
+            stored = codes.CODED_TYPE
         return stored if self._library.octavo_row_bytes(stored.encode(), cols) else _BFLOAT16
 
     def _pieces(self, weight: Weight) -> Iterator[tuple[str, int, int]]:
@@ -127,6 +130,8 @@ class Packer:
 def _decodable(library: ctypes.CDLL, tensor: Tensor) -> tuple[str, npt.NDArray[Any]]:
     """(type name, contiguous data) that the library can decode."""
     rows, cols = tensor.shape
+    if tensor.type == codes.SOURCE_TYPE:
+        return codes.CODED_TYPE, codes.to_codes(tensor.data)
     row_bytes = library.octavo_row_bytes(tensor.type.encode(), cols)
     if not row_bytes:
         return "F32", np.ascontiguousarray(to_float32(tensor))
