@@ -47,9 +47,10 @@ private:
         OctavoKVLayer layer;
         octavo::KVCache cache;
     };
-    // Part of a step's attention: some ranges of what one query tile sees of one KV head.
+    // Part of a step's attention: some ranges of what one query tile sees, of the KV heads from tile.kv_head on.
     struct AttentionTask {
         octavo::QueryTile tile;
+        size_t last_head;
         size_t first_range, last_range;
         size_t state;  // offset of the sums in states_, or kWhole: the task makes the output itself
         size_t cost;

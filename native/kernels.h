@@ -138,6 +138,7 @@ struct QueryTile {
     size_t first_position;  // of that token in its request
     size_t num_tokens;
     size_t kv_head;
+    bool next_head_follows;  // the thread goes on with kv_head + 1: its first KV tile can be asked for
 };
 
 // The KV cache and attention of a level.

@@ -84,8 +84,9 @@ void OctavoEngine::rope_kv_write(const OctavoNode& node, const OctavoStep& step)
         .half = rope ? static_cast<size_t>(rope->half) : 0,
         .eps = node.eps,
     };
-    by_rows(static_cast<size_t>(step.num_tokens), kRowsPerTask,
-            [&](size_t first, size_t last) { kernels_.kv->rope_kv_write(args, first, last); });
+    const size_t tokens = static_cast<size_t>(step.num_tokens);
+    const size_t together = tokens >= 4 * kGroup ? kGroup : kRowsPerTask;  // slots of one group share cache lines
+    by_rows(tokens, together, [&](size_t first, size_t last) { kernels_.kv->rope_kv_write(args, first, last); });
 }
 
 void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
@@ -103,7 +104,12 @@ void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
     pool_.run(plan.tasks.size(), [&](size_t index, size_t thread) {
         const AttentionTask& task = plan.tasks[index];
         float* states = task.state == kWhole ? nullptr : states_.data() + task.state;
-        kernels_.kv->attention(args, task.tile, task.first_range, task.last_range, scratch_[thread].as<uint8_t>(), states);
+        QueryTile tile = task.tile;
+        for (size_t head = tile.kv_head; head < task.last_head; ++head) {
+            tile.kv_head = head;
+            tile.next_head_follows = head + 1 < task.last_head;
+            kernels_.kv->attention(args, tile, task.first_range, task.last_range, scratch_[thread].as<uint8_t>(), states);
+        }
     });
     pool_.run(plan.merges.size(), [&](size_t index, size_t) {
         const AttentionTask& task = plan.merges[index];
@@ -124,23 +130,28 @@ const OctavoEngine::AttentionPlan& OctavoEngine::plan_attention(const OctavoNode
     plan->step = step_number_;
     plan->tasks.clear();
     const size_t rows = static_cast<size_t>(share), tile_tokens = std::max<size_t>(1, kQueryRows / rows);
-    const size_t window = static_cast<size_t>(node.window);
-    for (int64_t b = 0; b < step.num_requests; ++b) {
+    const size_t window = static_cast<size_t>(node.window), num_heads = layer.cache.num_kv_heads;
+    const auto num_requests = static_cast<size_t>(step.num_requests), num_tokens = static_cast<size_t>(step.num_tokens);
+    const bool whole = num_requests + num_tokens / tile_tokens >= kSplit * pool_.num_threads();
+    const size_t task_heads = whole ? num_heads : 1;  // of a task: the heads of a token lie side by side in memory
+    for (size_t b = 0; b < num_requests; ++b) {
         const size_t first = static_cast<size_t>(step.query_start_loc[b]);
         const size_t end = static_cast<size_t>(step.query_start_loc[b + 1]);
         const size_t past = static_cast<size_t>(step.seq_lens[b]) - (end - first);
-        const int32_t* table = step.block_tables + (group * step.num_requests + b) * step.max_blocks;
+        const int32_t* table = step.block_tables + (static_cast<size_t>(group) * num_requests + b) *
+                                                       static_cast<size_t>(step.max_blocks);
         for (size_t token = first; token < end; token += tile_tokens) {
             const size_t position = past + token - first, count = std::min(tile_tokens, end - token);
             const size_t oldest = window != 0 && position + 1 > window ? position + 1 - window : 0;
             const size_t last = position + count;
             const size_t cost = (last - oldest) * (count * rows + kGroup);  // reading KV weighs as much as 16 rows
-            for (size_t head = 0; head < layer.cache.num_kv_heads; ++head)
-                plan->tasks.push_back({{table, token, position, count, head},
+            for (size_t head = 0; head < num_heads; head += task_heads)
+                plan->tasks.push_back({{table, token, position, count, head, false},
+                                       head + task_heads,
                                        oldest / kKVRange,
                                        (last + kKVRange - 1) / kKVRange,
                                        kWhole,
-                                       cost});
+                                       cost * task_heads});
         }
     }
     split(*plan, layer.cache);
@@ -157,20 +168,24 @@ void OctavoEngine::split(AttentionPlan& plan, const KVCache& cache) {
     for (size_t i = plan.tasks.size(); i-- > 0 && pool_.num_threads() > 1;) {
         const AttentionTask task = plan.tasks[i];
         const size_t num_ranges = task.last_range - task.first_range;
-        if (task.cost <= most || num_ranges < 2) continue;
+        const size_t num_heads = task.last_head - task.tile.kv_head;
+        if (task.cost <= most || num_heads * num_ranges < 2) continue;
         const size_t range_floats = kernels_.kv->attention_state(task.tile.num_tokens * static_cast<size_t>(plan.share), cache);
-        plan.merges.push_back(task);
-        plan.merges.back().state = floats;
-        for (size_t n = 0; n < num_ranges; ++n) {
-            const AttentionTask part = {task.tile, task.first_range + n, task.first_range + n + 1, floats,
-                                        task.cost / num_ranges};
-            floats += range_floats;
-            if (n == 0)
-                plan.tasks[i] = part;
-            else
+        plan.tasks[i].cost = 0;  // its place is taken by the parts
+        for (size_t head = task.tile.kv_head; head < task.last_head; ++head) {
+            AttentionTask part = task;
+            part.tile.kv_head = head;
+            part.last_head = head + 1;
+            part.state = floats;
+            plan.merges.push_back(part);
+            part.cost = task.cost / (num_heads * num_ranges);
+            for (part.last_range = part.first_range + 1; part.first_range < task.last_range;
+                 ++part.first_range, ++part.last_range, part.state += range_floats)
                 plan.tasks.push_back(part);
+            floats += num_ranges * range_floats;
         }
     }
+    std::erase_if(plan.tasks, [](const AttentionTask& task) { return task.cost == 0; });
     if (states_.size() < floats) states_.resize(floats);
     std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
                      [](const AttentionTask& a, const AttentionTask& b) { return a.cost < b.cost; });

@@ -57,18 +57,25 @@ struct Scratch {
     }
 };
 
+// The positions that a task visits, from the start of a KV tile.
+struct Visit {
+    size_t begin, end;
+};
+
 // Where the K, V and scales of one KV tile lie. A group behind the last repeats it: its scores are masked.
 struct KVTile {
     const uint8_t* k[kTileGroups];
     const uint8_t* v[kTileGroups];
     const float* scales[kTileGroups];  // [2][kGroup]: of K, of V
-    size_t start, num_groups;
+    const uint8_t* next[kTileGroups];  // pieces of the tile that follows, to be asked for while this one is computed
+    size_t start, num_groups, next_start, next_head;
 };
 
 inline size_t slot_of(const AttentionArgs& a, const QueryTile& t, size_t position) {
     return static_cast<size_t>(t.block_table[position / a.block_size]) * a.block_size + position % a.block_size;
 }
 
+// `end`: of what the queries see.
 void locate(const AttentionArgs& a, const QueryTile& t, size_t start, size_t end, const Scratch& s, KVTile& tile) {
     const KVCache& cache = a.cache;
     tile.start = start;
@@ -93,14 +100,11 @@ void locate(const AttentionArgs& a, const QueryTile& t, size_t start, size_t end
         tile.v[g] = piece + cache.v_offset;
         tile.scales[g] = reinterpret_cast<const float*>(piece + cache.scale_offset);
     }
-}
-
-// Asks for the pieces of the tile at `start`, while the one before it is computed.
-inline void prefetch(const AttentionArgs& a, const QueryTile& t, size_t start, size_t end) {
-    if (a.block_size % kGroup != 0) return;
-    for (size_t first = start; first < end && first < start + kKVTile; first += kGroup) {
-        const uint8_t* piece = a.cache.piece(slot_of(a, t, first) / kGroup, t.kv_head);
-        for (size_t line = 0; line < a.cache.piece_bytes; line += 64) __builtin_prefetch(piece + line, 0, 3);
+    for (size_t g = 0; g < kTileGroups; ++g) {
+        const size_t first = tile.next_start + g * kGroup;
+        tile.next[g] = a.block_size % kGroup == 0 && first < end
+                           ? cache.piece(slot_of(a, t, first) / kGroup, tile.next_head)
+                           : tile.k[g];
     }
 }
 
@@ -117,7 +121,7 @@ void widen(const KVCache& c, const Scratch& s, KVTile& tile) {
         tile.k[g] = out;
         for (size_t step = 0; step < c.key_dim / 2; step += 2, out += 2 * kGroup * 4) {
             for (size_t lane = 0; lane < kGroup; lane += kLanes) {
-                Int8KV::keys(k, step, lane, pairs);
+                Int8KV::load(k + operand_offset<Int8KV>(kGroup, step, lane), pairs);
                 put(out + lane * 4, pairs[0]);
                 put(out + (kGroup + lane) * 4, pairs[1]);
             }
@@ -125,7 +129,7 @@ void widen(const KVCache& c, const Scratch& s, KVTile& tile) {
         tile.v[g] = out;
         for (size_t step = 0; step < kGroup / 2; step += 2, out += 2 * c.value_width * 4) {
             for (size_t column = 0; column < c.value_width; column += kLanes) {
-                Int8KV::values(v, c.value_width, step, column, pairs);
+                Int8KV::load(v + operand_offset<Int8KV>(c.value_width, step, column), pairs);
                 put(out + column * 4, pairs[0]);
                 put(out + (c.value_width + column) * 4, pairs[1]);
             }
@@ -140,8 +144,12 @@ inline void score(const typename KV::Element* const* q, const KVTile& tile, size
     Floats total[ROWS][kVectors] = {};
     for (size_t step = 0; step < num_steps; step += KV::kSteps) {
         typename KV::Operand keys[kVectors][KV::kSteps];
-        for (size_t v = 0; v < kVectors; ++v)
-            KV::keys(tile.k[(vector + v) / kGroupVectors], step, (vector + v) % kGroupVectors * kLanes, keys[v]);
+        for (size_t v = 0; v < kVectors; ++v) {
+            const size_t group = (vector + v) / kGroupVectors;
+            const size_t offset = operand_offset<KV>(kGroup, step, (vector + v) % kGroupVectors * kLanes);
+            KV::load(tile.k[group] + offset, keys[v]);
+            __builtin_prefetch(tile.next[group] + offset);
+        }
         for (size_t n = 0; n < KV::kSteps; ++n)
             for (size_t r = 0; r < ROWS; ++r) {
                 const typename KV::Operand value = KV::factor(q[r], step + n);
@@ -156,16 +164,20 @@ inline void score(const typename KV::Element* const* q, const KVTile& tile, size
 // together with these weigh 0.
 template <class KV, size_t ROWS, size_t VECTORS>
 inline void mix(const typename KV::Element* weights, const KVTile& tile, size_t first, size_t last, size_t column,
-                size_t width, size_t stride, float* total) {
+                const KVCache& cache, float* total) {
     constexpr size_t group_steps = kGroup / KV::kDepth, depth = KV::kDepth * KV::kSteps;
+    const size_t width = cache.value_width, stride = state_width(cache);
     Floats sums[ROWS][VECTORS];
     for (size_t r = 0; r < ROWS; ++r)
         for (size_t v = 0; v < VECTORS; ++v) sums[r][v] = load(total + r * stride + column + v * kLanes);
     const auto add = [&](size_t step, const auto& select) {
-        const uint8_t* rows = tile.v[step / group_steps];
+        const size_t group = step / group_steps;
         typename KV::Operand values[VECTORS][KV::kSteps];
-        for (size_t v = 0; v < VECTORS; ++v)
-            KV::values(rows, width, step % group_steps, column + v * kLanes, values[v]);
+        for (size_t v = 0; v < VECTORS; ++v) {
+            const size_t offset = operand_offset<KV>(width, step % group_steps, column + v * kLanes);
+            KV::load(tile.v[group] + offset, values[v]);
+            __builtin_prefetch(tile.next[group] + cache.v_offset + offset);
+        }
         for (size_t n = 0; n < KV::kSteps; ++n)
             for (size_t r = 0; r < ROWS; ++r) {
                 const typename KV::Operand weight = KV::factor(weights + r * kKVTile, step + n);
@@ -271,8 +283,8 @@ void visit(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_
     float* total = s.range + row * stride;
     size_t column = 0;
     for (; column + kVectors * kLanes <= width; column += kVectors * kLanes)
-        mix<KV, ROWS, kVectors>(weights, tile, first, last, column, width, stride, total);
-    for (; column < width; column += kLanes) mix<KV, ROWS, 1>(weights, tile, first, last, column, width, stride, total);
+        mix<KV, ROWS, kVectors>(weights, tile, first, last, column, a.cache, total);
+    for (; column < width; column += kLanes) mix<KV, ROWS, 1>(weights, tile, first, last, column, a.cache, total);
 }
 
 template <class KV, bool SCALED>
@@ -331,21 +343,19 @@ void round_queries(const AttentionArgs& a, const QueryTile& t, size_t rows, cons
     }
 }
 
-// Sums one range for all rows of the tile into s.range.
-void visit_range(const AttentionArgs& a, const QueryTile& t, size_t range, size_t rows, const Scratch& s) {
+// Sums KV tiles from `begin` up to `range_end` for all rows of the query tile into s.range.
+void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_t range_end, const Visit& whole,
+                 size_t rows, const Scratch& s) {
     const size_t stride = state_width(a.cache);
     std::memset(s.range, 0, rows * stride * sizeof(float));
     std::memset(s.weights, 0, rows * kLanes * sizeof(float));
     for (size_t row = 0; row < rows; ++row) largest_of(s.range + row * stride, a.cache) = kNever;
-
-    const size_t end = t.first_position + t.num_tokens;
-    const size_t range_end = (range + 1) * kKVRange < end ? (range + 1) * kKVRange : end;
-    const size_t oldest = a.window != 0 && t.first_position + 1 > a.window ? t.first_position + 1 - a.window : 0;
-    const size_t begin = range * kKVRange > oldest ? range * kKVRange : oldest;
     KVTile tile;
-    for (size_t start = begin / kKVTile * kKVTile; start < range_end; start += kKVTile) {
-        locate(a, t, start, end, s, tile);
-        prefetch(a, t, start + kKVTile, end);
+    for (size_t start = begin; start < range_end; start += kKVTile) {
+        const bool last = start + kKVTile >= whole.end;
+        tile.next_start = last ? (t.next_head_follows ? whole.begin : t.first_position + t.num_tokens) : start + kKVTile;
+        tile.next_head = t.kv_head + (last && t.next_head_follows);
+        locate(a, t, start, t.first_position + t.num_tokens, s, tile);
         visit_tile(a, t, tile, rows, s);
     }
     for (size_t row = 0; row < rows; ++row)
@@ -369,9 +379,14 @@ void attention(const AttentionArgs& a, const QueryTile& t, size_t first_range, s
     Scratch s(scratch, rows, a.cache);
     if (a.cache.type != OCTAVO_KV_FLOAT32) round_queries(a, t, rows, s);
     for (size_t row = 0; row < rows; ++row) largest_of(s.merged + row * stride, a.cache) = kNever;
+    const size_t end = t.first_position + t.num_tokens;
+    const size_t oldest = a.window != 0 && t.first_position + 1 > a.window ? t.first_position + 1 - a.window : 0;
+    const size_t first = first_range * kKVRange > oldest ? first_range * kKVRange : oldest;
+    const Visit visit = {first / kKVTile * kKVTile, last_range * kKVRange < end ? last_range * kKVRange : end};
     for (size_t range = first_range; range < last_range; ++range) {
         if (states != nullptr) s.range = states + (range - first_range) * rows * stride;
-        visit_range(a, t, range, rows, s);
+        const size_t begin = range == first_range ? visit.begin : range * kKVRange;
+        visit_range(a, t, begin, (range + 1) * kKVRange < end ? (range + 1) * kKVRange : end, visit, rows, s);
         if (states == nullptr)
             for (size_t row = 0; row < rows; ++row) merge(a.cache, s.range + row * stride, s.merged + row * stride);
     }

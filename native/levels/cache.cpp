@@ -10,6 +10,36 @@ namespace octavo::OCTAVO_LEVEL {
 namespace {
 
 constexpr size_t kMaxPadded = kMaxHeadDim + kLanes;
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+inline Bytes narrow(Words v) {  // the low bytes
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+    return __builtin_convertvector((Ints)v, Bytes);
+#endif
+}
+
+// to[i], as four bytes, gets from[i] as its part `part`.
+template <class T>
+inline void write_column(const T* from, size_t count, size_t part, uint8_t* to) {
+#if defined(__AVX512F__)
+    constexpr size_t bits = 8 * sizeof(T);
+    const __mmask64 mask = (sizeof(T) == 2 ? __mmask64{0x3333333333333333} : __mmask64{0x1111111111111111})
+                           << (part * sizeof(T));
+    for (size_t i = 0; i < count; i += kLanes) {
+        __m512i words;
+        if constexpr (sizeof(T) == 2)
+            words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+        else
+            words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        words = _mm512_sll_epi32(words, _mm_cvtsi32_si128(static_cast<int>(part * bits)));
+        _mm512_mask_storeu_epi8(to + i * 4, mask, words);
+    }
+#else
+    for (size_t i = 0; i < count; ++i) std::memcpy(to + i * 4 + part * sizeof(T), from + i, sizeof(T));
+#endif
+}
 
 // out = the head, normed and rotated.
 inline void turn_head(const RopeKVWriteArgs& a, const float* head, const float* norm, size_t position,
@@ -33,51 +63,57 @@ inline void turn_head(const RopeKVWriteArgs& a, const float* head, const float* 
     }
 }
 
-// Signed bytes of values / scale, scale = the largest magnitude / 127; rounded to nearest, ties to even.
-inline float to_int8(const float* values, size_t count, int8_t* out) {
-    float largest = 0.0f;
-    for (size_t i = 0; i < count; ++i) {
-        const float magnitude = fabsf(values[i]);
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    const float scale = largest / 127.0f;
-    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    for (size_t i = 0; i < count; ++i)
-        out[i] = scale > 0.0f ? static_cast<int8_t>(static_cast<int32_t>(values[i] / scale + shift - shift)) : 0;
-    return scale;
-}
-
-inline void round_row(const float* values, size_t count, uint16_t* out) {
+// Numbers of one head as they are kept: bf16 or int8, whose scale is the largest magnitude / 127; rounded to nearest,
+// ties to even. Whole vectors are written.
+void round_head(const float* values, size_t count, uint16_t* out) {
     for (size_t i = 0; i < count; i += kLanes) {
         const Halves rounded = to_bfloat16(load_part(values + i, count - i < kLanes ? count - i : kLanes));
         std::memcpy(out + i, &rounded, sizeof rounded);
     }
 }
 
-// One head of one token into its piece.
+float round_head(const float* values, size_t count, int8_t* out) {
+    Floats top{};
+    for (size_t i = 0; i < count; i += kLanes) {
+        const Floats v = load_part(values + i, count - i < kLanes ? count - i : kLanes);
+        top = max(v < 0.0f ? -v : v, top);
+    }
+    const float largest = max_lane(top), factor = largest > 0.0f ? 127.0f / largest : 0.0f;
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    for (size_t i = 0; i < count; i += kLanes) {
+        const Floats v = load_part(values + i, count - i < kLanes ? count - i : kLanes);
+        const Bytes rounded = narrow((Words)(v * factor + shift));
+        std::memcpy(out + i, &rounded, sizeof rounded);
+    }
+    return largest / 127.0f;
+}
+
+// Four bytes of a reduction lie together: one slot's part of K is every kGroup-th of such words.
+void write_words(const void* from, size_t count, uint8_t* to) {
+    for (size_t i = 0; i < count; ++i) std::memcpy(to + i * kGroup * 4, static_cast<const char*>(from) + i * 4, 4);
+}
+
+// One head of one token into its piece. A slot shares its words of V with its neighbours, which other threads may be
+// writing: nothing but its own bytes is touched.
 void write_slot(const KVCache& c, uint8_t* piece, size_t lane, const float* k, const float* v) {
     const size_t dim = c.head_dim, width = c.value_width;
-    uint8_t* values = piece + c.v_offset;
+    uint8_t *keys = piece + 4 * lane, *values = piece + c.v_offset;
     if (c.type == OCTAVO_KV_FLOAT32) {
-        for (size_t i = 0; i < dim; ++i) reinterpret_cast<float*>(piece)[i * kGroup + lane] = k[i];
-        std::memcpy(reinterpret_cast<float*>(values) + lane * width, v, dim * sizeof(float));
+        write_words(k, dim, keys);
+        std::memcpy(values + 4 * lane * width, v, dim * sizeof(float));
     } else if (c.type == OCTAVO_KV_BFLOAT16) {
         uint16_t rounded[kMaxPadded];
-        round_row(k, dim, rounded);
-        uint16_t* keys = reinterpret_cast<uint16_t*>(piece) + 2 * lane;
-        for (size_t i = 0; i < dim; ++i) keys[i / 2 * 2 * kGroup + i % 2] = rounded[i];
-        round_row(v, dim, rounded);
-        uint16_t* row = reinterpret_cast<uint16_t*>(values) + lane / 2 * 2 * width + lane % 2;
-        for (size_t i = 0; i < dim; ++i) row[2 * i] = rounded[i];
+        round_head(k, dim, rounded);
+        write_words(rounded, c.key_dim / 2, keys);
+        round_head(v, dim, rounded);
+        write_column(rounded, dim, lane % 2, values + lane / 2 * width * 4);
     } else {
         int8_t rounded[kMaxPadded];
         float* scales = reinterpret_cast<float*>(piece + c.scale_offset) + lane;
-        scales[0] = to_int8(k, dim, rounded);
-        int8_t* keys = reinterpret_cast<int8_t*>(piece) + 4 * lane;
-        for (size_t i = 0; i < dim; ++i) keys[i / 4 * 4 * kGroup + i % 4] = rounded[i];
-        scales[kGroup] = to_int8(v, dim, rounded);
-        int8_t* row = reinterpret_cast<int8_t*>(values) + lane / 4 * 4 * width + lane % 4;
-        for (size_t i = 0; i < dim; ++i) row[4 * i] = rounded[i];
+        scales[0] = round_head(k, dim, rounded);
+        write_words(rounded, c.key_dim / 4, keys);
+        scales[kGroup] = round_head(v, dim, rounded);
+        write_column(rounded, dim, lane % 4, values + lane / 4 * width * 4);
     }
 }
 

@@ -85,17 +85,18 @@ inline Words load_words(const void* p) {
     return v;
 }
 
+// Where the operands of a step lie in K or V: `width` (kGroup, value_width) times four bytes for kSteps steps.
+template <class KV>
+inline size_t operand_offset(size_t width, size_t step, size_t column) {
+    return (step / KV::kSteps * width + column) * 4;
+}
+
 struct FloatKV {
     static constexpr size_t kDepth = 1, kSteps = 1;
     using Element = float;  // of a query or of a weight
     using Operand = Floats;
 
-    static void keys(const uint8_t* k, size_t step, size_t lane, Operand (&out)[kSteps]) {
-        out[0] = load(reinterpret_cast<const float*>(k) + step * kGroup + lane);
-    }
-    static void values(const uint8_t* v, size_t width, size_t step, size_t column, Operand (&out)[kSteps]) {
-        out[0] = load(reinterpret_cast<const float*>(v) + step * width + column);
-    }
+    static void load(const uint8_t* at, Operand (&out)[kSteps]) { out[0] = (Floats)load_words(at); }
     static Operand behind_last(Operand v) { return v; }
     static Operand factor(const Element* row, size_t step) { return splat(row[step]); }
     static Floats add(Operand factor, Operand kv, Floats sum) { return fma(factor, kv, sum); }
@@ -118,24 +119,14 @@ struct BFloat16KV : PairKV {
     static Operand behind_last(Operand v) { return pairs_of(bits_of(v) & 0xffffu); }  // the second may be NaN
     static constexpr size_t kSteps = 1;
 
-    static void keys(const uint8_t* k, size_t step, size_t lane, Operand (&out)[kSteps]) {
-        out[0] = pairs_of(load_words(k + (step * kGroup + lane) * 4));
-    }
-    static void values(const uint8_t* v, size_t width, size_t step, size_t column, Operand (&out)[kSteps]) {
-        out[0] = pairs_of(load_words(v + (step * width + column) * 4));
-    }
+    static void load(const uint8_t* at, Operand (&out)[kSteps]) { out[0] = pairs_of(load_words(at)); }
 };
 
 struct Int8KV : PairKV {
     static Operand behind_last(Operand v) { return v; }  // integers, weighed with 0
     static constexpr size_t kSteps = 2;
 
-    static void keys(const uint8_t* k, size_t step, size_t lane, Operand (&out)[kSteps]) {
-        pairs_of_int8(load_words(k + (step / 2 * kGroup + lane) * 4), out);
-    }
-    static void values(const uint8_t* v, size_t width, size_t step, size_t column, Operand (&out)[kSteps]) {
-        pairs_of_int8(load_words(v + (step / 2 * width + column) * 4), out);
-    }
+    static void load(const uint8_t* at, Operand (&out)[kSteps]) { pairs_of_int8(load_words(at), out); }
 };
 
 }  // namespace

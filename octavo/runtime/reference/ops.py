@@ -95,9 +95,9 @@ def rotate(x: Float32, positions: Int32, rope: Rope) -> Float32:
 
 def round_to_int8(x: Float32) -> Float32:
     """The nearest multiples of the largest magnitude / 127 over the last axis, ties to even."""
-    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
-    whole = np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0))
-    return np.asarray(whole * scale, dtype=np.float32)
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.asarray(np.rint(x * factor) * (largest / np.float32(127)), dtype=np.float32)
 
 
 def slots_of(positions: npt.NDArray[np.intp], block_table: Int32, block_size: int) -> Int64:
