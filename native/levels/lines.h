@@ -18,10 +18,10 @@ constexpr int kFetchTo = 2;  // of the caches, the second: what is ahead may not
 
 constexpr size_t kVectors = 2 * kChannels / kLanes;  // of floats in a line
 
+// Of numbers; some NaN become a zero.
 inline Floats round_to_bfloat16(Floats v) {
     const Words bits = (Words)v;
-    const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
-    return v == v ? (Floats)rounded : v;
+    return (Floats)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
 }
 
 #if defined(__AVX512BF16__)
@@ -84,7 +84,7 @@ inline void channel_sums(const Floats* totals, float* out) {
     for (size_t c = 0; c < kChannels; ++c) out[c] = elements[2 * c] + elements[2 * c + 1];
 }
 
-inline void store_rounded(Activation* out, Floats v) { store(out, round_to_bfloat16(v)); }
+inline void store_rounded(Activation* out, Floats v) { store(out, v == v ? round_to_bfloat16(v) : v); }
 
 #endif
 
@@ -240,7 +240,8 @@ __attribute__((always_inline)) inline void each_line(const uint8_t* group, size_
                 for (size_t unit = step * lines / 4; unit < (step + 1) * lines / 4; ++unit) {
                     constexpr size_t words = kVectors / 2;
                     Words nibbles[words];
-                    std::memcpy(nibbles, payload + unit * 64, sizeof nibbles);
+                    for (size_t w = 0; w < words; ++w)
+                        std::memcpy(&nibbles[w], payload + unit * 64 + w * sizeof *nibbles, sizeof *nibbles);
 #pragma GCC unroll kUnroll
                     for (size_t line = 0; line < 4; ++line) {
                         Floats values[kVectors];

@@ -37,15 +37,18 @@ double multiply_adds(size_t turns, float* sink) {
     asm("" : "+v"(factor));
     __m512 total[chains] = {};
     for (size_t turn = 0; turn < turns; ++turn)
+#pragma GCC unroll 12
         for (size_t c = 0; c < chains; ++c) {
             total[c] = _mm512_dpbf16_ps(total[c], (__m512bh)factor, (__m512bh)factor);
             asm("" : "+v"(total[c]));
         }
+#pragma GCC unroll 12  // or the array lives in memory, above as well
     for (size_t c = 0; c < chains; ++c) *sink += _mm512_reduce_add_ps(total[c]);
     return static_cast<double>(turns * chains) * 64;
 #else
     Floats factor = splat(1e-3f), total[chains] = {};
     for (size_t turn = 0; turn < turns; ++turn)
+#pragma GCC unroll 12
         for (size_t c = 0; c < chains; ++c) {
             total[c] = fma(factor, factor, total[c]);
 #if defined(__x86_64__)
@@ -54,6 +57,7 @@ double multiply_adds(size_t turns, float* sink) {
             asm("" : "+w"(total[c]));
 #endif
         }
+#pragma GCC unroll 12
     for (size_t c = 0; c < chains; ++c) *sink += sum(total[c]);
     return static_cast<double>(turns * chains) * 2 * kLanes;
 #endif
