@@ -19,6 +19,8 @@ constexpr size_t kKVRange = 256;   // positions whose sums one thread keeps; res
 constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kQueryRows = 32;  // rows (tokens x query heads) of an attention task at most, unless one token has more
 
+constexpr size_t kLogitsChunk = 64;  // logits that the sampler looks at together
+
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // What happens to the sums of a Linear.
@@ -164,7 +166,8 @@ struct Kernels {
     void (*embedding)(const EmbeddingArgs&, size_t first_row, size_t last_row);
     void (*add)(const float* x, const float* y, float* out, size_t count);
     const KVKernels* kv;
-    float (*max_value)(const float* values, size_t count);  // NaN is passed over
+    // The largest of each kLogitsChunk values; NaN is passed over.
+    void (*chunk_maxima)(const float* values, size_t count, float* maxima);
     // Sum of exp((values[i] - top) / temperature) for values <= top: quotients in float, the rest in double.
     double (*sum_exp)(const float* values, size_t count, float top, float temperature);
     // For measuring the machine: reads a buffer whose size is a multiple of 1 KiB; runs `turns` of the level's fastest

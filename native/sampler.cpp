@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 namespace octavo {
@@ -37,17 +38,37 @@ void adjust(const OctavoStep& s, size_t row, float* logits) {
     }
 }
 
+// Logits with the largest of each kLogitsChunk of them: most chunks have nothing that a draw looks at.
 struct Row {
     const float* logits;
     size_t vocab;
     const Kernels& kernels;
+    const std::vector<float>& maxima;
+    float top;
+
+    Row(const float* values, size_t count, const Kernels& level, std::vector<float>& scratch)
+        : logits(values), vocab(count), kernels(level), maxima(scratch) {
+        scratch.resize((count + kLogitsChunk - 1) / kLogitsChunk);
+        kernels.chunk_maxima(values, count, scratch.data());
+        top = *std::max_element(scratch.begin(), scratch.end());
+    }
+
+    // Calls visit(id) for all logits of the chunks whose largest is at least `floor`; ends early when it says so.
+    template <class Visit>
+    void visit(float floor, const Visit& visit) const {
+        for (size_t chunk = 0; chunk < maxima.size(); ++chunk) {
+            if (maxima[chunk] < floor) continue;
+            const size_t end = std::min(vocab, (chunk + 1) * kLogitsChunk);
+            for (size_t id = chunk * kLogitsChunk; id < end; ++id)
+                if (visit(id)) return;
+        }
+    }
 };
 
-size_t largest(const Row& row) {  // the lowest id among equals
-    const float top = row.kernels.max_value(row.logits, row.vocab);
-    for (size_t i = 0; i < row.vocab; ++i)
-        if (row.logits[i] == top) return i;
-    return 0;  // nothing but NaN
+size_t largest(const Row& row) {  // the lowest id among equals; 0 where there is nothing but NaN
+    size_t found = 0;
+    row.visit(row.top, [&](size_t id) { return row.logits[id] == row.top ? (found = id, true) : false; });
+    return found;
 }
 
 // A number that sorts by descending logit, then by ascending id.
@@ -63,8 +84,8 @@ uint64_t rank_key(float logit, size_t id) {
 // lies above a lower threshold, so that a draw from 50,000 tokens sorts some dozens.
 class Ranking {
 public:
-    Ranking(const Row& row, float top, float temperature, SamplerScratch& scratch)
-        : row_(row), top_(top), temperature_(temperature), order_(scratch.order), running_(scratch.running) {
+    Ranking(const Row& row, float temperature, SamplerScratch& scratch)
+        : row_(row), top_(row.top), temperature_(temperature), order_(scratch.order), running_(scratch.running) {
         order_.clear();
         running_.clear();
     }
@@ -77,13 +98,31 @@ public:
     }
     double running(size_t rank) const { return running_[rank]; }  // sum of weights up to and with this rank
 
+    // Ranks at least `count` ids where there are so many. As many chunks hold one that is not below the count-th
+    // largest maximum.
+    void reach(size_t count, std::vector<float>& scratch) {
+        if (count <= row_.maxima.size()) {
+            scratch = row_.maxima;
+            const auto last = scratch.begin() + static_cast<ptrdiff_t>(count) - 1;
+            std::nth_element(scratch.begin(), last, scratch.end(), std::greater<float>());
+            extend_to(*last);
+        }
+        while (size() < count && !complete()) extend();
+    }
+
     void extend() {
         reach_ *= 1.5f;
-        float floor = top_ - reach_ * temperature_;
-        if (!(floor < above_) || reach_ > 256.0f) floor = kNever;
+        const float floor = top_ - reach_ * temperature_;
+        extend_to(!(floor < above_) || reach_ > 256.0f ? kNever : floor);
+    }
+
+    void extend_to(float floor) {
         const size_t first = order_.size();
-        for (size_t i = 0; i < row_.vocab; ++i)
-            if (row_.logits[i] >= floor && row_.logits[i] < above_) order_.push_back(rank_key(row_.logits[i], i));
+        row_.visit(floor, [&](size_t id) {
+            const float logit = row_.logits[id];
+            if (logit >= floor && logit < above_) order_.push_back(rank_key(logit, id));
+            return false;
+        });
         std::sort(order_.begin() + static_cast<ptrdiff_t>(first), order_.end());
         for (size_t rank = first; rank < order_.size(); ++rank)
             running_.push_back((rank == 0 ? 0.0 : running_[rank - 1]) + weight(rank));
@@ -115,13 +154,13 @@ size_t draw(const OctavoStep& s, size_t row, const Row& logits, SamplerScratch& 
     const size_t best = largest(logits);
     const float temperature = s.temperature[row], top = logits.logits[best];
     if (!(temperature > 0.0f) || !std::isfinite(top)) return best;
-    Ranking ranking(logits, top, temperature, scratch);
+    Ranking ranking(logits, temperature, scratch);
     const size_t all = std::numeric_limits<size_t>::max();
 
     size_t count = all;  // ranks that are left
     if (s.top_k[row] > 0 && static_cast<size_t>(s.top_k[row]) < logits.vocab) {
         count = static_cast<size_t>(s.top_k[row]);
-        while (ranking.size() < count && !ranking.complete()) ranking.extend();
+        ranking.reach(count, scratch.sorted);
         count = std::min(count, ranking.size());
     }
     double total = 0.0;
@@ -156,7 +195,7 @@ void write_logprobs(const OctavoStep& s, size_t row, const Row& raw, size_t toke
     s.out_ranks[row] = 0;
     if (s.num_logprobs[row] < 0) return;
 
-    const float top = raw.kernels.max_value(raw.logits, raw.vocab);
+    const float top = raw.top;
     const double log_total = std::log(raw.kernels.sum_exp(raw.logits, raw.vocab, top, 1.0f));
     const auto logprob = [&](size_t id) {
         return static_cast<float>(static_cast<double>(raw.logits[id] - top) - log_total);
@@ -166,9 +205,9 @@ void write_logprobs(const OctavoStep& s, size_t row, const Row& raw, size_t toke
     s.out_logprobs[row] = logprob(token);
     s.out_ranks[row] = 1 + larger;
 
-    Ranking ranking(raw, top, 1.0f, scratch);
+    Ranking ranking(raw, 1.0f, scratch);
     const size_t wanted = std::min(static_cast<size_t>(s.num_logprobs[row]), raw.vocab);
-    while (ranking.size() < wanted && !ranking.complete()) ranking.extend();
+    if (wanted > 0) ranking.reach(wanted, scratch.sorted);
     for (size_t rank = 0; rank < std::min(wanted, ranking.size()); ++rank) {
         top_ids[rank] = static_cast<int32_t>(ranking.id(rank));
         top_logprobs[rank] = logprob(ranking.id(rank));
@@ -185,14 +224,15 @@ void reserve(SamplerScratch& scratch, size_t vocab) {
 
 void sample_row(const OctavoStep& s, size_t row, const float* logits, size_t vocab, const Kernels& kernels,
                 SamplerScratch& scratch) {
-    const Row raw{logits, vocab, kernels};
-    Row adjusted = raw;
+    const Row raw(logits, vocab, kernels, scratch.maxima);
+    size_t token;
     if (adjusts(s, row)) {
         std::memcpy(scratch.adjusted.data(), logits, vocab * sizeof(float));
         adjust(s, row, scratch.adjusted.data());
-        adjusted.logits = scratch.adjusted.data();
+        token = draw(s, row, Row(scratch.adjusted.data(), vocab, kernels, scratch.adjusted_maxima), scratch);
+    } else {
+        token = draw(s, row, raw, scratch);
     }
-    const size_t token = draw(s, row, adjusted, scratch);
     s.out_token_ids[row] = static_cast<int32_t>(token);
     write_logprobs(s, row, raw, token, scratch);
 }

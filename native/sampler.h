@@ -12,7 +12,7 @@ namespace octavo {
 
 // Memory that one thread reuses from row to row.
 struct SamplerScratch {
-    std::vector<float> adjusted;
+    std::vector<float> adjusted, maxima, adjusted_maxima, sorted;
     std::vector<uint64_t> order;
     std::vector<double> running;
 };

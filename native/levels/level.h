@@ -18,7 +18,7 @@ void attention_merge(const AttentionArgs&, const QueryTile&, size_t num_ranges, 
 size_t attention_scratch(size_t rows, const KVCache&);
 size_t attention_state(size_t rows, const KVCache&);
 extern const KVKernels kv;
-float max_value(const float* values, size_t count);
+void chunk_maxima(const float* values, size_t count, float* maxima);
 double sum_exp(const float* values, size_t count, float top, float temperature);
 void read_all(const float* values, size_t count, float* sink);
 double multiply_adds(size_t turns, float* sink);

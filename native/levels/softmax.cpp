@@ -29,14 +29,18 @@ inline Doubles exp(Doubles x) {
 
 }  // namespace
 
-float max_value(const float* values, size_t count) {
-    const float lowest = -__builtin_inff();
-    Floats top = splat(lowest);
+void chunk_maxima(const float* values, size_t count, float* maxima) {
+    const Floats never = splat(-__builtin_inff());
     size_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) top = max(load(values + i), top);
-    float found = max_lane(top);
-    for (; i < count; ++i) found = values[i] > found ? values[i] : found;
-    return found;
+    for (; i + kLogitsChunk <= count; i += kLogitsChunk) {
+        Floats top = never;
+        for (size_t lane = 0; lane < kLogitsChunk; lane += kLanes) top = max(load(values + i + lane), top);
+        *maxima++ = max_lane(top);
+    }
+    if (i == count) return;
+    float last = -__builtin_inff();
+    for (; i < count; ++i) last = values[i] > last ? values[i] : last;
+    *maxima = last;
 }
 
 double sum_exp(const float* values, size_t count, float top, float temperature) {

@@ -13,7 +13,7 @@ const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
                          embedding,
                          add,
                          &kv,
-                         max_value,
+                         chunk_maxima,
                          sum_exp,
                          read_all,
                          multiply_adds};

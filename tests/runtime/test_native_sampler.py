@@ -87,6 +87,7 @@ def test_greedy_takes_the_lowest_of_equals(runtime: NativeRuntime) -> None:
         {"temperature": full(1.0), "top_k": full(1, np.int32)},
         {"temperature": full(2.0), "top_k": full(40, np.int32)},
         {"temperature": full(2.0), "top_k": full(1 << 30, np.int32)},
+        {"temperature": full(2.0), "top_k": full(3, np.int32)},  # fewer than there are chunks of logits
         {"temperature": full(1.0), "top_p": full(0.9)},
         {"temperature": full(3.0), "top_p": full(0.999)},
         {"temperature": full(1.0), "top_p": full(1e-6)},
@@ -154,3 +155,15 @@ def test_a_row_draws_the_same_token_in_any_batch(runtime: NativeRuntime) -> None
         seeds = np.array([row], np.uint64)
         alone = runtime.sample(sampling(1, temperature=np.ones(1, np.float32), seeds=seeds))
         assert alone.token_ids[0] == found.token_ids[row]
+
+
+def test_equal_logits_in_many_chunks_are_ranked_by_id(runtime: NativeRuntime) -> None:
+    """Every chunk's largest is the same number, so that the count-th largest of them leaves more than `count`."""
+    everything = {
+        "bias_start": np.arange(0, VOCAB * (ROWS + 1), VOCAB, dtype=np.int32)[: ROWS + 1],
+        "bias_ids": np.tile(np.arange(VOCAB, dtype=np.int32), ROWS),
+        "bias_values": np.full(VOCAB * ROWS, 1e30, np.float32),
+    }
+    assert set(assert_same_tokens(runtime, **everything).tolist()) == {0}
+    tokens = assert_same_tokens(runtime, temperature=full(1.0), top_k=full(3, np.int32), **everything)
+    assert set(tokens.tolist()) == {0, 1, 2}
