@@ -17,7 +17,7 @@ BLOCK_SIZE = 16
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
-RuntimeName = Literal["auto", "native", "reference"]
+RuntimeName = Literal["auto", "native", "cuda", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
-        _one_of("runtime", self.runtime, ("auto", "native", "reference"))
+        _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs",))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32"))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
