@@ -61,6 +61,7 @@ class WeightSource(Protocol):
         """Its stored type name, without reading it."""
         ...
 
+
 @runtime_checkable
 class RandomSource(WeightSource, Protocol):
     """Weights that are random numbers, which a runtime may draw where they are to lie."""
