@@ -1,6 +1,7 @@
 """Runs a program on an NVIDIA GPU: Triton kernels, cuBLAS for large products, CUDA graphs for decode steps.
 
-torch and triton (the extra `octavo[gpu]`) are imported in this folder and nowhere else, and only once a runtime is made.
+torch and triton (the extra `octavo[gpu]`) are imported in this folder and nowhere else, and only when a runtime
+is made.
 """
 
 from __future__ import annotations

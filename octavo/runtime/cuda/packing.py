@@ -64,9 +64,7 @@ def _draw(random: RandomTensor, target: torch.Tensor) -> None:
 
 def _copy(tensor: Tensor, part: str, target: torch.Tensor) -> None:
     if tensor.shape != tuple(target.shape):
-        raise ModelFileError(
-            f"tensor {tensor.name} has shape {tensor.shape}, but {part} must be {tuple(target.shape)}"
-        )
+        raise ModelFileError(f"tensor {tensor.name} has shape {tensor.shape}, but {part} must be {tuple(target.shape)}")
     if tensor.type == "BF16":
         target.copy_(_to_device(tensor.data.view(np.int16), target.device).view(torch.bfloat16))
     else:

@@ -1,4 +1,4 @@
-"""CudaRuntime: the Runtime protocol over torch and Triton. A decode step is one copy, one graph replay, one copy back."""
+"""CudaRuntime: the Runtime protocol over torch and Triton. A decode step is a copy, a graph replay and a copy back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
-from octavo.runtime.cuda.graphs import Graphs, bucket_of
+from octavo.runtime.cuda.graphs import Graphs, bucket_of, buckets
 from octavo.runtime.cuda.kernels.attention import queries_per_tile
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches
 from octavo.runtime.cuda.packing import pack, packed_bytes
@@ -117,7 +117,7 @@ class CudaRuntime:
         """
         program = self._loaded()
         max_tokens, max_logits, max_requests = self._limits
-        self._null_slot = num_blocks * block_size
+        self._null_slot, self._block_size = num_blocks * block_size, block_size
         try:
             for layer in program.kv_layers:
                 shape = (num_blocks + 1, layer.num_kv_heads, block_size, layer.head_dim)
@@ -138,6 +138,8 @@ class CudaRuntime:
             raise UnsupportedError("the cuda runtime needs attention layers of one shape: take --runtime native")
         self._tile_queries = tiles[0] if tiles else 1
 
+        self._warm_up(num_blocks)
+
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole KV blocks (from, to) in all layers, one pair after the other."""
         for pool in (*self._kv.keys, *self._kv.values):
@@ -156,10 +158,14 @@ class CudaRuntime:
             if self._graphs is None or not is_decode or program.num_kv_groups > 1:
                 self._launch(send())
                 return
-            bucket = bucket_of(num_requests, self._limits[2])
-            captured = len(self._graphs)
-            self._graphs.run(bucket, send(pad_to=bucket, null_slot=self._null_slot), self._launch)
-            self.num_replays += captured == len(self._graphs)
+            bucket = bucket_of(num_requests, min(self._limits))
+            step = send(pad_to=bucket, null_slot=self._null_slot)
+            if bucket in self._graphs:
+                self._graphs.replay(bucket)
+                self.num_replays += 1
+            else:
+                self._launch(step)
+                self._graphs.capture(bucket, partial(self._launch, step))
 
     def sample(self, sampling: SamplingInputs) -> SamplerOutput:
         """Chooses one token for each of the R positions of the last execute(), and waits for them."""
@@ -187,6 +193,18 @@ class CudaRuntime:
             self.__dict__.pop(name, None)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _warm_up(self, null_block: int) -> None:
+        """Compiles and captures what serving will use: a prompt, then decode steps, the largest first."""
+        if self._device.type != "cuda":
+            return
+        most = min(self._limits)
+        sizes = buckets(most) if self._graphs is not None else [bucket_of(n, most) for n in (most, 8, 4, 2, 1)]
+        prompt = min(self._limits[0], self._loaded().max_model_len, 64)
+        for counts in ([prompt], *([1] * size for size in sizes)):
+            self.execute(_null_step(counts, null_block, self._block_size, self._loaded().num_kv_groups))
+            self.sample(greedy(len(counts)))
+        self.num_replays = self.num_foreign_calls = 0
 
     def _launch(self, step: DeviceStep) -> None:
         for launch in self._launches:
@@ -219,3 +237,43 @@ def _nothing() -> SamplerOutput:
     none = np.zeros(0, np.int32)
     empty = np.zeros((0, 0), np.int32)
     return SamplerOutput(none, np.zeros(0, np.float32), none, empty, empty.astype(np.float32))
+
+
+def _null_step(counts: list[int], null_block: int, block_size: int, num_groups: int) -> StepInputs:
+    """Prompts of these lengths whose KV lies, all of it, in the null block: its numbers mean nothing."""
+    num_tokens, num_requests = sum(counts), len(counts)
+    ends = np.cumsum(counts)
+    width = -(-max(counts) // block_size)
+    return StepInputs(
+        token_ids=np.zeros(num_tokens, np.int32),
+        positions=np.zeros(num_tokens, np.int32),
+        slots=np.full((num_groups, num_tokens), null_block * block_size, np.int64),
+        query_start_loc=np.concatenate(([0], ends)).astype(np.int32),
+        seq_lens=np.array(counts, np.int32),
+        block_tables=np.full((num_groups, num_requests, width), null_block, np.int32),
+        logits_indices=(ends - 1).astype(np.int32),
+    )
+
+
+def greedy(num_rows: int) -> SamplingInputs:
+    """The plainest sampling of so many rows."""
+    zeros, ints = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.int32)
+    none, starts = np.zeros(0, np.int32), np.zeros(num_rows + 1, np.int32)
+    return SamplingInputs(
+        temperature=zeros,
+        top_k=ints,
+        top_p=zeros + 1,
+        min_p=zeros,
+        seeds=np.zeros(num_rows, np.uint64),
+        positions=np.zeros(num_rows, np.int64),
+        num_logprobs=ints - 1,
+        bias_start=starts,
+        bias_ids=none,
+        bias_values=zeros[:0],
+        repetition_penalty=zeros + 1,
+        presence_penalty=zeros,
+        frequency_penalty=zeros,
+        seen_start=starts,
+        seen_ids=none,
+        seen_counts=none,
+    )

@@ -40,7 +40,7 @@ class Sampler:
         self._best, self._scores, self._mass = new(*shape), new(*shape), new(*shape)
         self._ids, self._above, self._equal = (new(*shape, dtype=torch.int32) for _ in range(3))
         self._counts = [new(*shape, kernels.WAYS) for _ in range(2)]
-        self._lows = new(max_rows, 8, dtype=torch.int64)
+        self._lows = new(max_rows, kernels.WAYS, dtype=torch.int64)
         self._top_k_threshold, self._threshold = (new(max_rows, dtype=torch.int64) for _ in range(2))
         self._keep_equal = new(max_rows, dtype=torch.int32)
         self._wanted_mass = new(max_rows)
@@ -103,14 +103,14 @@ class Sampler:
         adjusted = self._adjusted
         kernels.adjust[(num_rows, self._num_chunks)](logits, adjusted, self._vocab, CHUNK=self._chunk)
         if len(sampling.bias_ids):
-            args = (sampling.bias_start, sampling.bias_ids, sampling.bias_values)
-            kernels.bias[(num_rows,)](adjusted, *map(self._upload, args), self._vocab, BLOCK=128)
+            biases = (sampling.bias_start, sampling.bias_ids, sampling.bias_values)
+            kernels.bias[(num_rows,)](adjusted, *map(self._upload, biases), self._vocab, BLOCK=128)
         if len(sampling.seen_ids):
-            args = (
+            seen = (
                 *(sampling.seen_start, sampling.seen_ids, sampling.seen_counts),
                 *(sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty),
             )
-            kernels.penalties[(num_rows,)](adjusted, *map(self._upload, args), self._vocab, BLOCK=512)
+            kernels.penalties[(num_rows,)](adjusted, *map(self._upload, seen), self._vocab, BLOCK=512)
         return adjusted[:num_rows]
 
     def _draw(self, logits: torch.Tensor, sampling: SamplingInputs) -> None:
@@ -178,8 +178,8 @@ class Sampler:
         for number in range(passes):
             kernels.search[(len(logits), self._num_chunks)](
                 logits, self._best, temperature, wanted, self._lows, self._counts[1 - number % 2],
-                self._counts[number % 2], self._vocab, self._num_chunks, PASS=number, BITS=bits, MASS=mass,
-                CHUNK=self._chunk, MAX_CHUNKS=self._max_chunks, WAYS=kernels.WAYS,
+                self._counts[number % 2], self._vocab, self._num_chunks, number, bits - 4 - 4 * number,
+                BITS=bits, MASS=mass, CHUNK=self._chunk, MAX_CHUNKS=self._max_chunks, WAYS=kernels.WAYS,
             )  # fmt: skip
         self._tally(logits, temperature, wanted, thresholds, floors, bits=bits, passes=passes)
 
@@ -197,7 +197,7 @@ class Sampler:
         kernels.tally[(len(logits), self._num_chunks)](
             logits, self._best, temperature, wanted, self._lows, self._counts[1 - passes % 2], thresholds,
             thresholds if floors is None else floors, self._above, self._equal, self._mass, self._vocab,
-            self._num_chunks, PASSES=passes, BITS=bits, HAS_FLOOR=floors is not None, CHUNK=self._chunk,
+            self._num_chunks, passes, BITS=bits, HAS_FLOOR=floors is not None, CHUNK=self._chunk,
             MAX_CHUNKS=self._max_chunks, WAYS=kernels.WAYS,
         )  # fmt: skip
 

@@ -50,7 +50,7 @@ def _scores(q, k, visible, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     return tl.where(visible, s * _LOG2E, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_base", "num_splits", "window"])
 def _decode(q, keys, values, out, partial, partial_sums, rows, query_start_loc, seq_lens, tables, table_stride,
             table_base, num_splits, scale, softcap, window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -109,17 +109,17 @@ def _decode(q, keys, values, out, partial, partial_sums, rows, query_start_loc, 
         tl.store(out + q_at, mixed.to(out.dtype.element_ty), mask=valid[:, None] & in_head[None, :])
 
 
-@triton.jit
-def _merge(partial, partial_sums, out, rows, query_start_loc, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
-           BLOCK_D: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["num_splits"])
+def _merge(partial, partial_sums, out, rows, query_start_loc, num_splits, HEAD_DIM: tl.constexpr,
+           MOST: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     index = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     token = tl.load(query_start_loc + tl.load(rows + index)).to(tl.int64)
-    s = tl.arange(0, SPLITS)
+    s = tl.arange(0, MOST)
     d = tl.arange(0, BLOCK_D)
-    row = (index * num_heads + head).to(tl.int64) * SPLITS + s
-    sums = tl.load(partial_sums + row)
+    row = (index * num_heads + head).to(tl.int64) * num_splits + s
+    sums = tl.load(partial_sums + row, mask=s < num_splits, other=float("-inf"))
     best = tl.max(sums, 0)
     weight = tl.exp2(sums - tl.where(best == float("-inf"), 0.0, best))
     mask = (sums > float("-inf"))[:, None] & (d < HEAD_DIM)[None, :]
@@ -132,8 +132,8 @@ def _merge(partial, partial_sums, out, rows, query_start_loc, HEAD_DIM: tl.const
 
 def num_splits(num_decodes: int, num_kv_heads: int) -> int:
     """Into how many pieces the context is cut, so that a few requests fill the card; a power of two."""
-    programs = max(num_decodes * num_kv_heads, 1)
-    return min(triton.next_power_of_2(triton.cdiv(_PROGRAMS_WANTED, programs)), MAX_SPLITS)
+    wanted = -(-_PROGRAMS_WANTED // max(num_decodes * num_kv_heads, 1))
+    return min(1 << (wanted - 1).bit_length(), MAX_SPLITS)
 
 
 def partial_rows(max_decodes: int, num_heads: int, num_kv_heads: int) -> int:
@@ -167,8 +167,8 @@ def decode_attention(
     )  # fmt: skip
     if splits > 1:
         _merge[(inputs.num_decodes, node.num_heads)](
-            partial, partial_sums, out, inputs.decode_rows, inputs.query_start_loc,
-            HEAD_DIM=node.head_dim, SPLITS=splits, BLOCK_D=block_d, num_warps=2,
+            partial, partial_sums, out, inputs.decode_rows, inputs.query_start_loc, splits,
+            HEAD_DIM=node.head_dim, MOST=MAX_SPLITS, BLOCK_D=block_d, num_warps=2,
         )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def _attend(best, total, mixed, query, keys, values, table, begin, end, query_po
     return best, total, mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_base", "window"])
 def _prefill(q, keys, values, out, tile_rows, tile_starts, query_start_loc, seq_lens, tables, table_stride, table_base,
              scale, softcap, window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
              BLOCK_SIZE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr,

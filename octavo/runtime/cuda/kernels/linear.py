@@ -38,9 +38,9 @@ def _finish(y, up, bias, cols, num_out, scale, softcap, ACTIVATION: tl.constexpr
 
 
 @triton.jit
-def _vector(x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-            HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr):  # fmt: skip
+def _vector(x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, ACTIVATION: tl.constexpr,
+            GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < num_out
     rows = tl.arange(0, ROWS)
@@ -66,7 +66,7 @@ def _vector(x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, ACT
     tl.store(out + rows[:, None] * num_out + n[None, :], y.to(out.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _few(x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, ACTIVATION: tl.constexpr,
          GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
          BLOCK_K: tl.constexpr):  # fmt: skip

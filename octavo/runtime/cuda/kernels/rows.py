@@ -46,7 +46,7 @@ def activated(x, ACTIVATION: tl.constexpr):
         x = tl.maximum(x, 0.0)
     elif ACTIVATION == 2:
         x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
-    elif ACTIVATION == 3 or ACTIVATION == 5:  # noqa: PLR1714 (a compile-time test; Triton knows no `in`)
+    elif ACTIVATION == 3 or ACTIVATION == 5:
         x = 0.5 * x * (1.0 + tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)))
     elif ACTIVATION == 4:
         x = x * tl.sigmoid(x)
@@ -201,5 +201,3 @@ def epilogue(
         ACTIVATION=ACTIVATION_CODES[activation], GATED=activation.endswith("_mul"), HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap > 0, BLOCK=block,
     )  # fmt: skip
-
-

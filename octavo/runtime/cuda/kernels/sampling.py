@@ -105,34 +105,31 @@ def _weights(x, largest, temperature):
 
 
 @triton.jit
-def _found(lows, counts, wanted, row, num_chunks, PASS: tl.constexpr, SHIFT: tl.constexpr, WAYS: tl.constexpr,
-           MAX_CHUNKS: tl.constexpr):  # fmt: skip
-    """The lower end of the interval after the pass before PASS: the highest pivot that still has enough above it."""
-    low = tl.zeros([], tl.int64)
-    if PASS > 0:
-        low = tl.load(lows + (PASS - 1) + row * 8)
-        c = tl.arange(0, MAX_CHUNKS)[:, None]
-        d = tl.arange(0, WAYS)[None, :]
-        parts = tl.load(counts + (row * num_chunks + c) * WAYS + d, mask=c < num_chunks, other=0.0)
-        above = tl.sum(parts, 0)  # [WAYS], above pivot d; pivot 0 is `low` itself
-        digit = tl.max(tl.where((above >= wanted) & (tl.arange(0, WAYS) > 0), tl.arange(0, WAYS), 0), 0)
-        low += digit.to(tl.int64) << SHIFT
-    return low
+def _found(lows, counts, wanted, row, num_chunks, number, shift, WAYS: tl.constexpr, MAX_CHUNKS: tl.constexpr):
+    """The lower end of the interval before pass `number`: the highest pivot of the last one with enough above it."""
+    low = tl.load(lows + row * WAYS + number - 1, mask=number > 0, other=0)
+    c = tl.arange(0, MAX_CHUNKS)[:, None]
+    d = tl.arange(0, WAYS)
+    parts = tl.load(counts + (row * num_chunks + c) * WAYS + d[None, :], mask=c < num_chunks, other=0.0)
+    above = tl.sum(parts, 0)  # [WAYS], above pivot d; pivot 0 is `low` itself
+    digit = tl.max(tl.where((above >= wanted) & (d > 0), d, 0), 0)
+    return low + tl.where(number > 0, digit.to(tl.int64) << shift, 0)
 
 
-@triton.jit
-def search(logits, best, temperature, wanted, lows, counts_in, counts_out, vocab, num_chunks, PASS: tl.constexpr,
+@triton.jit(do_not_specialize=["number", "shift"])
+def search(logits, best, temperature, wanted, lows, counts_in, counts_out, vocab, num_chunks, number, shift,
            BITS: tl.constexpr, MASS: tl.constexpr, CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr,
            WAYS: tl.constexpr):  # fmt: skip
-    """One pass of the search for the highest key with at least `wanted` ids (or, MASS, weight) at or above it.
+    """Pass `number` of the search for the highest key with at least `wanted` ids (or, MASS, weight) at or above it.
 
-    Four bits a pass, from the top. `wanted` <= 0 finds the top of all keys: the caller ignores such rows.
+    Four bits a pass, from the top: `shift` is the place of this pass's. `wanted` <= 0 finds the top of all keys: the
+    caller ignores such rows.
     """
     row = tl.program_id(0)
     chunk = tl.program_id(1)
-    low = _found(lows, counts_in, tl.load(wanted + row), row, num_chunks, PASS, BITS - 4 * PASS, WAYS, MAX_CHUNKS)
+    low = _found(lows, counts_in, tl.load(wanted + row), row, num_chunks, number, shift + 4, WAYS, MAX_CHUNKS)
     if chunk == 0:
-        tl.store(lows + PASS + row * 8, low)
+        tl.store(lows + row * WAYS + number, low)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row.to(tl.int64) * vocab + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
     key = tl.where(ids < vocab, _key(x, BITS), -1)
@@ -141,23 +138,23 @@ def search(logits, best, temperature, wanted, lows, counts_in, counts_out, vocab
         what = _weights(x, _largest(best, row, num_chunks, MAX_CHUNKS), tl.load(temperature + row))
     at = counts_out + (row * num_chunks + chunk) * WAYS
     tl.store(at, 0.0)
-    for digit in tl.static_range(1, WAYS):
-        pivot = low + (digit << (BITS - 4 - 4 * PASS))
+    for digit in range(1, WAYS):
+        pivot = low + (tl.full([], 1, tl.int64) * digit << shift)
         tl.store(at + digit, tl.sum(tl.where(key >= pivot, what, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def tally(logits, best, temperature, wanted, lows, counts, thresholds, floors, above, equal, mass, vocab, num_chunks,
-          PASSES: tl.constexpr, BITS: tl.constexpr, HAS_FLOOR: tl.constexpr, CHUNK: tl.constexpr,
-          MAX_CHUNKS: tl.constexpr, WAYS: tl.constexpr):  # fmt: skip
-    """The key that the search found (at least the row's floor), and per chunk: ids above it, at it, weight above it.
+          number, BITS: tl.constexpr, HAS_FLOOR: tl.constexpr, CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr,
+          WAYS: tl.constexpr):  # fmt: skip
+    """The key that `number` passes found (at least the row's floor), and per chunk: ids above it, at it, weight above.
 
     Rows that ask for nothing (wanted <= 0) get the floor, or -1, which all keys exceed.
     """
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     goal = tl.load(wanted + row)
-    key_found = _found(lows, counts, goal, row, num_chunks, PASSES, 0, WAYS, MAX_CHUNKS)
+    key_found = _found(lows, counts, goal, row, num_chunks, number, 0, WAYS, MAX_CHUNKS)
     floor = tl.full([], -1, tl.int64)
     if HAS_FLOOR:
         floor = tl.load(floors + row)
