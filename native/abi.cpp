@@ -8,6 +8,7 @@
 #include "dequantize.h"
 #include "engine.h"
 #include "error.h"
+#include "stores.h"
 
 namespace {
 
@@ -55,8 +56,20 @@ int32_t octavo_create(int32_t num_threads, const char* level, OctavoEngine** eng
 
 void octavo_destroy(OctavoEngine* engine) { delete engine; }
 
-int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols, int32_t dtype) {
-    return guarded([&] { engine->add_weight(rows, cols, dtype); });
+int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols) {
+    return guarded([&] { engine->add_weight(rows, cols); });
+}
+
+int32_t octavo_add_packed(OctavoEngine* engine, int64_t cols) {
+    return guarded([&] { engine->add_packed(cols); });
+}
+
+int32_t octavo_add_part(OctavoEngine* engine, int32_t weight, int64_t rows, const char* store) {
+    return guarded([&] { engine->add_part(weight, rows, store); });
+}
+
+int64_t octavo_part_bytes(const char* store, int64_t rows, int64_t cols) {
+    return static_cast<int64_t>(octavo::part_bytes(store, rows, cols));
 }
 
 int32_t octavo_pack(OctavoEngine* engine, int32_t weight, int64_t first_row, int64_t num_rows, const char* type,
@@ -74,8 +87,16 @@ int32_t octavo_set_program(OctavoEngine* engine, const OctavoProgram* program) {
     return guarded([&] { engine->set_program(*program); });
 }
 
-int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size) {
-    return guarded([&] { engine->allocate_kv(num_blocks, block_size); });
+int64_t octavo_kv_bytes(int32_t kv_type, int64_t num_kv_heads, int64_t head_dim) {
+    const int64_t limit = octavo::kMaxHeadDim;
+    if (kv_type < OCTAVO_KV_FLOAT32 || kv_type > OCTAVO_KV_INT8) return 0;
+    if (num_kv_heads <= 0 || num_kv_heads > 65536 || head_dim <= 0 || head_dim > limit) return 0;
+    const auto heads = static_cast<size_t>(num_kv_heads), dim = static_cast<size_t>(head_dim);
+    return num_kv_heads * static_cast<int64_t>(octavo::kv_layout(kv_type, heads, dim).piece_bytes);
+}
+
+int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size, int32_t kv_type) {
+    return guarded([&] { engine->allocate_kv(num_blocks, block_size, kv_type); });
 }
 
 int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs, int64_t num_pairs) {
@@ -84,6 +105,10 @@ int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs, int64_t n
 
 int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step) {
     return guarded([&] { engine->step(*step); });
+}
+
+int32_t octavo_probe(OctavoEngine* engine, double* bytes_per_second, double* operations_per_second) {
+    return guarded([&] { engine->probe(*bytes_per_second, *operations_per_second); });
 }
 
 const float* octavo_logits(OctavoEngine* engine) { return engine->logits(); }

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 1
+#define OCTAVO_ABI_VERSION 4
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {
@@ -36,7 +36,7 @@ enum OctavoActivation : int32_t {
     OCTAVO_GELU_TANH_MUL = 5,
 };
 
-enum OctavoDType : int32_t { OCTAVO_FLOAT32 = 0, OCTAVO_BFLOAT16 = 1 };
+enum OctavoKVType : int32_t { OCTAVO_KV_FLOAT32 = 0, OCTAVO_KV_BFLOAT16 = 1, OCTAVO_KV_INT8 = 2 };
 
 // One node of the program. Ids are -1 where absent; docs of the fields are those of octavo/program/ops.py.
 struct OctavoNode {
@@ -79,6 +79,11 @@ struct OctavoProgram {
     int32_t max_num_tokens, max_num_logits, max_num_requests;
 };
 
+struct OctavoNodeTime {
+    int64_t nanoseconds;
+    int64_t barriers;  // parallel loops: the threads waited for each other so often
+};
+
 // Everything a step reads and writes; arrays as in runtime/base.py (StepInputs, SamplingInputs, SamplerOutput).
 struct OctavoStep {
     int64_t num_tokens, num_requests, num_logits, max_blocks, max_logprobs;
@@ -113,29 +118,42 @@ struct OctavoStep {
     int32_t* out_ranks;
     int32_t* out_top_ids;
     float* out_top_logprobs;
+    OctavoNodeTime* out_times;  // one per node, then one for the sampler; null: not measured
 };
 
 struct OctavoEngine;
 
 OCTAVO_API int32_t octavo_abi_version();
-// Name of the level that `wanted` ("auto", "portable", "avx2", "avx512") means on this machine, or null.
+// Name of the level that `wanted` ("auto", "portable", "avx2", ...) means on this machine, or null.
 OCTAVO_API const char* octavo_level(const char* wanted);
 // The message of the last call that failed on this thread.
 OCTAVO_API const char* octavo_error();
 
 OCTAVO_API int32_t octavo_create(int32_t num_threads, const char* level, OctavoEngine** engine);
 OCTAVO_API void octavo_destroy(OctavoEngine* engine);
-// Declares the next weight (ids count from 0) as a matrix [rows, cols] kept as `dtype`; memory is reserved here.
-OCTAVO_API int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols, int32_t dtype);
+// Declares the next weight (ids count from 0) as a matrix [rows, cols] of float32; memory is reserved here.
+OCTAVO_API int32_t octavo_add_weight(OctavoEngine* engine, int64_t rows, int64_t cols);
+// Declares the next weight as a packed matrix (stores.h) of `cols` columns, without rows yet.
+OCTAVO_API int32_t octavo_add_packed(OctavoEngine* engine, int64_t cols);
+// Adds `rows` rows to a packed weight, kept as the GGUF type `store` is kept; the float types are kept as bf16.
+OCTAVO_API int32_t octavo_add_part(OctavoEngine* engine, int32_t weight, int64_t rows, const char* store);
+// Bytes that such a part takes, or 0 where octavo_add_part() would refuse.
+OCTAVO_API int64_t octavo_part_bytes(const char* store, int64_t rows, int64_t cols);
 // Converts `num_rows` stored rows (a GGUF type name: "F32", "BF16", "Q4_K", ...) into rows first_row .. of a weight.
+// Of a packed weight: into one whole part, once; its store must be that type or bf16.
 OCTAVO_API int32_t octavo_pack(OctavoEngine* engine, int32_t weight, int64_t first_row, int64_t num_rows,
                                const char* type, const void* data, int64_t num_bytes);
 // Bytes of one stored row of `cols` elements, or 0 where octavo_pack() does not know the type or the length.
 OCTAVO_API int64_t octavo_row_bytes(const char* type, int64_t cols);
 OCTAVO_API int32_t octavo_set_program(OctavoEngine* engine, const OctavoProgram* program);
-OCTAVO_API int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size);
+// Bytes that 16 slots of one layer take, padding and scales included; 0 for a type or sizes that there are not.
+OCTAVO_API int64_t octavo_kv_bytes(int32_t kv_type, int64_t num_kv_heads, int64_t head_dim);
+OCTAVO_API int32_t octavo_allocate_kv(OctavoEngine* engine, int64_t num_blocks, int64_t block_size, int32_t kv_type);
 OCTAVO_API int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs, int64_t num_pairs);
 // Runs the whole program and the sampler.
 OCTAVO_API int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step);
+// What the engine's threads can do at most, measured for a fraction of a second: bytes a second read from memory, and
+// floating-point operations a second (a multiply-add counts two) of the level's fastest instruction, from registers.
+OCTAVO_API int32_t octavo_probe(OctavoEngine* engine, double* bytes_per_second, double* operations_per_second);
 // The raw logits of the last step, [num_logits, vocab]; valid until the next call on this engine.
 OCTAVO_API const float* octavo_logits(OctavoEngine* engine);

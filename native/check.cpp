@@ -32,9 +32,24 @@ const OctavoBuffer& OctavoEngine::buffer(int32_t id) const {
     return buffers_[static_cast<size_t>(id)];
 }
 
-const OctavoEngine::Weight& OctavoEngine::matrix(int32_t id, int64_t rows, int64_t cols) const {
+const OctavoEngine::Weight& OctavoEngine::find_weight(int32_t id) const {
     if (id < 0 || static_cast<size_t>(id) >= weights_.size()) refuse("there is no weight %d", id);
-    const Weight& weight = weights_[static_cast<size_t>(id)];
+    return weights_[static_cast<size_t>(id)];
+}
+
+// Whether the parts behind `channels` are as long as those before it, one by one.
+bool OctavoEngine::Weight::halves_agree(size_t channels) const {
+    const size_t half = up_part(channels);
+    if (2 * half != parts.size()) return false;
+    for (size_t i = 0; i < half; ++i)
+        if (parts[half + i].first_channel != channels + parts[i].first_channel ||
+            parts[half + i].channels != parts[i].channels)
+            return false;
+    return true;
+}
+
+const OctavoEngine::Weight& OctavoEngine::matrix(int32_t id, int64_t rows, int64_t cols) const {
+    const Weight& weight = find_weight(id);
     if ((rows >= 0 && weight.rows != static_cast<size_t>(rows)) || weight.cols != static_cast<size_t>(cols))
         refuse("weight %d is [%zu, %zu], but its node needs [%lld, %lld]", id, weight.rows, weight.cols, (long long)rows,
                (long long)cols);
@@ -44,8 +59,8 @@ const OctavoEngine::Weight& OctavoEngine::matrix(int32_t id, int64_t rows, int64
 const float* OctavoEngine::vector(int32_t id, int64_t width) const {
     if (id < 0) return nullptr;
     const Weight& weight = matrix(id, 1, width);
-    if (weight.bfloat16) refuse("weight %d is a vector and must be float32", id);
-    return static_cast<const float*>(weight.data);
+    if (weight.values == nullptr) refuse("weight %d is a vector and must not be packed", id);
+    return weight.values;
 }
 
 const OctavoEngine::Layer& OctavoEngine::kv_layer(const OctavoNode& node) const {
@@ -83,7 +98,9 @@ void OctavoEngine::check_node(const OctavoNode& node) const {
         case OCTAVO_LINEAR: {
             require(node.activation >= OCTAVO_NONE && node.activation <= OCTAVO_GELU_TANH_MUL, "activation", node);
             const int64_t rows = node.activation >= OCTAVO_SILU_MUL ? 2 * width : width;
-            matrix(node.weight, rows, buffer(node.x).width);
+            const Weight& weight = matrix(node.weight, rows, buffer(node.x).width);
+            if (rows != width && weight.values == nullptr)
+                require(weight.halves_agree(static_cast<size_t>(width)), "parts of gate and up", node);
             vector(node.bias, rows);
             return;
         }

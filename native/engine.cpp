@@ -1,62 +1,20 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
-#include "dequantize.h"
 #include "error.h"
+#include "stores.h"
 
 using namespace octavo;
 
 namespace {
 
-constexpr size_t kMinTaskBytes = 16384;  // weights a task of a Linear reads at least
-constexpr size_t kTasksPerThread = 8;
-constexpr size_t kRowsPerTask = 4;
-constexpr int64_t kMaxElements = int64_t{1} << 48;  // beyond any address space, far from overflow
-
-size_t checked_size(int64_t a, int64_t b, const char* what) {
-    if (a <= 0 || b <= 0 || a > kMaxElements / b) refuse("%s of %lld x %lld", what, (long long)a, (long long)b);
-    return static_cast<size_t>(a) * static_cast<size_t>(b);
-}
 
 }  // namespace
 
 OctavoEngine::OctavoEngine(size_t num_threads, const Kernels& kernels) : kernels_(kernels), pool_(num_threads) {}
-
-void OctavoEngine::add_weight(int64_t rows, int64_t cols, int32_t dtype) {
-    const size_t bytes = checked_size(rows, cols, "a weight") * (dtype == OCTAVO_BFLOAT16 ? 2 : 4);
-    if (dtype != OCTAVO_FLOAT32 && dtype != OCTAVO_BFLOAT16) refuse("there is no weight type %d", dtype);
-    weights_.push_back({weight_memory_.take(bytes), static_cast<size_t>(rows), static_cast<size_t>(cols),
-                        dtype == OCTAVO_BFLOAT16});
-}
-
-void OctavoEngine::pack(int32_t id, int64_t first_row, int64_t num_rows, const char* type_name, const void* data,
-                        int64_t num_bytes) {
-    if (id < 0 || static_cast<size_t>(id) >= weights_.size()) refuse("there is no weight %d", id);
-    const Weight& weight = weights_[static_cast<size_t>(id)];
-    const StoredType* type = find_stored_type(type_name);
-    const int64_t row_bytes = octavo_row_bytes(type_name, static_cast<int64_t>(weight.cols));
-    if (type == nullptr || row_bytes == 0) refuse("a row of %zu values cannot be stored as %s", weight.cols, type_name);
-    if (first_row < 0 || num_rows < 0 || static_cast<size_t>(first_row + num_rows) > weight.rows ||
-        num_bytes != num_rows * row_bytes)
-        refuse("%lld rows (%lld bytes) of %s do not fit at row %lld of a weight with %zu rows", (long long)num_rows,
-               (long long)num_bytes, type_name, (long long)first_row, weight.rows);
-
-    const size_t cols = weight.cols, rows_per_task = std::max<size_t>(1, 65536 / cols);
-    std::vector<std::vector<float>> wide(weight.bfloat16 ? pool_.num_threads() : 0, std::vector<float>(cols));
-    const size_t tasks = (static_cast<size_t>(num_rows) + rows_per_task - 1) / rows_per_task;
-    pool_.run(tasks, [&](size_t task, size_t thread) {
-        const size_t last = std::min(static_cast<size_t>(num_rows), (task + 1) * rows_per_task);
-        for (size_t row = task * rows_per_task; row < last; ++row) {
-            const uint8_t* source = static_cast<const uint8_t*>(data) + row * static_cast<size_t>(row_bytes);
-            const size_t at = (static_cast<size_t>(first_row) + row) * cols;
-            float* values = weight.bfloat16 ? wide[thread].data() : static_cast<float*>(weight.data) + at;
-            type->decode(source, cols / type->block_values, values);
-            if (weight.bfloat16) to_bfloat16(values, cols, static_cast<uint16_t*>(weight.data) + at);
-        }
-    });
-}
 
 void OctavoEngine::set_program(const OctavoProgram& p) {
     if (!nodes_.empty()) refuse("a program is loaded already");
@@ -71,9 +29,10 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         const OctavoKVLayer& layer = p.kv_layers[i];
         if (layer.num_kv_heads <= 0 || layer.head_dim <= 0 || layer.group < 0 || layer.group >= num_groups_)
             refuse("KV layer %d is inconsistent", i);
-        const size_t dim = static_cast<size_t>(layer.head_dim);
-        layers_.push_back(
-            {layer, {nullptr, nullptr, static_cast<size_t>(layer.num_kv_heads), dim, round_up(dim, kGroup)}});
+        if (static_cast<size_t>(layer.head_dim) > kMaxHeadDim)
+            refuse("KV layer %d has heads of %d; at most %zu", i, layer.head_dim, kMaxHeadDim);
+        const size_t heads = static_cast<size_t>(layer.num_kv_heads), dim = static_cast<size_t>(layer.head_dim);
+        layers_.push_back({layer, kv_layout(OCTAVO_KV_FLOAT32, heads, dim)});
     }
     vocab_ = max_positions_ = INT32_MAX;
     for (const OctavoRope& rope : ropes_) max_positions_ = std::min(max_positions_, rope.max_positions);
@@ -91,7 +50,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         slots_.push_back(slot_memory_.back().as<float>());
     }
 
-    size_t scratch = 1;
+    size_t scratch = 1, rounded = 0;
     for (const OctavoNode* node = p.nodes; node != p.nodes + p.num_nodes; ++node) {
         check_node(*node);
         if (node->op == OCTAVO_EMBEDDING && node->weight >= 0)
@@ -101,72 +60,48 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
             if (node->position_offset < 0 || node->position_offset >= rows) refuse("position_offset is out of bounds");
             max_positions_ = std::min(max_positions_, rows - node->position_offset);
         }
+        if (node->op == OCTAVO_LINEAR && weights_[static_cast<size_t>(node->weight)].values == nullptr) {
+            const size_t depth = round_up(width(node->x), kBlockDepth);
+            scratch = std::max(scratch, round_up(kernels_.packed->scratch(depth), sizeof(float)) / sizeof(float));
+            const int64_t rows = buffer(node->x).logits_rows ? max_logits_ : max_tokens_;
+            rounded = std::max(rounded, static_cast<size_t>(rows) * depth * kernels_.packed->activation_bytes);
+        }
         if (node->op == OCTAVO_ATTENTION) {
             const KVCache& cache = kv_layer(*node).cache;
-            const size_t share = static_cast<size_t>(node->num_heads / node->num_kv_heads);
-            const size_t rows = std::max(kQueryRows, share);
-            scratch = std::max(scratch, kernels_.attention_scratch(rows, cache.head_dim, cache.value_width));
+            const size_t rows = std::max(kQueryRows, static_cast<size_t>(node->num_heads / node->num_kv_heads));
+            for (const int32_t type : {OCTAVO_KV_FLOAT32, OCTAVO_KV_BFLOAT16, OCTAVO_KV_INT8}) {
+                const KVCache layout = kv_layout(type, cache.num_kv_heads, cache.head_dim);
+                scratch = std::max(scratch, kernels_.kv->attention_scratch(rows, layout) / sizeof(float));
+            }
         }
     }
     if (!buffer(logits_).logits_rows) refuse("logits must have one row per sampled position");
+    rounded_ = Mapping(rounded, true);
     nodes_.assign(p.nodes, p.nodes + p.num_nodes);
     sampler_scratch_.resize(pool_.num_threads());
     for (size_t thread = 0; thread < pool_.num_threads(); ++thread) {
         scratch_.emplace_back(scratch * sizeof(float), false);
         reserve(sampler_scratch_[thread], width(logits_));
     }
-    tiles_.reserve(static_cast<size_t>(max_tokens_ + max_requests_));
-}
-
-void OctavoEngine::allocate_kv(int64_t num_blocks, int64_t block_size) {
-    const size_t slots = round_up(checked_size(num_blocks, block_size, "a KV pool"), kGroup);
-    constexpr size_t page = 4096 / sizeof(float);
-    size_t elements = 0;
-    std::vector<size_t> starts;
-    for (const Layer& layer : layers_) {
-        for (const size_t width : {layer.cache.head_dim, layer.cache.value_width}) {
-            starts.push_back(elements);
-            elements += round_up(checked_size(static_cast<int64_t>(slots),
-                                              static_cast<int64_t>(width * layer.cache.num_kv_heads), "a KV layer"),
-                                 page);
-        }
-    }
-    kv_ = Mapping(elements * sizeof(float), false);
-    for (size_t i = 0; i < layers_.size(); ++i) {
-        layers_[i].cache.k = kv_.as<float>() + starts[2 * i];
-        layers_[i].cache.v = kv_.as<float>() + starts[2 * i + 1];
-    }
-    num_blocks_ = num_blocks;
-    block_size_ = block_size;
-}
-
-void OctavoEngine::copy_blocks(const int64_t* pairs, int64_t num_pairs) {
-    for (int64_t i = 0; i < 2 * num_pairs; ++i)
-        if (pairs[i] < 0 || pairs[i] >= num_blocks_) refuse("there is no block %lld", (long long)pairs[i]);
-    const size_t size = static_cast<size_t>(block_size_);
-    for (const Layer& layer : layers_) {
-        const KVCache& c = layer.cache;
-        for (int64_t i = 0; i < num_pairs; ++i) {
-            for (size_t offset = 0; offset < size; ++offset) {
-                const size_t from = static_cast<size_t>(pairs[2 * i]) * size + offset;
-                const size_t to = static_cast<size_t>(pairs[2 * i + 1]) * size + offset;
-                for (size_t head = 0; head < c.num_kv_heads; ++head) {
-                    const float* k = c.k_group(from / kGroup, head) + from % kGroup;
-                    float* k_to = c.k_group(to / kGroup, head) + to % kGroup;
-                    for (size_t d = 0; d < c.head_dim; ++d) k_to[d * kGroup] = k[d * kGroup];
-                    std::memcpy(c.v_group(to / kGroup, head) + to % kGroup * c.value_width,
-                                c.v_group(from / kGroup, head) + from % kGroup * c.value_width,
-                                c.value_width * sizeof(float));
-                }
-            }
-        }
-    }
 }
 
 void OctavoEngine::step(const OctavoStep& step) {
     check_step(step);
-    for (const OctavoNode& node : nodes_) run(node, step);
-    sample(step);
+    ++step_number_;
+    OctavoNodeTime* times = step.out_times;
+    for (const OctavoNode& node : nodes_) measured(times, [&] { run(node, step); });
+    measured(times, [&] { sample(step); });
+}
+
+// Runs a part of the step; where somebody asks, what it took goes to *times, which moves on.
+template <class Body>
+void OctavoEngine::measured(OctavoNodeTime*& times, const Body& body) {
+    if (times == nullptr) return body();
+    const auto start = std::chrono::steady_clock::now();
+    const uint64_t loops = pool_.num_loops();
+    body();
+    const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - start;
+    *times++ = {took.count(), static_cast<int64_t>(pool_.num_loops() - loops)};
 }
 
 void OctavoEngine::run(const OctavoNode& node, const OctavoStep& step) {
@@ -182,23 +117,14 @@ void OctavoEngine::run(const OctavoNode& node, const OctavoStep& step) {
     }
 }
 
-template <class Body>
-void OctavoEngine::by_rows(size_t rows, size_t rows_per_task, const Body& body) {
-    pool_.run((rows + rows_per_task - 1) / rows_per_task, [&](size_t task, size_t) {
-        body(task * rows_per_task, std::min(rows, (task + 1) * rows_per_task));
-    });
-}
-
 void OctavoEngine::embedding(const OctavoNode& node, const OctavoStep& step) {
     const Weight* weight = node.weight < 0 ? nullptr : &weights_[static_cast<size_t>(node.weight)];
     const Weight* learned = node.extra < 0 ? nullptr : &weights_[static_cast<size_t>(node.extra)];
     const EmbeddingArgs args = {
         .token_ids = step.token_ids,
         .positions = step.positions,
-        .weight = weight ? weight->data : nullptr,
-        .position_weight = learned ? learned->data : nullptr,
-        .bfloat16 = weight && weight->bfloat16,
-        .position_bfloat16 = learned && learned->bfloat16,
+        .weight = weight ? weight->table() : EmbeddingTable{},
+        .position_weight = learned ? learned->table() : EmbeddingTable{},
         .out = data(node.out),
         .width = width(node.out),
         .scale = node.scale,
@@ -222,82 +148,6 @@ void OctavoEngine::norm(const OctavoNode& node, size_t rows) {
         .eps = node.eps,
     };
     by_rows(rows, 2 * kRowsPerTask, [&](size_t first, size_t last) { kernels_.norm(args, first, last); });
-}
-
-void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
-    if (rows == 0) return;
-    const Weight& weight = weights_[static_cast<size_t>(node.weight)];
-    const LinearArgs args = {
-        .x = data(node.x),
-        .weight = weight.data,
-        .bias = vector(node.bias, static_cast<int64_t>(weight.rows)),
-        .out = data(node.out),
-        .num_rows = rows,
-        .depth = weight.cols,
-        .channels = width(node.out),
-        .bfloat16 = weight.bfloat16,
-        .activation = node.activation,
-        .scale = node.scale,
-        .softcap = node.softcap,
-    };
-    const size_t groups = (args.channels + kChannels - 1) / kChannels;
-    const size_t group_bytes = weight.bytes() / groups;
-    const size_t even = (groups + pool_.num_threads() * kTasksPerThread - 1) / (pool_.num_threads() * kTasksPerThread);
-    const size_t step = kChannels * std::max(even, (kMinTaskBytes + group_bytes - 1) / group_bytes);
-    pool_.run((args.channels + step - 1) / step, [&](size_t task, size_t) {
-        kernels_.linear(args, task * step, std::min(args.channels, (task + 1) * step));
-    });
-}
-
-void OctavoEngine::rope_kv_write(const OctavoNode& node, const OctavoStep& step) {
-    const Layer& layer = layers_[static_cast<size_t>(node.kv_layer)];
-    const OctavoRope* rope = node.rope < 0 ? nullptr : &ropes_[static_cast<size_t>(node.rope)];
-    const RopeKVWriteArgs args = {
-        .qkv = data(node.x),
-        .q = data(node.out),
-        .cache = layer.cache,
-        .slots = step.slots + layer.layer.group * step.num_tokens,
-        .positions = step.positions,
-        .cos = rope ? rope->cos : nullptr,
-        .sin = rope ? rope->sin : nullptr,
-        .q_norm = vector(node.weight, node.head_dim),
-        .k_norm = vector(node.extra, node.head_dim),
-        .num_heads = static_cast<size_t>(node.num_heads),
-        .half = rope ? static_cast<size_t>(rope->half) : 0,
-        .eps = node.eps,
-    };
-    by_rows(static_cast<size_t>(step.num_tokens), kRowsPerTask,
-            [&](size_t first, size_t last) { kernels_.rope_kv_write(args, first, last); });
-}
-
-void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
-    const Layer& layer = layers_[static_cast<size_t>(node.kv_layer)];
-    const AttentionArgs args = {
-        .q = data(node.x),
-        .out = data(node.out),
-        .cache = layer.cache,
-        .num_heads = static_cast<size_t>(node.num_heads),
-        .block_size = static_cast<size_t>(block_size_),
-        .window = static_cast<size_t>(node.window),
-        .scale = node.scale,
-        .softcap = node.softcap,
-    };
-    const size_t kv_heads = layer.cache.num_kv_heads;
-    const size_t tile_tokens = std::max<size_t>(1, kQueryRows / (args.num_heads / kv_heads));
-    tiles_.clear();
-    for (int64_t b = 0; b < step.num_requests; ++b) {
-        const size_t first = static_cast<size_t>(step.query_start_loc[b]);
-        const size_t end = static_cast<size_t>(step.query_start_loc[b + 1]);
-        const size_t past = static_cast<size_t>(step.seq_lens[b]) - (end - first);
-        const int32_t* table = step.block_tables + (layer.layer.group * step.num_requests + b) * step.max_blocks;
-        for (size_t token = first; token < end; token += tile_tokens)
-            tiles_.push_back({table, token, past + token - first, std::min(tile_tokens, end - token), 0});
-    }
-    pool_.run(tiles_.size() * kv_heads, [&](size_t task, size_t thread) {
-        QueryTile tile = tiles_[task / kv_heads];
-        tile.kv_head = task % kv_heads;
-        kernels_.attention(args, tile, scratch_[thread].as<float>());
-    });
 }
 
 void OctavoEngine::gather_rows(const OctavoNode& node, const OctavoStep& step) {

@@ -1,11 +1,14 @@
 // The program as loaded: weights, buffers, KV cache, nodes, and the turn of one step.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "abi.h"
+#include "dequantize.h"
 #include "kernels.h"
+#include "kv.h"
 #include "memory.h"
 #include "sampler.h"
 #include "thread_pool.h"
@@ -14,25 +17,50 @@ struct OctavoEngine {
 public:
     OctavoEngine(size_t num_threads, const octavo::Kernels& kernels);
 
-    void add_weight(int64_t rows, int64_t cols, int32_t dtype);
+    void add_weight(int64_t rows, int64_t cols);
+    void add_packed(int64_t cols);
+    void add_part(int32_t weight, int64_t rows, const char* store);
     void pack(int32_t weight, int64_t first_row, int64_t num_rows, const char* type, const void* data, int64_t bytes);
     void set_program(const OctavoProgram& program);
-    void allocate_kv(int64_t num_blocks, int64_t block_size);
+    void allocate_kv(int64_t num_blocks, int64_t block_size, int32_t kv_type);
     void copy_blocks(const int64_t* pairs, int64_t num_pairs);
     void step(const OctavoStep& step);
+    void probe(double& bytes_per_second, double& operations_per_second);
     const float* logits() const { return data(logits_); }
 
 private:
     struct Weight {
-        void* data;
+        float* values;  // row-major, or null: packed
         size_t rows, cols;
-        bool bfloat16;
+        std::vector<octavo::Part> parts;
+        std::vector<const octavo::StoredType*> stores;  // of the parts
 
-        size_t bytes() const { return rows * cols * (bfloat16 ? 2 : 4); }
+        octavo::EmbeddingTable table() const { return {values, values != nullptr ? nullptr : parts.data()}; }
+        size_t up_part(size_t channels) const;  // the first part from that channel on
+        bool halves_agree(size_t channels) const;
+    };
+    // Groups of one part of a packed weight.
+    struct LinearTask {
+        size_t part, first_group, last_group;
     };
     struct Layer {
         OctavoKVLayer layer;
         octavo::KVCache cache;
+    };
+    // Part of a step's attention: some ranges of what one query tile sees, of the KV heads from tile.kv_head on.
+    struct AttentionTask {
+        octavo::QueryTile tile;
+        size_t last_head;
+        size_t first_range, last_range;
+        size_t state;  // offset of the sums in states_, or kWhole: the task makes the output itself
+        size_t cost;
+    };
+    // The tasks of one step, the same for all layers with these numbers.
+    struct AttentionPlan {
+        int32_t group, share, num_kv_heads, head_dim, window;
+        uint64_t step;
+        std::vector<AttentionTask> tasks;
+        std::vector<AttentionTask> merges;  // split tiles: all ranges, and where their sums start
     };
 
     // check.cpp: everything that could make a kernel leave its memory is refused here.
@@ -41,16 +69,26 @@ private:
     void check_rows(const OctavoStep& step) const;
     void check_sampling(const OctavoStep& step) const;
     const OctavoBuffer& buffer(int32_t id) const;
+    const Weight& find_weight(int32_t id) const;
     const Weight& matrix(int32_t id, int64_t rows, int64_t cols) const;
     const float* vector(int32_t id, int64_t width) const;  // null for -1
     const Layer& kv_layer(const OctavoNode& node) const;
 
+    template <class Body>
+    void measured(OctavoNodeTime*& times, const Body& body);
     void run(const OctavoNode& node, const OctavoStep& step);
     void embedding(const OctavoNode& node, const OctavoStep& step);
     void norm(const OctavoNode& node, size_t rows);
     void linear(const OctavoNode& node, size_t rows);
+    void packed_linear(const OctavoNode& node, const Weight& weight, const octavo::Epilogue& epilogue, size_t rows);
+    void split_linear(const octavo::Part* parts, size_t num_parts, bool pairs, size_t rows);
+    void pack_floats(const Weight& weight, size_t first_row, size_t num_rows, const octavo::StoredType& type,
+                     const uint8_t* data);
+    void pack_part(const Weight& weight, size_t part, const octavo::StoredType& type, const uint8_t* data);
     void rope_kv_write(const OctavoNode& node, const OctavoStep& step);
     void attention(const OctavoNode& node, const OctavoStep& step);
+    const AttentionPlan& plan_attention(const OctavoNode& node, const OctavoStep& step);
+    void split(AttentionPlan& plan, const octavo::KVCache& cache);
     void gather_rows(const OctavoNode& node, const OctavoStep& step);
     void sample(const OctavoStep& step);
 
@@ -59,8 +97,15 @@ private:
     size_t rows_of(int32_t id, const OctavoStep& step) const {
         return static_cast<size_t>(buffers_[id].logits_rows ? step.num_logits : step.num_tokens);
     }
+    static constexpr size_t kRowsPerTask = 4;
+
+    // Tasks of `rows_per_task` rows.
     template <class Body>
-    void by_rows(size_t rows, size_t rows_per_task, const Body& body);
+    void by_rows(size_t rows, size_t rows_per_task, const Body& body) {
+        pool_.run((rows + rows_per_task - 1) / rows_per_task, [&](size_t task, size_t) {
+            body(task * rows_per_task, std::min(rows, (task + 1) * rows_per_task));
+        });
+    }
 
     const octavo::Kernels& kernels_;
     octavo::ThreadPool pool_;
@@ -74,7 +119,11 @@ private:
     std::vector<float*> slots_;
     std::vector<octavo::Mapping> scratch_;  // one per thread
     std::vector<octavo::SamplerScratch> sampler_scratch_;
-    std::vector<octavo::QueryTile> tiles_;
+    std::vector<LinearTask> linear_tasks_;
+    octavo::Mapping rounded_;  // activations of a packed Linear
+    std::vector<AttentionPlan> plans_;
+    std::vector<float> states_;
+    uint64_t step_number_ = 0;
     octavo::Mapping kv_;
     int32_t logits_ = -1;
     int64_t num_groups_ = 0, max_tokens_ = 0, max_logits_ = 0, max_requests_ = 0;

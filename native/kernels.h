@@ -12,22 +12,56 @@
 
 namespace octavo {
 
-constexpr size_t kChannels = 16;   // output channels of a Linear that one call computes at least
+constexpr size_t kChannels = 16;   // output channels of a group: what one call of a Linear computes at least
 constexpr size_t kGroup = 16;      // slots that lie together in the KV cache
 constexpr size_t kKVTile = 64;     // positions between two rescalings of the softmax; tiles start at its multiples
+constexpr size_t kKVRange = 256;   // positions whose sums one thread keeps; results of ranges are merged in order
+constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kQueryRows = 32;  // rows (tokens x query heads) of an attention task at most, unless one token has more
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-struct LinearArgs {
-    const float* x;      // [num_rows, depth]
-    const void* weight;  // [channels, depth], or [2 * channels, depth] gate over up
-    const float* bias;   // as many as weight rows, or null
-    float* out;          // [num_rows, channels]
-    size_t num_rows, depth, channels;
-    bool bfloat16;  // weight holds bf16 bits
+// What happens to the sums of a Linear.
+struct Epilogue {
+    const float* bias;  // as many as weight rows, or null
+    float* out;         // [num_rows, channels]
+    size_t channels;
     int activation;
     float scale, softcap;
+};
+
+struct LinearArgs {
+    const float* x;       // [num_rows, depth]
+    const float* weight;  // [channels, depth], or [2 * channels, depth] gate over up
+    size_t num_rows, depth;
+    Epilogue epilogue;
+};
+
+// Consecutive output channels in one layout of stores.h.
+struct Part {
+    const uint8_t* data;  // groups of kChannels
+    size_t layout;        // index into kLayouts
+    const float* table;   // the 16 values of 4-bit quanta
+    size_t group_bytes, first_channel, channels;
+
+    size_t num_groups() const { return round_up(channels, kChannels) / kChannels; }
+};
+
+struct PackedArgs {
+    const void* x;      // as round_rows() leaves it: [num_rows, depth]
+    const Part* parts;  // they cover the channels in order
+    const Part* ups;    // as many, for gated activations, else null; their first_channel continues
+    size_t num_rows, depth, num_blocks;  // depth = 32 * num_blocks
+    Epilogue epilogue;
+};
+
+// The Linear of bf16 and quantised weights: weights and activations are rounded to bf16, products summed in float32.
+struct PackedKernels {
+    size_t activation_bytes;  // of an element of rounded rows
+    void (*round_rows)(const float* x, size_t rows, size_t width, size_t depth, void* out);  // depth pads with zeros
+    // Groups [first_group, last_group) of one part, and of its counterpart in `ups`.
+    void (*linear)(const PackedArgs&, size_t part, size_t first_group, size_t last_group, void* scratch);
+    size_t (*scratch)(size_t depth);  // bytes
 };
 
 struct NormArgs {
@@ -42,27 +76,37 @@ struct NormArgs {
     float eps;
 };
 
+// Rows to look up: row-major floats, or packed parts. Neither: there is no such term.
+struct EmbeddingTable {
+    const float* rows;
+    const Part* parts;
+};
+
 struct EmbeddingArgs {
     const int32_t* token_ids;
     const int32_t* positions;
-    const void* weight;  // [vocab, width] or null
-    const void* position_weight;
-    bool bfloat16, position_bfloat16;
+    EmbeddingTable weight, position_weight;
     float* out;
     size_t width;
     float scale;
     int64_t position_offset;
 };
 
-// The cache of one layer, in groups of kGroup slots: K is [group][kv head][head_dim][kGroup], so that 16 scores are
-// one vector; V is [group][kv head][kGroup][value_width], value_width = head_dim rounded up to 16.
+// The cache of one layer: a piece for each group of kGroup slots and each KV head, [group][kv head], holding K, V and,
+// for int8, their scales. Slots lie side by side in K, so that 16 scores are one vector and nothing is reduced across
+// lanes. With the narrow types, the numbers that follow each other in a reduction lie together: four bytes of them.
+//   float32:  K [head_dim][16]         V [16][value_width]
+//   bfloat16: K [key_dim / 2][16][2]   V [16 / 2][value_width][2]
+//   int8:     K [key_dim / 4][16][4]   V [16 / 4][value_width][4]   scales [2][16] float32: of K, of V
 struct KVCache {
-    float* k;
-    float* v;
-    size_t num_kv_heads, head_dim, value_width;
+    uint8_t* data;
+    int type;  // OctavoKVType
+    size_t num_kv_heads, head_dim;
+    size_t key_dim;      // head_dim, padded to whole four bytes
+    size_t value_width;  // head_dim, padded to a multiple of 16
+    size_t v_offset, scale_offset, piece_bytes;
 
-    float* k_group(size_t group, size_t head) const { return k + (group * num_kv_heads + head) * head_dim * kGroup; }
-    float* v_group(size_t group, size_t head) const { return v + (group * num_kv_heads + head) * kGroup * value_width; }
+    uint8_t* piece(size_t group, size_t head) const { return data + (group * num_kv_heads + head) * piece_bytes; }
 };
 
 struct RopeKVWriteArgs {
@@ -94,21 +138,39 @@ struct QueryTile {
     size_t first_position;  // of that token in its request
     size_t num_tokens;
     size_t kv_head;
+    bool next_head_follows;  // the thread goes on with kv_head + 1: its first KV tile can be asked for
+};
+
+// The KV cache and attention of a level.
+struct KVKernels {
+    void (*rope_kv_write)(const RopeKVWriteArgs&, size_t first_token, size_t last_token);
+    // One slot, in all of K, V and scales, from one piece to another.
+    void (*copy_slot)(const KVCache&, const uint8_t* from, size_t from_lane, uint8_t* to, size_t to_lane);
+    // The KV ranges [first_range, last_range) that the tile sees: all of them, or with `states` some, whose sums go to
+    // states [range][rows]; attention_merge() then makes the output from those of all ranges.
+    void (*attention)(const AttentionArgs&, const QueryTile&, size_t first_range, size_t last_range, uint8_t* scratch,
+                      float* states);
+    void (*attention_merge)(const AttentionArgs&, const QueryTile&, size_t num_ranges, float* states);
+    size_t (*attention_scratch)(size_t rows, const KVCache&);  // bytes
+    size_t (*attention_state)(size_t rows, const KVCache&);    // floats of `states` for one range
 };
 
 struct Kernels {
     const char* name;
     // Channels [first_channel, last_channel); first_channel is a multiple of kChannels.
     void (*linear)(const LinearArgs&, size_t first_channel, size_t last_channel);
+    const PackedKernels* packed;
     void (*norm)(const NormArgs&, size_t first_row, size_t last_row);
     void (*embedding)(const EmbeddingArgs&, size_t first_row, size_t last_row);
     void (*add)(const float* x, const float* y, float* out, size_t count);
-    void (*rope_kv_write)(const RopeKVWriteArgs&, size_t first_token, size_t last_token);
-    void (*attention)(const AttentionArgs&, const QueryTile&, float* scratch);
-    size_t (*attention_scratch)(size_t rows, size_t head_dim, size_t value_width);  // floats
+    const KVKernels* kv;
     float (*max_value)(const float* values, size_t count);  // NaN is passed over
     // Sum of exp((values[i] - top) / temperature) for values <= top: quotients in float, the rest in double.
     double (*sum_exp)(const float* values, size_t count, float top, float temperature);
+    // For measuring the machine: reads a buffer whose size is a multiple of 1 KiB; runs `turns` of the level's fastest
+    // multiply-adds in registers and returns how many operations that was. Both return through *sink.
+    void (*read_all)(const float* values, size_t count, float* sink);
+    double (*multiply_adds)(size_t turns, float* sink);
 };
 
 // The level named `wanted`, or the best of this machine for "auto"; null when the machine or the build lacks it.

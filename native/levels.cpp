@@ -1,6 +1,14 @@
 // Chooses an instruction level: what the processor has, or what a test forces.
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace octavo {
@@ -16,6 +24,15 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512bf16 {
+extern const PackedKernels packed;
+extern const KVKernels kv;
+double multiply_adds(size_t turns, float* sink);
+}
+namespace amx {
+extern const PackedKernels packed;
+double multiply_adds(size_t turns, float* sink);
+}
 
 static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -25,11 +42,44 @@ static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+static bool has_avx512bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
+
+// Tiles for bf16, and leave of the system to use them: their state is large, so that Linux wants to be asked once.
+static bool has_amx() {
+#if defined(OCTAVO_EMULATE_TILES)
+    return has_avx512bf16();
+#elif defined(__linux__)
+    constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;  // of cpuid leaf 7, edx
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    unsigned eax, ebx, ecx, edx;
+    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    return (edx & bf16) && (edx & tiles) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+// AVX-512 with another Linear for packed weights, and attention by bf16 dot products.
+static Kernels avx512_with(const char* name, const PackedKernels& packed, double (*multiply_adds)(size_t, float*)) {
+    Kernels kernels = avx512::kernels;
+    kernels.kv = &avx512bf16::kv;
+    kernels.name = name;
+    kernels.packed = &packed;
+    kernels.multiply_adds = multiply_adds;
+    return kernels;
+}
 #endif
 
 const Kernels* find_kernels(const char* wanted) {
     const bool any = std::strcmp(wanted, "auto") == 0;
 #if defined(__x86_64__)
+    static const Kernels bf16 = avx512_with("avx512bf16", avx512bf16::packed, avx512bf16::multiply_adds);
+    static const Kernels tiles = avx512_with("amx", amx::packed, amx::multiply_adds);
+    if ((any || std::strcmp(wanted, "amx") == 0) && has_amx()) return &tiles;
+    if ((any || std::strcmp(wanted, "avx512bf16") == 0) && has_avx512bf16()) return &bf16;
     if ((any || std::strcmp(wanted, "avx512") == 0) && has_avx512()) return &avx512::kernels;
     if ((any || std::strcmp(wanted, "avx2") == 0) && has_avx2()) return &avx2::kernels;
 #endif

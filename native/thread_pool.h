@@ -22,6 +22,9 @@ public:
 
     size_t num_threads() const { return workers_.size() + 1; }
 
+    // Loops so far that woke or waited for another thread.
+    uint64_t num_loops() const { return state_.load(std::memory_order_relaxed) >> 32; }
+
     // Calls body(task, thread) for every task in [0, num_tasks), thread in [0, num_threads()). Bodies must not throw.
     template <class Body>
     void run(size_t num_tasks, const Body& body) {

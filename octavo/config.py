@@ -15,8 +15,9 @@ from octavo.errors import ConfigError, UnsupportedError
 DEFAULT_MODEL = "smollm2"
 BLOCK_SIZE = 16
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 RuntimeName = Literal["auto", "native", "cuda", "reference"]
 
 
@@ -25,7 +26,7 @@ class EngineConfig:
     """Everything that shapes an engine.
 
     Raises:
-        ConfigError: a value out of its bounds.
+        ConfigError: a value of the wrong type or out of its bounds.
         UnsupportedError: a known setting that is not built.
     """
 
@@ -52,7 +53,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
 
     block_size: int = BLOCK_SIZE
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"  # auto: float32 beside float32 weights, else bfloat16
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None  # blocks of the pool, whatever the device (vLLM's name)
     gpu_memory_utilization: float = 0.9  # read on a GPU only
@@ -64,11 +65,13 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        for f in fields(self):
+            _of_type(f.name, getattr(self, f.name), str(f.type))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "quantized", "float16"))
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs",))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32"))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
         _range("max_num_seqs", self.max_num_seqs, 1, 4096)
         _range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
@@ -118,13 +121,29 @@ class EngineConfig:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bool": (bool, "True or False"),
+    "int": (int, "an integer"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a string"),
+}
+
+
+def _of_type(name: str, value: object, declared: str) -> None:
+    """Holds a value against its field's annotation ("int | None"); literals have their own check."""
+    kind, _, optional = declared.partition(" | ")
+    if kind not in _KINDS or (optional and value is None):
+        return
+    types, words = _KINDS[kind]
+    if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+        raise ConfigError(f"{name} must be {words}, not {value!r:.60}")
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def _range(name: str, value: int | None, low: int, high: int) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if value is not None and not low <= value <= high:
         raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")

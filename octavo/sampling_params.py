@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -64,7 +64,6 @@ class SamplingParams:
     logits_processors: Any | None = None
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    stops: list[str] = field(init=False, default_factory=list)  # `stop` as a list
 
     def __post_init__(self) -> None:
         self._refuse_unbuilt()
@@ -85,11 +84,30 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else MAX_TOKENS)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        self.stops = _stop_list(self.stop)
-        if self.stops and not self.detokenize:
+        if _stop_list(self.stop) and not self.detokenize:
             raise InvalidValueError("stop strings need detokenize=True; use stop_token_ids", param="stop")
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         self._check_logit_bias()
+        try:
+            self.output_kind = RequestOutputKind(self.output_kind)
+        except ValueError:
+            raise InvalidValueError(
+                f"output_kind must be one of {', '.join(RequestOutputKind)}, not {_show(self.output_kind)}",
+                param="output_kind",
+            ) from None
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises InvalidValueError where a parameter names a token that the model does not have."""
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            if ids and max(ids) >= vocab_size:
+                raise InvalidValueError(
+                    f"{name}: token id {max(ids)} is outside the vocabulary of {vocab_size}", param=name
+                )
+
+    @property
+    def stops(self) -> list[str]:
+        """`stop` as a list."""
+        return _stop_list(self.stop)
 
     @property
     def greedy(self) -> bool:

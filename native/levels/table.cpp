@@ -8,13 +8,14 @@ namespace octavo::OCTAVO_LEVEL {
 extern const Kernels kernels;
 const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
                          linear,
+                         &packed,
                          norm,
                          embedding,
                          add,
-                         rope_kv_write,
-                         attention,
-                         attention_scratch,
+                         &kv,
                          max_value,
-                         sum_exp};
+                         sum_exp,
+                         read_all,
+                         multiply_adds};
 
 }  // namespace octavo::OCTAVO_LEVEL

@@ -64,12 +64,13 @@ def run(args: Sequence[str]) -> int:
             traceback.print_exc()
         say_error(str(error))
         return EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else EXIT_FAILED
-    except (KeyboardInterrupt, typer.Abort):
-        say("Interrupted.")
-        return EXIT_INTERRUPTED
+    except typer.Abort:
+        status = EXIT_INTERRUPTED
     except BrokenPipeError:  # who read our stdout has left; nothing more can be said there
         sys.stderr.close()
         return EXIT_FAILED
+    if status == EXIT_INTERRUPTED:  # what typer makes of a Ctrl-C
+        say("Interrupted.")
     return status if isinstance(status, int) else 0
 
 

@@ -59,7 +59,9 @@ FLAGS: dict[str, Flag] = {
         "Memory", "Blocks of the KV cache, on any device, instead of planning.", is_size=True
     ),
     "block_size": Flag("Memory", "Tokens of one KV block."),
-    "kv_cache_dtype": Flag("Memory", "Number type of the KV cache: auto or float32.", "TYPE"),
+    "kv_cache_dtype": Flag(
+        "Memory", "Number type of the KV cache; auto: float32 beside float32 weights, else bfloat16."
+    ),
     "enable_prefix_caching": Flag("Memory", "Keep the KV of finished prefixes and share it."),
     "prefix_caching_hash_key": Flag("Memory", "Key of the prefix hash; default: random for each engine.", "TEXT"),
     "gpu_memory_utilization": Flag("Memory", "Share of a GPU's memory to use; read on a GPU only."),

@@ -43,19 +43,24 @@ def program(
     from octavo.models.decoder import record
     from octavo.models.hub import resolve_model
     from octavo.models.reader import read_spec
+    from octavo.models.weights import open_weights
     from octavo.program.ops import Sizes
     from octavo.program.printer import describe
     from octavo.runtime.choose import choose
+    from octavo.runtime.native.packing import kept_bytes
 
     files = resolve_model(
         config.model, revision=config.revision, download_dir=config.download_dir, load_format=config.load_format
     )
     spec = read_spec(files, max_model_len=config.max_model_len)
     choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype)
-    narrow = dtype == "bfloat16" and choice.runtime != "reference"  # the reference keeps float32 whatever it rounds to
+    recorded = record(spec)
+    kept: dict[tuple[str, ...], int] = {}  # the reference keeps float32 whatever it rounds to
+    if choice.runtime == "native":
+        kept = kept_bytes(recorded, open_weights(files, spec, load_format=config.load_format), dtype)
 
     def resident_bytes(weight: Weight) -> int:
-        return math.prod(weight.shape) * (2 if narrow and weight.role != "vector" else 4)
+        return kept.get(weight.parts, 4 * math.prod(weight.shape))
 
     say(f"{config.model}: {spec.architecture}, {choice.runtime} runtime, {dtype} weights", style="bold")
-    typer.echo(describe(record(spec), Sizes(num_tokens, 1, context), resident_bytes), nl=False)
+    typer.echo(describe(recorded, Sizes(num_tokens, 1, context), resident_bytes), nl=False)

@@ -166,14 +166,11 @@ class EngineTalker:
         await self._engine.shutdown()
 
     async def _generate(self, prompt: str | list[int], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
+        from octavo.engine.frontend import default_sampling
         from octavo.sampling_params import RequestOutputKind, SamplingParams
 
-        defaults: dict[str, Any] = {
-            name: value
-            for name, value in self._engine.spec.generation_defaults.items()
-            if name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        }
-        settings = {"temperature": TEMPERATURE, "max_tokens": None} | defaults | sampling.given()
+        defaults = {"temperature": TEMPERATURE, "max_tokens": None} | default_sampling(self._engine.spec)
+        settings = defaults | sampling.given()
         params = SamplingParams(output_kind=RequestOutputKind.DELTA, **settings)
         self._count += 1
         async for output in self._engine.generate(prompt, params, f"cli-{self._count}"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
@@ -32,10 +33,10 @@ from octavo.request import FinishReason
 from octavo.sampling_params import SamplingParams
 from octavo.text.chat import ChatTemplate
 from octavo.text.load import load_text
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.tokenizer import LONG_TEXT, Tokenizer
 
 SHUTDOWN_SECONDS = 5.0
-LONG_PROMPT = 2000  # characters; from here on tokenising leaves the event loop
+log = logging.getLogger("octavo.engine")
 
 
 class AsyncEngine:
@@ -103,7 +104,7 @@ class AsyncEngine:
 
     async def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text and checked ids of a prompt; a long text is tokenised off the event loop."""
-        if isinstance(prompt, str) and len(prompt) > LONG_PROMPT:
+        if isinstance(prompt, str) and len(prompt) >= LONG_TEXT:
             return await asyncio.to_thread(self._frontend.tokenize, prompt)
         return self._frontend.tokenize(prompt)
 
@@ -125,9 +126,9 @@ class AsyncEngine:
             StepError: the engine failed on this request alone.
             EngineDeadError: the engine process is gone.
         """
-        if self.dead:
-            raise EngineDeadError(self.dead)
         text, ids = await self.tokenize(prompt)
+        if self.dead:  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
+            raise EngineDeadError(self.dead)
         group, requests = self._frontend.add(request_id, text, ids, params, priority=priority, cache_salt=cache_salt)
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind)
         try:
@@ -191,7 +192,7 @@ class AsyncEngine:
             await self._end_process()
             raise EngineDeadError(f"the engine process {self._exit_status()} while it started; its messages are above")
         self.ready = message
-        self._frontend = Frontend(self.tokenizer, self.spec, max_model_len=message.max_model_len, seed=self.config.seed)
+        self._frontend = Frontend(self.tokenizer, self.spec, self.config, max_model_len=message.max_model_len)
         self.metrics = Metrics(
             self.model_name,
             cache_config={
@@ -206,14 +207,20 @@ class AsyncEngine:
         )
 
     async def _read(self) -> None:
-        """Takes what the engine publishes until it is gone."""
-        while (message := await self._channel.receive()) is not None:
-            if isinstance(message, StepOutputs):
-                self._take(message)
+        """Takes what the engine publishes until it is gone. A failure here is the engine's death too: what nobody
+        reads, nobody must wait for."""
+        try:
+            while (message := await self._channel.receive()) is not None:
+                if isinstance(message, StepOutputs):
+                    self._take(message)
+        except Exception as error:
+            log.exception("reading the engine's outputs failed")
+            self.dead = self.dead or f"its outputs could not be read: {error}"
+            self._process.kill()
         if self.dead is None:
             await asyncio.to_thread(self._process.wait)
             self.dead = f"the engine process {self._exit_status()}"
-            self._fail_all()
+        self._fail_all()
 
     def _take(self, outputs: StepOutputs) -> None:
         updates, finishes, arrivals = self._frontend.process(outputs.deltas)
@@ -237,20 +244,21 @@ class AsyncEngine:
         if self._frontend.num_unfinished == 0:
             self.metrics.on_idle()
 
-    def _observe_finished(self, group: Group) -> None:
+    def _observe_finished(self, group: Group, unfinished: FinishReason = FinishReason.ABORT) -> None:
+        """Tells the metrics how each answer of a group ended; `unfinished` is for those that were cut off."""
         times = group.metrics
         for child in group.children:
             self.metrics.on_finished(
-                child.output.finish_reason or FinishReason.ABORT,
+                child.output.finish_reason or unfinished,
                 prompt_tokens=len(group.prompt_token_ids),
                 output_tokens=len(child.output.token_ids),
                 cached_tokens=group.num_cached_tokens,
-                n=group.params.n,
+                n=group.params.n if child is group.children[0] else None,
                 max_tokens=group.params.max_tokens,
                 arrival=times.arrival_time,
                 queue_seconds=group.queue_seconds,
-                first_token=times.first_token_time,
-                last_token=times.last_token_time,
+                first_token=child.first_token_time,
+                last_token=child.last_token_time,
                 finished=times.finished_time or time.monotonic(),
             )
 
@@ -261,6 +269,7 @@ class AsyncEngine:
 
     def _fail_all(self) -> None:
         for group in self._frontend.fail_all():
+            self._observe_finished(group, FinishReason.ERROR)
             if outbox := self._outboxes.get(id(group)):
                 outbox.put(EngineDeadError(self.dead or "the engine is gone"))
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from octavo.config import EngineConfig
 from octavo.errors import ContextLengthError, InvalidValueError
 from octavo.messages import AddRequest, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
@@ -20,7 +21,7 @@ from octavo.request import FinishReason
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.step import TokenLogprobs
 from octavo.text.stream import TextStream
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.tokenizer import Tokenizer, refuse_hopeless
 
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 Prompt = str | Sequence[int] | Mapping[str, object]
@@ -34,6 +35,7 @@ class Child:
     request_id: str
     output: CompletionOutput
     stream: TextStream | None
+    first_token_time: float | None = None
     last_token_time: float | None = None
     error: str | None = None
 
@@ -75,12 +77,15 @@ class Update:
 class Frontend:
     """Turns prompts into AddRequests and RequestDeltas into RequestOutputs. Not thread-safe: one caller at a time."""
 
-    def __init__(self, tokenizer: Tokenizer | None, spec: ModelSpec, *, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, spec: ModelSpec, config: EngineConfig, *, max_model_len: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
         self.max_model_len = max_model_len
+        self._max_logprobs = config.max_logprobs
         self._children: dict[str, Child] = {}
-        self._seeds = random.Random(seed)
+        self._seeds = random.Random(config.seed)
 
     @property
     def num_unfinished(self) -> int:
@@ -117,8 +122,10 @@ class Frontend:
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token.
-            InvalidValueError: this id is already running, or stop strings without a tokenizer.
+            InvalidValueError: this id is already running, stop strings without a tokenizer, a token id outside the
+                vocabulary, more logprobs than the engine gives.
         """
+        params.check_vocabulary(self.spec.vocab_size)
         room = self.max_model_len - len(ids)
         if room < 1:
             raise ContextLengthError(
@@ -128,6 +135,12 @@ class Frontend:
             )
         if params.stops and self.tokenizer is None:
             raise InvalidValueError("stop strings need a tokenizer; use stop_token_ids", param="stop")
+        if params.logprobs is not None and params.logprobs > self._max_logprobs:
+            raise InvalidValueError(
+                f"{params.logprobs} logprobs were asked for; this engine gives at most {self._max_logprobs} "
+                "(max_logprobs)",
+                param="logprobs",
+            )
         if params.min_tokens > room:
             raise InvalidValueError(f"min_tokens is {params.min_tokens}, but only {room} fit", param="min_tokens")
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -179,6 +192,7 @@ class Frontend:
             new = len(child.output.token_ids) - before.num_tokens
             if new > 0:
                 arrivals.append(Arrival(child.parent, child.last_token_time, new))
+                child.first_token_time = child.first_token_time or now
                 child.last_token_time = now
                 metrics = child.parent.metrics
                 metrics.first_token_time = metrics.first_token_time or now
@@ -200,10 +214,11 @@ class Frontend:
                     param="prompt",
                 )
             inner = prompt.get("prompt_token_ids")
-            prompt = inner if inner is not None else prompt["prompt"]  # type: ignore[assignment]
+            prompt = inner if inner is not None else prompt.get("prompt")  # type: ignore[assignment]
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidValueError("this engine runs without a tokenizer: give prompt_token_ids", param="prompt")
+            refuse_hopeless(self.tokenizer, prompt, self.max_model_len, param="prompt")
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidValueError(f"a prompt is a string or token ids, not {type(prompt).__name__}", param="prompt")
@@ -220,7 +235,7 @@ class Frontend:
         if stopped is not None:
             return stopped
         if delta.finish_reason is not None:
-            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+            output.finish_reason, output.stop_reason = str(delta.finish_reason), delta.stop_reason
             child.error = delta.error
         return None
 
@@ -231,14 +246,20 @@ class Frontend:
         text = stream.add(delta.token_ids, ends_with_stop_token=delta.finish_reason == FinishReason.STOP)
         output.text += text.text
         if text.stop is not None and text.num_kept is not None:
-            del output.token_ids[text.num_kept :]
-            if output.logprobs is not None:
-                del output.logprobs[text.num_kept :]
-            output.finish_reason, output.stop_reason = FinishReason.STOP, text.stop
+            self._cut(output, text.num_kept)
+            output.finish_reason, output.stop_reason = FinishReason.STOP.value, text.stop
             return FinishRequest(child.request_id, text.num_kept)
         if delta.finish_reason is not None:
             output.text += stream.finish()
         return None
+
+    def _cut(self, output: CompletionOutput, num_kept: int) -> None:
+        """Drops the tokens behind a stop string."""
+        if output.logprobs is not None and output.cumulative_logprob is not None:
+            dropped = zip(output.token_ids[num_kept:], output.logprobs[num_kept:], strict=True)
+            output.cumulative_logprob -= sum(entries[token].logprob for token, entries in dropped)
+            del output.logprobs[num_kept:]
+        del output.token_ids[num_kept:]
 
     def _add_logprobs(self, output: CompletionOutput, ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         assert output.logprobs is not None

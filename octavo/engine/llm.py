@@ -5,6 +5,7 @@ The same frontend and engine core as the server's; messages are handed over unen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from octavo.messages import AbortRequests
 from octavo.models.hub import resolve_model
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.text.chat import ChatTemplate
+from octavo.text.chat import ChatTemplate, cut_after_last_message, plain_message
 from octavo.text.load import load_text
 from octavo.text.tokenizer import Tokenizer
 
@@ -44,14 +45,14 @@ class LLM:
             download_dir=config.download_dir,
             load_format=config.load_format,
         )
-        executor = LocalExecutor(config, files)
-        self.core = EngineCore(config, executor, executor.start())
+        self._executor = LocalExecutor(config, files)
+        self.core = EngineCore(config, self._executor, self._executor.start())
         self.config = config
         self._text = load_text(config, files)
         self._frontend = Frontend(
-            self._text.tokenizer, self.core.info.spec, max_model_len=self.core.info.spec.max_model_len, seed=config.seed
+            self._text.tokenizer, self.core.info.spec, config, max_model_len=self.core.info.spec.max_model_len
         )
-        self._next_id = 0
+        self._numbers = itertools.count()  # of requests, as vLLM's
 
     def generate(
         self,
@@ -84,13 +85,35 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or many: renders the model's chat template, then generates."""
+        """Answers one conversation or many: renders the model's chat template, then generates.
+
+        Args:
+            messages: one conversation, or a list of them.
+            sampling_params, use_tqdm: as for `generate`.
+            chat_template: Jinja source, instead of the model's own.
+            add_generation_prompt: end the prompt with the beginning of an answer.
+            continue_final_message: let the model go on with the last message; needs add_generation_prompt=False.
+            tools: shown to the template; answers are not parsed for calls.
+            chat_template_kwargs: further variables for the template.
+
+        Raises:
+            RequestError: messages or parameters are wrong; nothing was started.
+            StepError: the engine failed on a request even when it was retried alone.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidValueError(
+                "continue_final_message needs add_generation_prompt=False", param="continue_final_message"
+            )
         conversations = _conversations(messages)
         template = self._template(chat_template)
-        kwargs = chat_template_kwargs or {}
-        texts = [template.render(c, add_generation_prompt=add_generation_prompt, **kwargs) for c in conversations]
+        variables = {**(chat_template_kwargs or {}), "tools": tools, "add_generation_prompt": add_generation_prompt}
+        texts = [template.render(conversation, **variables) for conversation in conversations]
+        if continue_final_message:
+            texts = [cut_after_last_message(*pair) for pair in zip(texts, conversations, strict=True)]
         params = self._params_list(sampling_params, len(texts))
         tokenizer = self.get_tokenizer()
         # the template writes the special tokens itself: none may be added
@@ -106,6 +129,14 @@ class LLM:
         if self._text.tokenizer is None:
             raise ConfigError("this engine runs without a tokenizer (skip_tokenizer_init, or a bare config.json)")
         return self._text.tokenizer
+
+    def start_profile(self) -> None:
+        """Times every node of the steps from now on. Raises UnsupportedError on the reference runtime."""
+        self._executor.worker.runtime.start_profile()
+
+    def stop_profile(self) -> str:
+        """Ends start_profile(); tables of what the nodes took, as a share of what the machine can do."""
+        return self._executor.worker.runtime.stop_profile().describe()
 
     def close(self) -> None:
         """Frees weights, KV and threads."""
@@ -145,9 +176,8 @@ class LLM:
         requests = []
         try:
             for (text, ids), p in zip(tokenized, params, strict=True):
-                self._next_id += 1
                 wanted = replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
-                group, added = self._frontend.add(str(self._next_id), text, ids, wanted)
+                group, added = self._frontend.add(str(next(self._numbers)), text, ids, wanted)
                 groups.append(group)
                 requests.extend(added)
             for request in requests:
@@ -229,7 +259,8 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt] | None, ids: Any) -> list[Pr
 
 
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[dict[str, Any]]]:
-    """One conversation or many as many."""
-    if messages and isinstance(messages[0], Mapping):
-        return [[dict(message) for message in messages if isinstance(message, Mapping)]]
-    return [[dict(message) for message in turns if isinstance(message, Mapping)] for turns in messages]
+    """One conversation or many as many, their messages as templates know them."""
+    many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+    if not all(many):
+        raise InvalidValueError("a conversation is empty: give at least one message", param="messages")
+    return [[plain_message(message) for message in conversation] for conversation in many]

@@ -177,7 +177,7 @@ def _is_complete(folder: Path, bare: bool) -> bool:
 def _hub_error(repo: str, revision: str | None, error: Exception) -> ModelError:
     from huggingface_hub import errors
 
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     if isinstance(error, errors.GatedRepoError):
         return DownloadError(
             f"the Hub repository {repo} is gated: accept its terms at https://huggingface.co/{repo} and set HF_TOKEN"
@@ -194,8 +194,8 @@ def _hub_error(repo: str, revision: str | None, error: Exception) -> ModelError:
 
 def _not_found(name: str) -> ModelNotFoundError:
     path = Path(name)
-    hub = "a Hub repository of that name" if _is_repo_id(name) else "(a Hub repository is written OWNER/NAME)"
-    looked = f"a folder with a {CONFIG}, a .gguf file, the aliases {', '.join(ALIASES)}, {hub}"
+    hub = " and a Hub repository of that name" if _is_repo_id(name) else " (a Hub repository is written OWNER/NAME)"
+    looked = f"a folder with a {CONFIG}, a .gguf file, the aliases {', '.join(ALIASES)}{hub}"
     close = difflib.get_close_matches(name.lower(), ALIASES, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     if _is_there(path):

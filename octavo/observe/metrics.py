@@ -92,7 +92,7 @@ class Metrics:
         prompt_tokens: int,
         output_tokens: int,
         cached_tokens: int,
-        n: int,
+        n: int | None,
         max_tokens: int | None,
         arrival: float,
         queue_seconds: float,
@@ -100,10 +100,12 @@ class Metrics:
         last_token: float | None,
         finished: float,
     ) -> None:
-        """Takes one finished answer. Times are seconds of one monotonic clock; None: it never got that far."""
+        """Takes one finished answer; `n` is told with the first of a request. Times are seconds of one monotonic clock;
+        None: it never got that far."""
         request = self._request
         request.success.add(1, (str(reason),))
-        request.num_answers.observe(n)
+        if n is not None:
+            request.num_answers.observe(n)
         if max_tokens is not None:
             request.max_tokens.observe(max_tokens)
         request.end_to_end.observe(finished - arrival)

@@ -64,7 +64,8 @@ class Sizes:
 
     num_tokens: int
     num_logits: int
-    context_len: int  # mean KV length a query attends to
+    context_len: float  # mean KV length a query attends to
+    num_requests: int | None = None  # that the tokens belong to; None: one each
 
 
 WeightBytes = Callable[[Weight], int]  # resident bytes of a weight in the runtime that will run it
@@ -103,7 +104,7 @@ class Op:
         return sum(b.width * rows_of(b, sizes) for b in self.outputs)
 
     def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: int, act_bytes: int = 4
+        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
     ) -> int:
         """Bytes that must move: weights once, buffers once, KV as attended. `kv_bytes` is per KV element."""
         buffers = sum(b.width * rows_of(b, sizes) for b in self.inputs + self.outputs)
@@ -132,7 +133,7 @@ class Embedding(Op):
     position_offset: int = 0
 
     def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: int, act_bytes: int = 4
+        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
     ) -> int:
         per_row = sum(weight_bytes(w) // w.shape[0] for w in self.weights)
         return sizes.num_tokens * (per_row + self.out.width * act_bytes)
@@ -220,10 +221,10 @@ class RopeKVWrite(Op):
     eps: float = 1e-6
 
     def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: int, act_bytes: int = 4
+        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
     ) -> int:
         moved = (self.qkv.width + self.out.width) * act_bytes + 2 * self.num_kv_heads * self.head_dim * kv_bytes
-        return sizes.num_tokens * moved
+        return int(sizes.num_tokens * moved)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -249,15 +250,19 @@ class Attention(Op):
     softcap: float = 0.0  # 0: none
 
     def operations(self, sizes: Sizes) -> int:
-        return 4 * sizes.num_tokens * self.num_heads * self.head_dim * self._attended(sizes)
+        return int(4 * sizes.num_tokens * self.num_heads * self.head_dim * self._attended(sizes))
 
     def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: int, act_bytes: int = 4
+        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
     ) -> int:
-        kv = 2 * self._attended(sizes) * self.num_kv_heads * self.head_dim * kv_bytes
-        return sizes.num_tokens * (kv + (self.q.width + self.out.width) * act_bytes)
+        others = sizes.num_tokens / (sizes.num_requests or sizes.num_tokens or 1) - 1  # tokens of the same request
+        read = sizes.context_len + others / 2  # positions of a request, read once for all its tokens
+        if self.window:
+            read = min(read, self.window + others)
+        kv = 2 * read * self.num_kv_heads * self.head_dim * kv_bytes
+        return int(sizes.num_tokens * (kv / (1 + others) + (self.q.width + self.out.width) * act_bytes))
 
-    def _attended(self, sizes: Sizes) -> int:
+    def _attended(self, sizes: Sizes) -> float:
         return min(sizes.context_len, self.window) if self.window else sizes.context_len
 
 

@@ -10,7 +10,7 @@ from octavo.program.ops import AnyOp, Attention, Linear, Norm, Sizes, Weight, We
 from octavo.program.program import Program
 
 _HEADER = ("node", "op", "out", "weight", "weight bytes", "moved", "operations", "ops/byte")
-_NUM_TEXT_COLUMNS = 4  # these line up left, the rest right
+_NUM_TEXT_COLUMNS = 4
 Cells = tuple[str, ...]
 
 
@@ -26,7 +26,7 @@ class Cost:
 
 
 def cost_of(
-    nodes: Iterable[AnyOp], sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: int = 4, act_bytes: int = 4
+    nodes: Iterable[AnyOp], sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: float = 4, act_bytes: int = 4
 ) -> Cost:
     """The summed cost of nodes. `kv_bytes` and `act_bytes` are per element."""
     total = Cost(0, 0)
@@ -36,7 +36,7 @@ def cost_of(
 
 
 def describe(
-    program: Program, sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: int = 4, act_bytes: int = 4
+    program: Program, sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: float = 4, act_bytes: int = 4
 ) -> str:
     """The table of a program for one step of `sizes`. A layer that equals an earlier one is folded into a line.
 
@@ -72,7 +72,7 @@ def describe(
             table.append((f"{_ranges(folded)} as {name}", "", "", "", *_numbers(held, total)))
     resident = sum(weight_bytes(w) for w in program.weights)
     table.append(("total", f"{len(program.nodes)} nodes", "", "", *_numbers(resident, cost(program.nodes))))
-    return f"{_line_up(table)}\n\n{_footer(program, sizes, kv_bytes, act_bytes)}\n"
+    return f"{line_up(table)}\n\n{_footer(program, sizes, kv_bytes, act_bytes)}\n"
 
 
 def _section_of(node: AnyOp) -> str:
@@ -87,10 +87,10 @@ def _cells(node: AnyOp, section: str, sizes: Sizes, weight_bytes: WeightBytes, c
     weights = " ".join("x".join(map(str, w.shape)) for w in node.weights if len(w.shape) > 1)
     held = sum(weight_bytes(w) for w in node.weights)
     shape = f"{rows_of(out, sizes)}x{out.width}"
-    return (node.label.removeprefix(section), _op_name(node), shape, weights, *_numbers(held, cost))
+    return (node.label.removeprefix(section), op_name(node), shape, weights, *_numbers(held, cost))
 
 
-def _op_name(node: AnyOp) -> str:
+def op_name(node: AnyOp) -> str:
     """The op with what makes this one special: "Linear silu_mul", "Attention window 512"."""
     notes: list[str] = []
     if isinstance(node, Linear):
@@ -125,23 +125,24 @@ def _ranges(names: list[str]) -> str:
     return "layers." + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _footer(program: Program, sizes: Sizes, kv_bytes: int, act_bytes: int) -> str:
+def _footer(program: Program, sizes: Sizes, kv_bytes: float, act_bytes: int) -> str:
     plan = program.plan_buffers()
     arena = plan.elements(sizes.num_tokens, sizes.num_logits) * act_bytes
     return (
         f"step          {sizes.num_tokens} tokens, {sizes.num_logits} sampled, {sizes.context_len} positions attended\n"
         f"activations   {_bytes(arena)} in {len(plan.slot_width)} slots for {len(program.buffers)} buffers\n"
-        f"KV cache      {_bytes(program.kv_elements_per_block(1) * kv_bytes)} a token "
+        f"KV cache      {_bytes(int(program.kv_elements_per_block(1) * kv_bytes))} a token "
         f"in {len(program.kv_layers)} layers"
     )
 
 
-def _line_up(table: list[Cells]) -> str:
-    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADER))]
+def line_up(table: list[Cells], *, num_text_columns: int = _NUM_TEXT_COLUMNS) -> str:
+    """Rows of cells as text: the first columns line up left, the rest right."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
     for row in table:
         cells = [
-            cell.ljust(width) if column < _NUM_TEXT_COLUMNS else cell.rjust(width)
+            cell.ljust(width) if column < num_text_columns else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.program.ops import Weight
+from octavo.program.profile import Profile
 from octavo.program.program import Program
 
 Int32 = npt.NDArray[np.int32]
@@ -147,7 +148,9 @@ class Runtime(Protocol):
         max_num_requests: int,
         progress: Callable[[int], None] | None = None,
     ) -> LoadReport:
-        """Packs the weights and plans the buffers. `dtype` ("float32" or "bfloat16") is how matrices are kept.
+        """Packs the weights and plans the buffers. `dtype` is how matrices are kept: "float32"; "bfloat16", rounded to
+        nearest even; "quantized", each part in its stored block type, float types as bfloat16. With the latter two a
+        weight's value is bf16(dequantised), a Linear rounds its activations to bf16, and sums are float32.
         `progress` is called with the number of weights done. Raises MemoryPlanError, ModelFileError."""
         ...
 
@@ -166,12 +169,14 @@ class Runtime(Protocol):
         """
         ...
 
-    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
+    def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers."""
         ...
 
-    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
-        """Reserves the pool; untouched blocks cost no resident memory."""
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
+        """Reserves the pool; untouched blocks cost no resident memory. `dtype` is how K and V are kept: "float32",
+        "bfloat16", or "int8" with one float32 scale per token and KV head. The narrow ones round queries and
+        softmax weights to bfloat16 too."""
         ...
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
@@ -188,6 +193,15 @@ class Runtime(Protocol):
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab], after sample()."""
+        ...
+
+    def start_profile(self) -> None:
+        """Measures the machine's limits, then the time of every node of each step until stop_profile().
+        Raises UnsupportedError where it cannot."""
+        ...
+
+    def stop_profile(self) -> Profile:
+        """What was measured since start_profile(). Steps pay nothing from here on."""
         ...
 
     def close(self) -> None:

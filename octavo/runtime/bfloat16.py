@@ -19,3 +19,8 @@ def float32_to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     quiet_nan = (bits >> 16) | 0x40
     return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+
+
+def round_to_bfloat16(values: Float32) -> Float32:
+    """The nearest bfloat16 numbers, ties to even, as float32."""
+    return bfloat16_to_float32(float32_to_bfloat16(values))

@@ -6,26 +6,40 @@ from octavo.errors import ConfigError, UnsupportedError
 from octavo.runtime.base import Choice, Runtime
 from octavo.runtime.cuda import missing
 
-DTYPES = ("float32", "bfloat16")
+# What each runtime computes in; what it has fast kernels for; what `--dtype auto` takes for everything else.
+DTYPES = {
+    "native": ("float32", "bfloat16", "quantized"),
+    "reference": ("float32", "bfloat16", "quantized"),
+    "cuda": ("float32", "bfloat16"),
+}
+FAST = {**DTYPES, "reference": ("float32", "bfloat16")}
+FALLBACK = {"native": "float32", "reference": "float32", "cuda": "bfloat16"}
 
 
 def choose(runtime: str, dtype: str, stored_dtype: str) -> tuple[Choice, str]:
     """Resolves `--runtime` and `--dtype` ("auto" included) against what the checkpoint stores.
 
     The runtime `auto` is cuda where it can run, else native. The dtype `auto` is the checkpoint's own where the runtime
-    computes in it; else float32 on a CPU and bfloat16 on a GPU, whose float32 is slow.
+    has kernels for it; else float32 on a CPU and bfloat16 on a GPU, whose float32 is slow.
 
     Raises:
         UnsupportedError: a type that the runtime cannot compute in.
         ConfigError: `--runtime cuda` where it cannot run; says why.
     """
     choice = _choose_runtime(runtime)
+    name = choice.runtime
     if dtype == "auto":
-        fallback = "bfloat16" if choice.runtime == "cuda" else "float32"
-        return choice, stored_dtype if stored_dtype in DTYPES else fallback
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"--dtype {dtype}: the {choice.runtime} runtime computes in {' or '.join(DTYPES)}")
+        return choice, stored_dtype if stored_dtype in FAST[name] else FALLBACK[name]
+    if dtype not in DTYPES[name]:
+        raise UnsupportedError(f"--dtype {dtype}: the {name} runtime computes in {', '.join(DTYPES[name])}; take one")
     return choice, dtype
+
+
+def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
+    """Resolves `--kv-cache-dtype`: "auto" keeps what the weights are computed in."""
+    if kv_cache_dtype != "auto":
+        return kv_cache_dtype
+    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def _choose_runtime(runtime: str) -> Choice:

@@ -86,6 +86,7 @@ async def run_server(
     listener = _bind(host, port)
     config = uvicorn.Config(
         app,
+        http="h11",  # it bounds the head of a request (64 KiB), which httptools, if installed, would not
         log_config=None,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -42,7 +42,8 @@ class Chat(Generation):
 async def chat(front: Front, body: ChatRequest, request_id: str) -> Answer:
     """Checks a chat request and begins to answer it. max_tokens defaults to the rest of the context."""
     front.model(body.model)
-    ids = await front.encode(await front.render(body), add_special_tokens=body.add_special_tokens)
+    text = await front.render(body)
+    ids = await front.encode_prompt(text, add_special_tokens=body.add_special_tokens, param="messages")
     front.check_prompt_ids(ids, "messages")
     asked = body.max_completion_tokens or body.max_tokens
     max_tokens = front.max_tokens(len(ids), asked, default=None, param="messages")

@@ -49,7 +49,7 @@ async def complete(front: Front, body: CompletionRequest, request_id: str) -> An
     prompts = []
     for prompt in texts:
         if isinstance(prompt, str):
-            ids = await front.encode(prompt, add_special_tokens=body.add_special_tokens)
+            ids = await front.encode_prompt(prompt, add_special_tokens=body.add_special_tokens, param="prompt")
         else:
             ids = prompt
         front.check_prompt_ids(ids, "prompt")

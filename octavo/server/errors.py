@@ -83,7 +83,7 @@ def install(app: FastAPI) -> None:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             verb = "no route" if error.status_code == 404 else "wrong method for"
             error = HTTPException(
-                error.status_code, f"{verb} {request.method} {request.url.path}; see /openapi.json", error.headers
+                error.status_code, f"{verb} {request.method} {request.url.path:.100}; see /openapi.json", error.headers
             )
         return failure_of(error, request.state.request_id).response()
 

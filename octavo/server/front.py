@@ -15,14 +15,14 @@ from octavo.engine.frontend import MODEL_DEFAULTS, default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
-from octavo.server.protocol import ChatRequest, GenerationRequest, Message, TokenizeRequest
-from octavo.text.chat import missing_template
+from octavo.server.protocol import ChatRequest, GenerationRequest, TokenizeRequest
+from octavo.text.chat import cut_after_last_message, missing_template, plain_message
+from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
     from octavo.text.tokenizer import Tokenizer
 
-LONG_TEXT = 4096  # characters; from here on templates and tokenisation leave the event loop
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -60,20 +60,28 @@ class Front:
         return self.engine.generate(ids, params, f"{request_id}-{next(self._numbers)}", cache_salt=body.cache_salt)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; a long one is tokenised off the event loop."""
+        """Token ids of a text; a long one is tokenised off the event loop, which goes on meanwhile."""
         tokenizer = self.tokenizer
         if len(text) < LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
+    async def encode_prompt(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """`encode`, but a text that is too long whatever its tokens are is refused without counting them.
+
+        Raises ContextLengthError.
+        """
+        refuse_hopeless(self.tokenizer, text, self.engine.max_model_len, param=param)
+        return await self.encode(text, add_special_tokens=add_special_tokens)
+
     async def render(self, body: ChatRequest | TokenizeRequest) -> str:
         """The messages of `body` as one prompt, through the model's chat template."""
-        messages = [_plain(message) for message in body.messages or ()]
+        messages = [plain_message(message.model_dump(exclude_none=True)) for message in body.messages or ()]
         if sum(len(message["content"]) for message in messages) < LONG_TEXT:
             return self._render(messages, body)
         return await asyncio.to_thread(self._render, messages, body)
 
-    def _render(self, messages: list[dict[str, str]], body: ChatRequest | TokenizeRequest) -> str:
+    def _render(self, messages: list[dict[str, Any]], body: ChatRequest | TokenizeRequest) -> str:
         template = self.engine.chat_template
         if self.engine.tokenizer is None:
             raise InvalidValueError("this server runs without a tokenizer, so it cannot chat", param="messages")
@@ -84,7 +92,7 @@ class Front:
             if name in RESERVED_KWARGS or name.endswith("_token"):
                 raise InvalidValueError(f"{name} cannot be set here", param="chat_template_kwargs")
         text = template.render(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
-        return _cut_after_last_message(text, messages) if body.continue_final_message else text
+        return cut_after_last_message(text, messages) if body.continue_final_message else text
 
     def check_prompt_ids(self, ids: list[int], param: str) -> None:
         """Raises InvalidValueError for an empty prompt or an id that the model does not have."""
@@ -130,7 +138,7 @@ class Front:
             for name in (*MODEL_DEFAULTS, "n", "presence_penalty", "frequency_penalty")
             if getattr(body, name) is not None
         }
-        return SamplingParams(
+        params = SamplingParams(
             **{**default_sampling(engine.spec), **given},
             best_of=getattr(body, "best_of", None),
             seed=body.seed,
@@ -141,36 +149,10 @@ class Front:
             max_tokens=max_tokens,
             min_tokens=body.min_tokens,
             logprobs=logprobs,
-            logit_bias=self._logit_bias(body),
+            logit_bias={int(token): bias for token, bias in body.logit_bias.items()} if body.logit_bias else None,
             skip_special_tokens=body.skip_special_tokens,
             detokenize=engine.tokenizer is not None,
             output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
         )
-
-    def _logit_bias(self, body: GenerationRequest) -> dict[int, float] | None:
-        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        vocab_size = self.engine.spec.vocab_size
-        if bias and max(bias) >= vocab_size:
-            raise InvalidValueError(
-                f"token id {max(bias)} is outside the vocabulary of {vocab_size}", param="logit_bias"
-            )
-        return bias or None
-
-
-def _plain(message: Message) -> dict[str, str]:
-    """A message as templates know it: text parts are joined by newlines."""
-    content = message.content or ""
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": text}
-    if message.name is not None:
-        plain["name"] = message.name
-    return plain
-
-
-def _cut_after_last_message(text: str, messages: list[dict[str, str]]) -> str:
-    """Drops what the template wrote behind the last message, so that the model goes on with it."""
-    last = messages[-1]["content"]
-    for ending in (last, last.strip()):  # many templates trim
-        if ending and (found := text.rfind(ending)) >= 0:
-            return text[: found + len(ending)]
-    raise InvalidValueError("the chat template changes the last message: it cannot be continued", param="messages")
+        params.check_vocabulary(engine.spec.vocab_size)
+        return params

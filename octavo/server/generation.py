@@ -43,9 +43,12 @@ class Generation(ABC):
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
         self._logprobs: list[LogprobsWriter] | None = None
         if params.logprobs is not None:
+            tokenizer = front.engine.tokenizer
             as_ids = bool(body.return_tokens_as_token_ids)
+            unseen = tokenizer.special_ids if tokenizer and params.skip_special_tokens else frozenset()
             self._logprobs = [
-                LogprobsWriter(front.engine.tokenizer, params.logprobs, as_ids=as_ids) for _ in range(self.num_choices)
+                LogprobsWriter(tokenizer, params.logprobs, as_ids=as_ids, unseen=unseen)
+                for _ in range(self.num_choices)
             ]
 
     @abstractmethod

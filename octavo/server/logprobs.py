@@ -20,11 +20,21 @@ class LogprobsWriter:
         tokenizer: None writes tokens as "token_id:17".
         num_top: how many alternatives were asked for.
         as_ids: write ids although there is a tokenizer.
+        unseen: tokens whose text the answer leaves out.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, num_top: int, *, as_ids: bool = False) -> None:
-        self._tokenizer = None if as_ids else tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        num_top: int,
+        *,
+        as_ids: bool = False,
+        unseen: frozenset[int] = frozenset(),
+    ) -> None:
+        self._tokenizer = tokenizer
         self._num_top = num_top
+        self._as_ids = as_ids
+        self._unseen = unseen
         self._offset = 0  # characters written so far
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -55,13 +65,13 @@ class LogprobsWriter:
         return sorted(entries.items(), key=lambda entry: -entry[1].logprob)[: self._num_top]
 
     def _entry(self, token: int, logprob: Logprob) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token) if self._tokenizer else None
+        raw = None if self._as_ids or self._tokenizer is None else self._tokenizer.token_bytes(token)
         text = f"token_id:{token}" if raw is None else raw.decode("utf-8", "replace")
         return {"token": text, "logprob": _finite(logprob), "bytes": None if raw is None else list(raw)}
 
     def _label(self, token: int) -> str:
         """A token as a key: half a character is written as bytes, so that two halves differ."""
-        if self._tokenizer is None:
+        if self._as_ids or self._tokenizer is None:
             return f"token_id:{token}"
         raw = self._tokenizer.token_bytes(token)
         try:
@@ -70,7 +80,9 @@ class LogprobsWriter:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _num_chars(self, token: int) -> int:
-        return len(self._decoder.decode(self._tokenizer.token_bytes(token))) if self._tokenizer else 0
+        if self._tokenizer is None or token in self._unseen:
+            return 0
+        return len(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
 
 def _finite(logprob: Logprob) -> float:

@@ -30,7 +30,7 @@ TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
 Count = Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_LENGTH)]
-BiasKey = Annotated[str, Field(max_length=10, pattern=r"^[0-9]{1,10}$")]
+BiasKey = Annotated[str, Field(max_length=10, pattern=r"^(0|[1-9][0-9]{0,9})$")]  # one spelling a token
 BiasValue = Annotated[float, Field(ge=-100, le=100)]
 
 UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
@@ -116,6 +116,12 @@ def _prompt_kind(value: object) -> str:
     return "<strings>" if isinstance(first, str) else "<ids>"
 
 
+def _scalar_kind(value: object) -> str:
+    """What is no scalar is held against a string, and refused as such."""
+    kinds = {bool: "<bool>", int: "<int>", float: "<float>", type(None): "<null>"}
+    return kinds.get(type(value), "<string>")
+
+
 Content = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
@@ -133,10 +139,15 @@ Prompt = Annotated[
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<lists of ids>")],
     Discriminator(_prompt_kind),
 ]
-TemplateValue = (
-    bool | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] | Annotated[float, Field(ge=-1e300, le=1e300)] | Name
-)
-TemplateKwargs = Annotated[dict[Name, TemplateValue | None], Field(max_length=MAX_TEMPLATE_KWARGS)]
+TemplateValue = Annotated[
+    Annotated[bool, Tag("<bool>")]
+    | Annotated[int, Field(ge=-(1 << 53), le=1 << 53), Tag("<int>")]
+    | Annotated[float, Field(ge=-1e300, le=1e300), Tag("<float>")]
+    | Annotated[None, Tag("<null>")]
+    | Annotated[Name, Tag("<string>")],
+    Discriminator(_scalar_kind),
+]
+TemplateKwargs = Annotated[dict[Name, TemplateValue], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
 class Message(Strict):
@@ -248,7 +259,7 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidValueError("top_logprobs needs logprobs=true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidValueError("max_tokens and max_completion_tokens differ: give one", param="max_tokens")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from octavo.errors import InvalidValueError, ModelFileError
+from octavo.errors import InvalidValueError, ModelFileError, UnsupportedParameterError
 from octavo.text.tokenizer import Tokenizer
 
 MAX_STEPS = 500_000
@@ -89,6 +89,52 @@ class ChatTemplate:
             raise InvalidValueError(f"the chat template refused the messages: {reason}", param="messages") from error
         finally:
             _budget.reset(budget)
+
+
+def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates know it: its content is one string (text parts are joined by newlines, null is empty), and
+    OpenAI's "developer" is "system". What else it carries is the template's business.
+
+    Raises:
+        InvalidValueError: it is no mapping with a role, or its content is neither a string nor parts.
+        UnsupportedParameterError: a part that is not text.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidValueError(
+            f'a message is {{"role": ..., "content": ...}}, not {str(message)[:60]!r}', param="messages"
+        )
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "\n".join(map(_part_text, content))
+    if not isinstance(content, str):
+        raise InvalidValueError(
+            f"the content of a message is a string or a list of text parts, not {type(content).__name__}",
+            param="messages",
+        )
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {**message, "role": role, "content": content}
+
+
+def _part_text(part: object) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) and kind == "text" else None
+    if not isinstance(text, str):
+        raise UnsupportedParameterError(
+            f"content parts of type {str(kind)[:40]!r} are not supported: give text", param="messages"
+        )
+    return text
+
+
+def cut_after_last_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Drops what the template wrote behind the last message, so that the model goes on with it.
+
+    Raises InvalidValueError when the message is not found in what was rendered.
+    """
+    last: str = messages[-1]["content"]
+    for ending in (last, last.strip()):  # many templates trim
+        if ending and (found := text.rfind(ending)) >= 0:
+            return text[: found + len(ending)]
+    raise InvalidValueError("the chat template changes the last message: it cannot be continued", param="messages")
 
 
 def missing_template(model: str) -> InvalidValueError:

@@ -10,6 +10,7 @@ added tokens are plain text.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, processors
 
-from octavo.errors import InvalidValueError, ModelFileError, UnsupportedModelError
+from octavo.errors import ContextLengthError, InvalidValueError, ModelFileError, UnsupportedModelError
 from octavo.models.gguf_file import GGUFFile
 from octavo.models.spec import ModelFiles
 from octavo.text.gguf_tokenizer import SPACE, build_gguf_tokenizer, token_id
 
+LONG_TEXT = 4096  # characters; from here on the library works without the GIL, which it only does for batches
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -84,6 +86,8 @@ class Tokenizer:
         Raises:
             InvalidValueError: `text` holds lone surrogates.
         """
+        if len(text) >= LONG_TEXT:
+            return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         self._check_text(text)
         return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -93,6 +97,15 @@ class Tokenizer:
             self._check_text(text)
         encoded = self._core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in encoded]
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, told from its length alone. (A tokenizer that drops whitespace
+        or joins unknown characters may get by with fewer.)"""
+        return -(-len(text) // self._longest_token)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self._core.get_vocab(with_added_tokens=True)))
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token are passed over. No spaces are tidied up around punctuation."""
@@ -147,6 +160,16 @@ def load_tokenizer(files: ModelFiles | Path) -> Tokenizer:
     """
     path = files if isinstance(files, Path) else files.path
     return _load_folder(path) if path.is_dir() else _load_gguf(path)
+
+
+def refuse_hopeless(tokenizer: Tokenizer, text: str, max_model_len: int, *, param: str) -> None:
+    """Raises ContextLengthError for a prompt that is too long whatever its tokens are, without tokenising it."""
+    if len(text) > max_model_len and (fewest := tokenizer.fewest_tokens(text)) >= max_model_len:
+        raise ContextLengthError(
+            f"the prompt has {len(text)} characters, so {fewest} tokens or more; the context is {max_model_len} "
+            "tokens: shorten the prompt",
+            param=param,
+        )
 
 
 def has_tokenizer(files: ModelFiles | Path) -> bool:

@@ -21,6 +21,7 @@ class MemoryPlan:
     block_bytes: int
     num_blocks: int
     block_size: int
+    kv_dtype: str
     max_model_len: int
     reason: str  # why the pool has this size
     on_device: bool = False
@@ -43,7 +44,11 @@ class MemoryPlan:
             ("memory free", self.free_bytes, f"{whose}, before loading"),
             ("weights", self.weight_bytes, "packed, resident"),
             ("activations", self.arena_bytes, "for the largest step"),
-            ("KV cache", self.kv_bytes, f"{self.num_blocks:,} blocks of {self.block_size} tokens; {self.reason}"),
+            (
+                "KV cache",
+                self.kv_bytes,
+                f"{self.num_blocks:,} blocks of {self.block_size} tokens, {self.kv_dtype}; {self.reason}",
+            ),
         ]
         lines = [f"  {name:<12} {size / MIB:>10,.1f} MiB  {note}" for name, size, note in rows]
         whole = self.num_blocks // per_request
@@ -66,6 +71,7 @@ def plan_memory(
     arena_bytes: int,
     block_bytes: int,
     block_size: int,
+    kv_dtype: str,
     max_num_seqs: int,
     wanted_len: int,
     len_is_fixed: bool,
@@ -121,6 +127,7 @@ def plan_memory(
         block_bytes=block_bytes,
         num_blocks=num_blocks,
         block_size=block_size,
+        kv_dtype=kv_dtype,
         max_model_len=min(wanted_len, fitting_len),
         reason=reason,
         on_device=on_device,

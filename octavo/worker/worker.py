@@ -13,7 +13,7 @@ from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.models.weights import open_weights
 from octavo.program.program import Program
 from octavo.runtime.base import Runtime, WeightSource
-from octavo.runtime.choose import choose, create
+from octavo.runtime.choose import choose, choose_kv, create
 from octavo.sampling_params import SamplingParams
 from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput
 from octavo.worker.memory import MemoryPlan, free_memory, plan_memory
@@ -53,7 +53,8 @@ class Worker:
         runtime = self._runtime = create(choice, config.threads(), dtype, enforce_eager=config.enforce_eager)
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
         program = record(spec)
-        plan = self._plan(spec, program, runtime, weights, dtype)
+        kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
+        plan = self._plan(spec, program, runtime, weights, dtype, kv_dtype)
         if plan.max_model_len < spec.max_model_len:  # RoPE is fixed for the length that is really served
             spec = read_spec(self._files, max_model_len=plan.max_model_len)
             program = record(spec)
@@ -68,7 +69,7 @@ class Worker:
             progress=progress,
         )
         clock.ends("weights")
-        runtime.allocate_kv(plan.num_blocks, config.block_size)
+        runtime.allocate_kv(plan.num_blocks, config.block_size, kv_dtype)
         rows = Rows(config.max_num_seqs, spec.max_model_len, config.block_size, program.num_kv_groups)
         self._runner = ModelRunner(runtime, rows)
         clock.ends("kv cache")
@@ -103,7 +104,7 @@ class Worker:
             self._runtime.close()
 
     def _plan(
-        self, spec: ModelSpec, program: Program, runtime: Runtime, weights: WeightSource, dtype: str
+        self, spec: ModelSpec, program: Program, runtime: Runtime, weights: WeightSource, dtype: str, kv_dtype: str
     ) -> MemoryPlan:
         config = self._config
         on_device = runtime.free_bytes(config.gpu_memory_utilization)
@@ -112,7 +113,8 @@ class Worker:
             on_device=on_device is not None,
             weight_bytes=runtime.weight_bytes(program, weights, dtype),
             arena_bytes=runtime.arena_bytes(program, config.max_num_batched_tokens, config.max_num_seqs),
-            block_bytes=runtime.kv_bytes_per_block(program, config.block_size),
+            block_bytes=runtime.kv_bytes_per_block(program, config.block_size, kv_dtype),
+            kv_dtype=kv_dtype,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             wanted_len=spec.max_model_len,

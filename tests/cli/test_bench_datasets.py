@@ -66,6 +66,9 @@ def test_sharegpt_takes_first_turns_and_drops_the_unusable(tmp_path: Path) -> No
         talk("one two three four five", "short"),
         talk("word " * 1100, "a b c d e f"),
         {"conversations": [{"value": "alone"}]},
+        {"conversations": [{"from": "human"}, {"from": "gpt"}]},
+        {"conversations": None},
+        "no talk",
     ]
     path = tmp_path / "talks.json"
     path.write_text(json.dumps(rows))
@@ -93,6 +96,8 @@ def test_custom_lines_may_say_how_many_tokens(tmp_path: Path) -> None:
         ({"range_ratio": 1.0}, None, "below 1"),
         ({"name": "custom", "path": "x"}, "{", "line 1 is not JSON"),
         ({"name": "custom", "path": "x"}, '{"text": "a"}', 'the string "prompt"'),
+        ({"name": "custom", "path": "x"}, '{"prompt": "a", "output_tokens": "9"}', "must be a positive integer"),
+        ({"name": "sharegpt", "path": "x"}, "5", "a list of conversations"),
         ({"name": "sharegpt", "path": "x"}, "[]", "no usable prompt"),
         ({"name": "sharegpt", "path": "missing"}, None, "No such file"),
     ],

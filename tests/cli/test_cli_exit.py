@@ -56,6 +56,17 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(capsys: pytest.CaptureF
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
+def test_ctrl_c_is_said_and_has_the_shells_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("octavo.cli.complete.find_model", interrupted)
+    assert run(["complete", "x"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["complete", "x", "--url", "http://127.0.0.1:9", "--log-level", "debug"]) == 1
     error = capsys.readouterr().err

@@ -127,6 +127,35 @@ def test_a_killed_engine_is_told_to_everybody(folder):
         assert "signal 9" in engine.dead
         with pytest.raises(EngineDeadError, match="signal 9"):
             await anext(engine.generate(PROMPT, params(), "later"))
+        assert 'finished_reason="error",model_name' in engine.metrics.render().decode()
+
+    with_engine(folder, use)
+
+
+def test_a_death_while_a_prompt_is_tokenised_is_noticed(folder):
+    async def use(engine):
+        async def dies_meanwhile(prompt):
+            engine._process.kill()
+            while engine.dead is None:
+                await asyncio.sleep(0.01)
+            return None, prompt
+
+        engine.tokenize = dies_meanwhile
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await anext(engine.generate(PROMPT, params(), "r"))
+
+    with_engine(folder, use)
+
+
+def test_a_front_that_cannot_read_says_so_and_leaves_nobody_waiting(folder):
+    async def use(engine):
+        def fails(deltas):
+            raise RuntimeError("a bug of ours")
+
+        engine._frontend.process = fails
+        with pytest.raises(EngineDeadError, match="a bug of ours"):
+            await anext(engine.generate(PROMPT, params(), "r"))
+        assert "a bug of ours" in engine.dead
 
     with_engine(folder, use)
 

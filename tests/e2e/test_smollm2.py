@@ -93,6 +93,22 @@ def test_batching_never_changes_a_token(native, settings, events):
     assert tokens == native[0]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"), [("auto", "auto"), ("bfloat16", "auto"), ("auto", "int8"), ("auto", "float32")]
+)
+def test_same_bits_in_every_number_type(dtype, kv_cache_dtype):
+    """Narrow weights and narrow KV keep the promise: alone, or chunked, preempted and sharing prefixes, same tokens."""
+    types = {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    prompts = PROMPTS[10:]
+    alone, _, _ = answers(prompts, **types, max_num_seqs=1, enable_prefix_caching=False)
+    crowd, _, log = answers(
+        prompts, **types, num_gpu_blocks_override=48, max_model_len=768, max_num_batched_tokens=48, max_num_seqs=24
+    )
+    for event in ("num_preempted", "num_chunked", "prefix_hits"):
+        assert log.total(event) > 0, f"{event} never happened"
+    assert crowd == alone
+
+
 def test_reference_runtime_gives_the_same_tokens(native):
     """Teacher forcing again, straight on the runtime: all 64 positions of a prompt in one step."""
     files = resolve_model("smollm2")

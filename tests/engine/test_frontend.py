@@ -4,6 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
+from octavo.config import EngineConfig
 from octavo.engine.frontend import Frontend
 from octavo.errors import ContextLengthError, InvalidValueError
 from octavo.messages import FinishRequest, RequestDelta
@@ -26,7 +27,7 @@ def ids(text):
 def front():
     core = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(LETTERS)}, []))
     core.decoder = decoders.ByteLevel()
-    return Frontend(Tokenizer(core), Spec(), max_model_len=32, seed=0)
+    return Frontend(Tokenizer(core), Spec(), EngineConfig(max_logprobs=5), max_model_len=32)
 
 
 def add(front, prompt="ab", **params):
@@ -58,7 +59,7 @@ def test_n_makes_children_with_their_own_seeds_and_one_output(front):
 
 
 def test_seeds_drawn_by_the_front_repeat_with_its_own_seed(front):
-    other = Frontend(front.tokenizer, Spec(), max_model_len=32, seed=0)
+    other = Frontend(front.tokenizer, Spec(), EngineConfig(max_logprobs=5), max_model_len=32)
     assert add(front)[1][0].seed == add(other)[1][0].seed
 
 
@@ -88,6 +89,7 @@ def test_a_stop_string_ends_the_request_and_tells_the_engine(front):
     assert (answer.text, answer.finish_reason, answer.stop_reason) == ("hel"[:2], "stop", "lo")
     assert answer.token_ids == ids("helo")
     assert len(answer.logprobs) == 4
+    assert answer.cumulative_logprob == -4.0
     assert finishes == [FinishRequest("r", 4)]
     assert outputs(front, RequestDelta("r", ids("late")))[0] == [], "what was in flight is dropped"
 
@@ -135,11 +137,24 @@ def test_wrong_prompts_are_refused(front):
         front.tokenize({"nonsense": 1})
     with pytest.raises(InvalidValueError, match="not int"):
         front.tokenize(3)
+    with pytest.raises(InvalidValueError, match="not NoneType"):
+        front.tokenize({"prompt_token_ids": None})
+    with pytest.raises(ContextLengthError, match="33 characters, so 33 tokens or more; the context is 32"):
+        front.tokenize("a" * 33)
     with pytest.raises(ContextLengthError, match="32 tokens; the context is 32"):
         front.add("r", None, [1] * 32, SamplingParams())
     add(front)
     with pytest.raises(InvalidValueError, match="already running"):
         add(front)
+
+
+def test_parameters_are_held_against_the_model_and_the_engine(front):
+    for wrong in ({"stop_token_ids": [94], "min_tokens": 2}, {"logit_bias": {94: 1.0}}):
+        with pytest.raises(InvalidValueError, match="token id 94 is outside the vocabulary of 94"):
+            add(front, **wrong)
+    with pytest.raises(InvalidValueError, match="at most 5"):
+        add(front, logprobs=6)
+    assert front.num_unfinished == 0
 
 
 def test_max_tokens_is_cut_to_the_context(front):

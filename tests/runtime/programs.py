@@ -92,6 +92,15 @@ class Steps:
         )
 
 
+# Chunks of a long prompt, mixed with another request's prefill and decode: contexts past two KV tiles.
+MIXED = [
+    [Piece(0, 0, 70), Piece(1, 0, 5)],
+    [Piece(0, 70, 61), Piece(1, 5, 1), Piece(2, 0, 1)],
+    [Piece(2, 1, 1), Piece(0, 131, 9), Piece(1, 6, 30)],
+    [Piece(0, 140, 1)],
+]
+
+
 def sampling(num_rows: int, **changes: object) -> SamplingInputs:
     """Greedy, nothing else; `changes` replace fields."""
     values: dict[str, object] = {
@@ -121,6 +130,7 @@ def load(
     weights: RandomWeights | None = None,
     *,
     dtype: str = "float32",
+    kv: str | None = None,
     steps: Steps | None = None,
 ) -> Runtime:
     runtime.load(
@@ -132,7 +142,7 @@ def load(
         max_num_requests=8,
     )
     steps = steps or Steps()
-    runtime.allocate_kv(steps.num_blocks, steps.block_size)
+    runtime.allocate_kv(steps.num_blocks, steps.block_size, *([kv] if kv else []))
     return runtime
 
 

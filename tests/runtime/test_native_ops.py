@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from native_harness import (
     LEVELS,
+    MIXED,
     Piece,
     Steps,
     assert_same_logits,
-    attention_program,
     decoder_program,
     matrix,
     row_program,
@@ -101,51 +101,12 @@ def test_embedding_of_positions_alone() -> None:
     assert_same_logits(row_program(9, body), ROWS[2], level="auto")
 
 
-# Chunks of a long prompt, mixed with another request's prefill and decode: contexts past two KV tiles.
-MIXED = [
-    [Piece(0, 0, 70), Piece(1, 0, 5)],
-    [Piece(0, 70, 61), Piece(1, 5, 1), Piece(2, 0, 1)],
-    [Piece(2, 1, 1), Piece(0, 131, 9), Piece(1, 6, 30)],
-    [Piece(0, 140, 1)],
-]
-
-
-@every_level
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1), (40, 1)])
-@pytest.mark.parametrize("dim", [64, 10])
-def test_attention_heads(level: str, heads: int, kv_heads: int, dim: int) -> None:
-    assert_same_logits(attention_program(heads=heads, kv_heads=kv_heads, dim=dim), MIXED, level=level)
-
-
-@every_level
-@pytest.mark.parametrize("window", [1, 7, 64, 100])
-def test_attention_window(level: str, window: int) -> None:
-    assert_same_logits(attention_program(heads=6, kv_heads=2, dim=24, window=window), MIXED, level=level)
-
-
-@every_level
-@pytest.mark.parametrize("block_size", [1, 8, 16, 24, 32])
-def test_attention_block_sizes(level: str, block_size: int) -> None:
-    program = attention_program(heads=4, kv_heads=2, dim=18, window=40)
-    assert_same_logits(program, MIXED, level=level, steps=Steps(block_size=block_size))
-
-
-@every_level
-def test_attention_softcap_and_head_norms(level: str) -> None:
-    program = attention_program(heads=4, kv_heads=2, dim=96, softcap=2.0, qk_norm=True)
-    assert_same_logits(program, MIXED, level=level)
-
-
-@every_level
-@pytest.mark.parametrize("rope", [0, 3])
-def test_partial_and_absent_rotation(level: str, rope: int) -> None:
-    assert_same_logits(attention_program(heads=4, kv_heads=2, dim=17, rope=rope), MIXED, level=level)
-
-
 @every_level
 @every_dtype
 def test_decoder(level: str, dtype: str) -> None:
-    assert_same_logits(decoder_program(), MIXED, level=level, dtype=dtype, tolerance=1e-4)
+    # An activation between two bf16 numbers may round to either one after sums of another order: 2^-9 of itself.
+    tolerance = 1e-4 if dtype == "float32" else 2e-3
+    assert_same_logits(decoder_program(), MIXED, level=level, dtype=dtype, tolerance=tolerance)
 
 
 def test_kv_groups_follow_their_own_tables() -> None:

@@ -9,12 +9,12 @@ from native_harness import RandomWeights, load, row_program
 
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.runtime.base import StepInputs, Tensor
+from octavo.runtime.bfloat16 import bfloat16_to_float32, float32_to_bfloat16, round_to_bfloat16
 from octavo.runtime.native import NativeRuntime
 from octavo.runtime.native.library import load_library
-from octavo.runtime.reference.tensors import bfloat16_to_float32, float32_to_bfloat16
 
-BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-OTHERS = ["IQ4_NL", "IQ4_XS", "TQ1_0"]
+BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+OTHERS = ["IQ2_XXS", "TQ1_0"]
 WIDTH, ROWS = 512, 61
 
 
@@ -59,6 +59,33 @@ def test_blocks(type_name: str) -> None:
     assert len(np.unique(expected)) > 100
     found = packed(Tensor("t", type_name, (ROWS, WIDTH), data))
     assert np.array_equal(found, expected + np.float32(0))  # a lookup adds to 0, which turns -0 into 0
+
+
+@pytest.mark.parametrize("type_name", BLOCKS + OTHERS)
+def test_blocks_that_are_kept_as_stored(type_name: str) -> None:
+    data = random_blocks(type_name)
+    expected = round_to_bfloat16(gguf.dequantize(data, gguf.GGMLQuantizationType[type_name]))
+    found = packed(Tensor("t", type_name, (ROWS, WIDTH), data), "quantized")
+    assert np.array_equal(found, expected + np.float32(0))
+
+
+# Bits of memory for a weight, scales included: what decides the speed of decoding.
+KEPT_BITS = {"Q4_0": 4.5, "Q4_1": 5, "IQ4_NL": 4.5, "Q5_0": 8.5, "Q5_1": 9, "Q8_0": 8.5, "Q2_K": 5.25, "Q3_K": 4.625}
+KEPT_BITS |= {"Q4_K": 4.75, "IQ4_XS": 4.375, "Q5_K": 8.75, "Q6_K": 8.625, "IQ2_XXS": 4.375}
+KEPT_BITS |= {"F32": 16, "BF16": 16, "TQ1_0": 16}
+
+
+@pytest.mark.parametrize("type_name", KEPT_BITS)
+def test_bits_a_weight(type_name: str) -> None:
+    program = row_program(WIDTH, lambda build, x: x)
+    weights = RandomWeights(program)
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
+    data = np.zeros((64, WIDTH // block * size), np.uint8)
+    weights.tensors["embed"] = Tensor("t", type_name, (64, WIDTH), data)
+    runtime = NativeRuntime(1)
+    padded = 64 * WIDTH  # 61 rows take four groups of 16
+    assert runtime.weight_bytes(program, weights, "quantized") * 8 == KEPT_BITS[type_name] * padded
+    runtime.close()
 
 
 @pytest.mark.parametrize("type_name", BLOCKS)

@@ -90,18 +90,6 @@ def test_step_without_logits_still_writes_kv() -> None:
     runtime.close()
 
 
-@pytest.mark.parametrize("block_size", [16, 24])
-def test_copied_blocks_serve_another_request(block_size: int) -> None:
-    steps = Steps(block_size=block_size)
-    runtime = load(NativeRuntime(2), decoder_program(), steps=steps)
-    run(runtime, steps.inputs([Piece(0, 0, 100)]))
-    expected = run(runtime, steps.inputs([Piece(0, 100, 1)]))
-    steps.ids[3] = steps.ids[0]
-    runtime.copy_blocks(list(zip(steps.tables[0].tolist(), steps.tables[3].tolist(), strict=True)))
-    assert np.array_equal(run(runtime, steps.inputs([Piece(3, 100, 1)])), expected)
-    runtime.close()
-
-
 BAD = {
     "token_ids": ("token_ids", 2, VOCAB),
     "token_ids below": ("token_ids", 0, -1),
@@ -201,10 +189,16 @@ def test_memory_is_what_was_announced() -> None:
     program = decoder_program()
     runtime = NativeRuntime(1)
     matrices = sum(int(np.prod(w.shape)) for w in program.weights if w.role != "vector")
+    padded = sum(
+        -(-rows // 16) * 16 * -(-w.shape[1] // 32) * 32
+        for w in program.weights
+        if w.role != "vector"
+        for rows in w.part_rows
+    )
     vectors = sum(w.shape[0] for w in program.weights if w.role == "vector")
     weights = RandomWeights(program)
     assert runtime.weight_bytes(program, weights, "float32") == 4 * (matrices + vectors)
-    assert runtime.weight_bytes(program, weights, "bfloat16") == 2 * matrices + 4 * vectors
+    assert runtime.weight_bytes(program, weights, "bfloat16") == 2 * padded + 4 * vectors
     assert runtime.kv_bytes_per_block(program, 16) == 2 * 16 * 2 * (20 + 32) * 4  # layers, slots, heads, K + padded V
     runtime.close()
 
@@ -217,3 +211,23 @@ def test_threads_end_with_the_runtime() -> None:
         runtime.close()
         runtime.close()
     assert threading.active_count() == before
+
+
+def test_a_profile_has_a_time_for_every_node() -> None:
+    steps = Steps()
+    program = decoder_program()
+    runtime = load(NativeRuntime(2), program, steps=steps)
+    expected = run(runtime, steps.inputs([Piece(0, 0, 40), Piece(1, 0, 9)]))
+    runtime.start_profile()
+    assert np.array_equal(run(runtime, steps.inputs([Piece(0, 0, 40), Piece(1, 0, 9)])), expected)
+    run(runtime, steps.inputs([Piece(0, 40, 1), Piece(1, 9, 1)]))
+    profile = runtime.stop_profile()
+    with pytest.raises(StepError, match="start_profile"):
+        runtime.stop_profile()
+    assert (profile.decode.count, profile.other.count) == (1, 1)
+    assert min(profile.limits.bytes_per_second, profile.limits.operations_per_second) > 1e8
+    lines = profile.other.lines.values()
+    assert all(line.seconds > 0 for line in lines)
+    assert sum(line.barriers for line in lines) >= 8  # two threads share at least the linears
+    assert sum(line.barriers for line in profile.decode.lines.values()) < sum(line.barriers for line in lines)
+    runtime.close()

@@ -30,6 +30,9 @@ class FakeTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
+    def fewest_tokens(self, text: str) -> int:
+        return -(-len(text) // 5)  # a word's length
+
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         raw = b"".join(self.token_bytes(i) for i in ids if not (skip_special_tokens and i in self.special_ids))
         return raw.decode("utf-8", "replace")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +56,26 @@ def test_other_content_types_are_told_the_right_one(shared: Server) -> None:
     answer = shared.http.post("/v1/completions", data={"prompt": "a"})
     assert answer.status_code == 400
     assert "application/json" in error_of(answer)["message"]
+
+
+def test_an_endless_head_is_not_read(shared: Server) -> None:
+    url = shared.http.base_url
+    answered = b""
+    connection = socket.create_connection((url.host, url.port), timeout=20)
+    with connection, contextlib.suppress(ConnectionError):  # it hangs up while we still send
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        for number in range(64):
+            connection.sendall(b"X-%d: " % number + b"a" * 65536 + b"\r\n")
+        connection.sendall(b"\r\n")
+        answered = connection.recv(4096)
+    assert b"200 OK" not in answered
+    assert shared.http.get("/health").status_code == 200
+
+
+def test_a_long_path_is_not_sent_back(shared: Server) -> None:
+    answer = shared.http.get("/" + "a" * 20_000)
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "route_not_found")
+    assert len(answer.content) < 1000
 
 
 def test_unknown_route_and_wrong_method(shared: Server) -> None:

@@ -173,6 +173,7 @@ def test_cache_salt_reaches_the_engine(server: Server) -> None:
         ({"add_generation_prompt": False}, "<user>hi\n"),
         ({"add_generation_prompt": False, "continue_final_message": True}, "<user>hi"),
         ({"chat_template_kwargs": {"shout": True}}, "<USER>HI\n<ASSISTANT>"),
+        ({"chat_template_kwargs": {"a": None, "b": 1, "c": 0.5, "d": "x", "e": True}}, "<user>hi\n<assistant>"),
         ({"messages": [{"role": "developer", "content": "be"}]}, "<system>be\n<assistant>"),
         ({"messages": [{"role": "user", "content": "hi", "name": "Bo"}]}, "<user>Bohi\n<assistant>"),
         (

@@ -85,6 +85,8 @@ def test_neutral_values_pass(shared: Server, path: str) -> None:
             answer = shared.http.post(path, json={**body, name: value})
             assert answer.status_code == 200, (name, value, answer.text)
     assert shared.http.post(path, json={**body, "length_penalty": 1.0, "n": 1}).status_code == 200
+    nothing = {**CHAT, "logprobs": False, "top_logprobs": 0}
+    assert shared.http.post("/v1/chat/completions", json=nothing).status_code == 200
 
 
 @pytest.mark.parametrize(("name", "value"), [("priority", False), ("length_penalty", True), ("use_beam_search", 0)])
@@ -130,6 +132,8 @@ def test_other_content_parts(shared: Server, kind: str) -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]", "invalid_value"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"05": 1}}, "logit_bias.05.[key]", "invalid_value"),  # another spelling of 5
+        ({"stop_token_ids": [5, 99999], "min_tokens": 1}, "stop_token_ids", "invalid_value"),
         ({"min_tokens": 3}, "min_tokens", "invalid_value"),
         ({"logprobs": 21}, "logprobs", "invalid_value"),
         ({"logprobs": 11}, "logprobs", "invalid_value"),  # above this server's max_logprobs
@@ -142,6 +146,7 @@ def test_other_content_parts(shared: Server, kind: str) -> None:
         ({"prompt": 5}, "prompt", "invalid_value"),
         ({"prompt": "", "add_special_tokens": False}, "prompt", "invalid_value"),
         ({"prompt": "a" * 128}, "prompt", "context_length_exceeded"),
+        ({"prompt": "a" * 100_000}, "prompt", "context_length_exceeded"),  # told from its length
         ({"max_tokens": 126}, "prompt", "context_length_exceeded"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unsupported_parameter"),
@@ -175,6 +180,7 @@ def test_wrong_completion_value(shared: Server, change: dict, param: str, code: 
         ({"logprobs": 1}, "logprobs", "invalid_value"),
         ({"max_completion_tokens": 3}, "max_tokens", "invalid_value"),
         ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
+        ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs.x", "invalid_value"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "invalid_value"),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "invalid_value"),
         ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs", "invalid_value"),

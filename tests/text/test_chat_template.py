@@ -11,8 +11,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from vectors import templates
 from vocabularies import byte_level
 
-from octavo.errors import InvalidValueError, ModelFileError
-from octavo.text.chat import MAX_SIZE, ChatTemplate, missing_template
+from octavo.errors import InvalidValueError, ModelFileError, UnsupportedParameterError
+from octavo.text.chat import MAX_SIZE, ChatTemplate, missing_template, plain_message
 from octavo.text.tokenizer import load_tokenizer
 
 TOKENIZER = byte_level()
@@ -159,3 +159,19 @@ def test_a_missing_template_says_how_to_give_one() -> None:
     assert error.param == "messages"
     assert "stories15m" in str(error)
     assert "--chat-template" in str(error)
+
+
+def test_a_plain_message_is_one_text_with_a_role_templates_know() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert plain_message({"role": "developer", "content": parts, "name": "x"}) == {
+        "role": "system",
+        "content": "a\nb",
+        "name": "x",
+    }
+    assert plain_message({"role": "assistant", "content": None})["content"] == ""
+    for wrong in ("hi", {"content": "no role"}, {"role": "user", "content": 5}):
+        with pytest.raises(InvalidValueError):
+            plain_message(wrong)  # type: ignore[arg-type]
+    for part in ("a", {"type": "image_url"}, {"type": "text", "text": 5}):
+        with pytest.raises(UnsupportedParameterError, match="not supported: give text"):
+            plain_message({"role": "user", "content": [part]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vocabularies import byte_level_metadata, sentencepiece_metadata
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.models.spec import ModelFiles
 from octavo.text.gguf_tokenizer import build_gguf_tokenizer
-from octavo.text.tokenizer import has_tokenizer, load_tokenizer
+from octavo.text.tokenizer import LONG_TEXT, has_tokenizer, load_tokenizer
 
 
 def write(folder: Path, config: dict[str, Any] | None = None, *, sentencepiece: bool = False) -> Path:
@@ -110,3 +111,25 @@ def test_a_decoder_that_is_not_built_is_named(tmp_path: Path) -> None:
     tokenizers.Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedModelError, match="decoder none"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_a_long_text_has_the_ids_of_its_parts_and_at_least_the_fewest(tmp_path: Path, sentencepiece: bool) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, sentencepiece=sentencepiece))
+    text = "hello the é " * (LONG_TEXT // 8)
+    ids = tokenizer.encode(text)
+    assert len(text) > LONG_TEXT
+    assert ids == tokenizer._core.encode(text).ids
+    assert 1 < tokenizer.fewest_tokens(text) <= len(ids)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write(tmp_path))
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(len(tokenizer.encode("hello the é " * 100_000))))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        turns += 1
+    assert done[0] > 100_000
+    assert turns > 1000  # with the GIL held there would be none but a few at either end

@@ -24,6 +24,15 @@ from octavo.errors import ConfigError, UnsupportedError
         ("gpu_memory_utilization", 0.0),
         ("num_threads", 0),
         ("max_logprobs", 21),
+        ("max_logprobs", True),
+        ("max_num_seqs", None),
+        ("max_model_len", "4k"),
+        ("gpu_memory_utilization", "0.9"),
+        ("enable_prefix_caching", "no"),
+        ("served_model_name", ["a"]),
+        ("prefix_caching_hash_key", b"key"),
+        ("model", None),
+        ("dtype", None),
     ],
 )
 def test_bad_values_name_the_field(name, bad):

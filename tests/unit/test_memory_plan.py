@@ -13,6 +13,7 @@ def plan(**changes):
         "arena_bytes": 0,
         "block_bytes": MIB,
         "block_size": 16,
+        "kv_dtype": "bfloat16",
         "max_num_seqs": 4,
         "wanted_len": 160,
         "len_is_fixed": False,

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from octavo.errors import InvalidValueError, UnsupportedParameterError
-from octavo.sampling_params import MAX_STOP, SamplingParams
+from octavo.sampling_params import MAX_STOP, RequestOutputKind, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,7 @@ from octavo.sampling_params import MAX_STOP, SamplingParams
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: 101.0}),
         ("logit_bias", dict.fromkeys(range(301), 1.0)),
+        ("output_kind", "some"),
     ],
 )
 def test_out_of_bounds_is_refused_by_name(name, bad):
@@ -72,3 +73,22 @@ def test_stop_is_one_string_or_many():
     assert SamplingParams(stop="a").stops == ["a"]
     assert SamplingParams(stop=["a", "b"]).stops == ["a", "b"]
     assert SamplingParams().stops == []
+
+
+def test_stop_may_be_changed_later():
+    params = SamplingParams()
+    params.stop = "a"
+    assert params.stops == ["a"]
+
+
+def test_output_kind_may_be_given_by_its_value():
+    assert SamplingParams(output_kind="delta").output_kind is RequestOutputKind.DELTA
+
+
+@pytest.mark.parametrize(("name", "ids"), [("stop_token_ids", [3, 10]), ("logit_bias", {3: 1.0, 10: 1.0})])
+def test_ids_outside_the_vocabulary_are_refused_by_name(name, ids):
+    params = SamplingParams(**{name: ids})
+    params.check_vocabulary(11)
+    with pytest.raises(InvalidValueError, match="token id 10 is outside the vocabulary of 10") as caught:
+        params.check_vocabulary(10)
+    assert caught.value.param == name

@@ -92,17 +92,17 @@ class Dataset:
 
     def _sharegpt(self, draw: random.Random, tokenizer: Tokenizer) -> Iterator[Prompt]:
         rows = self._load_json(self._read())
-        talks = [
-            row["conversations"] for row in rows if isinstance(row, dict) and len(row.get("conversations", ())) > 1
-        ]
+        if not isinstance(rows, list):
+            raise ConfigError(f"{self.path} must hold a list of conversations, as ShareGPT's files do")
+        talks = [talk for row in rows if (talk := _first_turns(row))]
         draw.shuffle(talks)
-        for talk in talks:
-            ids = tokenizer.encode(str(talk[0]["value"]))
-            output = self.fixed_output_len or len(tokenizer.encode(str(talk[1]["value"])))
+        for asked, answered in talks:
+            ids = tokenizer.encode(asked)
+            output = self.fixed_output_len or len(tokenizer.encode(answered))
             too_short = len(ids) < _SHAREGPT_MIN or (self.fixed_output_len is None and output < _SHAREGPT_MIN)
             if too_short or len(ids) > _SHAREGPT_MAX_PROMPT or len(ids) + output > _SHAREGPT_MAX_TOTAL:
                 continue
-            yield Prompt(ids, output, str(talk[0]["value"]))
+            yield Prompt(ids, output, asked)
 
     def _custom(self, tokenizer: Tokenizer) -> Iterator[Prompt]:
         for number, line in enumerate(self._read().splitlines(), start=1):
@@ -112,7 +112,11 @@ class Dataset:
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise ConfigError(f'{self.path}, line {number}: expected an object with the string "prompt"')
             output = self.fixed_output_len or row.get("output_tokens", self.output_len)
-            yield Prompt(tokenizer.encode(row["prompt"]), int(output), row["prompt"])
+            if not isinstance(output, int) or isinstance(output, bool) or output < 1:
+                raise ConfigError(
+                    f"{self.path}, line {number}: output_tokens must be a positive integer, not {output!r}"
+                )
+            yield Prompt(tokenizer.encode(row["prompt"]), output, row["prompt"])
 
     def _read(self) -> str:
         assert self.path is not None
@@ -126,3 +130,12 @@ class Dataset:
             return json.loads(text)
         except ValueError as error:
             raise ConfigError(f"{self.path}{where} is not JSON: {error}") from error
+
+
+def _first_turns(row: object) -> tuple[str, str] | None:
+    """Question and answer of a ShareGPT row; None for a row without them."""
+    try:
+        first, second = row["conversations"][:2]  # type: ignore[index]
+        return str(first["value"]), str(second["value"])
+    except (KeyError, TypeError, ValueError):
+        return None

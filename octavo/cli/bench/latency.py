@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 _EXAMPLES = (
     "octavo bench latency                       8 prompts of 32 tokens, 128 tokens each\n\n"
-    "octavo bench latency --batch-size 1 --input-len 512 --output-len 1    time to first token"
+    "octavo bench latency --batch-size 1 --input-len 512 --output-len 1    time to first token\n\n"
+    "octavo bench latency --batch-size 32 --profile    what each node of a step takes"
 )
 
 
@@ -43,6 +44,9 @@ def latency(
     n: Annotated[int, typer.Option(help="Answers to each prompt.", min=1, metavar="N")] = 1,
     num_iters_warmup: Annotated[int, typer.Option(help="Batches before measuring.", min=0, metavar="N")] = 2,
     num_iters: Annotated[int, typer.Option(help="Batches measured.", min=1, metavar="N")] = 10,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print what each node of the program took, as a share of the limits.")
+    ] = False,
     output_json: Annotated[Path | None, typer.Option(help="File for the result.", metavar="FILE")] = None,
 ) -> None:
     """Measure the latency of a batch. Prompts are fresh for every batch, so that no prefix is found in the cache."""
@@ -54,12 +58,17 @@ def latency(
     with LLM(**asdict(config)) as llm:
         for _ in _progress("Warm-up", num_iters_warmup):
             run_batch(llm, params, draw, batch_size, input_len)
+        if profile:
+            llm.start_profile()
         seconds = [run_batch(llm, params, draw, batch_size, input_len) for _ in _progress("Measuring", num_iters)]
+        breakdown = llm.stop_profile() if profile else None
     average = sum(seconds) / len(seconds)
     ranked = {p: percentile(seconds, p) for p in PERCENTILES}
     typer.echo(f"Avg latency: {average} seconds")
     for rank, value in ranked.items():
         typer.echo(f"{rank}% percentile latency: {value} seconds")
+    if breakdown is not None:
+        typer.echo(f"\n{breakdown}", nl=False)
     if output_json is not None:
         result = {"avg_latency": average, "latencies": seconds, "percentiles": ranked}
         output_json.write_text(json.dumps(result, indent=4) + "\n")

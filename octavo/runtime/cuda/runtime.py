@@ -10,6 +10,7 @@ import torch
 
 from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention
+from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.cuda.graphs import Graphs, bucket_of, buckets
@@ -105,16 +106,19 @@ class CudaRuntime:
         free, total = torch.cuda.mem_get_info(self._device)
         return max(int(free - (1 - utilization) * total), 0)
 
-    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
+    def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str | None = None) -> int:
         """Bytes of one KV block over all layers."""
+        self._check_kv_dtype(dtype)
         return program.kv_elements_per_block(block_size) * self._dtype.itemsize
 
-    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str | None = None) -> None:
         """Reserves the pool, one block more than asked for: padding rows of graphs write there.
 
         Raises:
             MemoryPlanError: the device has no room.
+            UnsupportedError: a KV type other than the one computed in.
         """
+        self._check_kv_dtype(dtype)
         program = self._loaded()
         max_tokens, max_logits, max_requests = self._limits
         self._null_slot, self._block_size = num_blocks * block_size, block_size
@@ -181,6 +185,14 @@ class CudaRuntime:
         values: Float32 = self._logits_on_device().float().cpu().numpy().copy()
         return values
 
+    def start_profile(self) -> None:
+        """Raises UnsupportedError: nodes are not timed one by one here."""
+        raise UnsupportedError("the cuda runtime has no profile of its nodes: use a profiler of the card")
+
+    def stop_profile(self) -> Profile:
+        """Raises StepError: none was started."""
+        raise StepError("stop_profile() without start_profile()")
+
     def close(self) -> None:
         """Lets go of everything on the device."""
         self._graphs = None
@@ -221,6 +233,10 @@ class CudaRuntime:
     def _check_dtype(self, dtype: str) -> None:
         if _torch_dtype(dtype) != self._dtype:
             raise UnsupportedError(f"this cuda runtime was made for {self._dtype}, not {dtype}")
+
+    def _check_kv_dtype(self, dtype: str | None) -> None:
+        if dtype is not None and _torch_dtype(dtype) != self._dtype:
+            raise UnsupportedError(f"--kv-cache-dtype {dtype}: the cuda runtime keeps KV as {self._dtype} here")
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "Triton's interpreter"

@@ -23,7 +23,16 @@ SOURCES = Path(__file__).resolve().parents[3] / "native"
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off"]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-_X86_LEVELS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512}
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]
+_X86_LEVELS = {
+    "portable": [],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512bf16": _AVX512_BF16,
+    "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+# The files of native/levels that make a level; the last two are avx512 but for theirs.
+_LEVEL_FILES = {"avx512bf16": {"attention", "cache", "packed", "probe"}, "amx": {"packed_tiles", "probe"}}
 
 
 class BuildError(Exception):
@@ -61,7 +70,7 @@ def build(target: Path, *, extra_flags: list[str] | None = None) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         jobs: list[tuple[Path, list[str], Path]] = []  # (source, its flags, object); longest first
         for level, level_flags in levels().items():
-            for source in sorted((SOURCES / "levels").glob("*.cpp")):
+            for source in _level_sources(level):
                 target_flags = [f"-DOCTAVO_LEVEL={level}", *level_flags]
                 jobs.append((source, target_flags, Path(folder, f"{level}_{source.stem}.o")))
         jobs += [(source, [], Path(folder, f"{source.stem}.o")) for source in sorted(SOURCES.glob("*.cpp"))]
@@ -74,6 +83,13 @@ def build(target: Path, *, extra_flags: list[str] | None = None) -> Path:
         shutil.copy(linked, staged)
         staged.replace(target / LIBRARY)  # a process that has the old one mapped keeps it
     return target / LIBRARY
+
+
+def _level_sources(level: str) -> list[Path]:
+    sources = sorted((SOURCES / "levels").glob("*.cpp"))
+    if level in _LEVEL_FILES:
+        return [source for source in sources if source.stem in _LEVEL_FILES[level]]
+    return [source for source in sources if source.stem != "packed_tiles"]
 
 
 def _run(command: list[str]) -> None:

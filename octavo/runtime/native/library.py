@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
-ABI_VERSION = 1
+ABI_VERSION = 4
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
-LEVELS = ("auto", "portable", "avx2", "avx512")
+LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
 
 OP_CODES = {"Embedding": 0, "Norm": 1, "Add": 2, "Linear": 3, "RopeKVWrite": 4, "Attention": 5, "GatherRows": 6}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_mul": 4, "gelu_tanh_mul": 5}
-DTYPES = {"float32": 0, "bfloat16": 1}
+DTYPES = ("float32", "bfloat16", "quantized")
+KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _INVALID, _OUT_OF_MEMORY = 1, 2
 
@@ -88,6 +89,7 @@ class StepTable(ctypes.Structure):
         ("num_bias", c_int64),
         ("num_seen", c_int64),
         *((f"out_{name}", c_void_p) for name in OUTPUT_ARRAYS),
+        ("out_times", c_void_p),
     ]
 
 
@@ -96,13 +98,18 @@ _SIGNATURES = {
     "octavo_error": (c_char_p, []),
     "octavo_create": (c_int32, [c_int32, c_char_p, POINTER(c_void_p)]),
     "octavo_destroy": (None, [c_void_p]),
-    "octavo_add_weight": (c_int32, [c_void_p, c_int64, c_int64, c_int32]),
+    "octavo_add_weight": (c_int32, [c_void_p, c_int64, c_int64]),
+    "octavo_add_packed": (c_int32, [c_void_p, c_int64]),
+    "octavo_add_part": (c_int32, [c_void_p, c_int32, c_int64, c_char_p]),
+    "octavo_part_bytes": (c_int64, [c_char_p, c_int64, c_int64]),
     "octavo_pack": (c_int32, [c_void_p, c_int32, c_int64, c_int64, c_char_p, c_void_p, c_int64]),
     "octavo_row_bytes": (c_int64, [c_char_p, c_int64]),
     "octavo_set_program": (c_int32, [c_void_p, POINTER(ProgramTable)]),
-    "octavo_allocate_kv": (c_int32, [c_void_p, c_int64, c_int64]),
+    "octavo_kv_bytes": (c_int64, [c_int32, c_int64, c_int64]),
+    "octavo_allocate_kv": (c_int32, [c_void_p, c_int64, c_int64, c_int32]),
     "octavo_copy_blocks": (c_int32, [c_void_p, c_void_p, c_int64]),
     "octavo_step": (c_int32, [c_void_p, POINTER(StepTable)]),
+    "octavo_probe": (c_int32, [c_void_p, POINTER(c_double), POINTER(c_double)]),
     "octavo_logits": (c_void_p, [c_void_p]),
 }
 

@@ -1,90 +1,142 @@
 """Weights from a checkpoint's stored tensors into the library's memory.
 
-Matrices are kept row-major as float32 or bfloat16, because one layout must serve an embedding lookup and a Linear when
-they are tied. The library decodes the float types and the common GGUF blocks itself, with all threads; rarer blocks go
-through the gguf package.
+Vectors, and all weights of dtype "float32", are row-major float32. Other matrices are packed (native/stores.h): dtype
+"bfloat16" keeps every part as bf16, "quantized" keeps each as its own GGUF type (float types, and rare block types
+that only the gguf package can read, as bf16). The library converts with all threads.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import ModelFileError
-from octavo.program.ops import Weight
+from octavo.program.ops import Linear, Weight
 from octavo.program.program import Program
 from octavo.runtime.base import Tensor, WeightSource
-from octavo.runtime.native.library import DTYPES, check
+from octavo.runtime.native import codes
+from octavo.runtime.native.library import check, load_library
 from octavo.runtime.reference.tensors import stack, to_float32
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BFLOAT16 = "BF16"  # the store of floats
 
 
-def kept_dtype(weight: Weight, dtype: str) -> str:
-    """How a weight is kept: vectors are always float32."""
-    return "float32" if weight.role == "vector" else dtype
+def kept_bytes(program: Program, source: WeightSource, dtype: str) -> dict[tuple[str, ...], int]:
+    """Resident bytes of each weight, by its parts; no tensor is read."""
+    return Packer(load_library(), program, source, dtype).bytes()
 
 
-def packed_bytes(weight: Weight, dtype: str) -> int:
-    """Resident bytes of a weight once packed."""
-    return math.prod(weight.shape) * _BYTES[kept_dtype(weight, dtype)]
-
-
-def pack_weights(
-    library: ctypes.CDLL,
-    engine: ctypes.c_void_p,
-    program: Program,
-    source: WeightSource,
-    dtype: str,
-    progress: Callable[[int], None] | None,
-) -> dict[tuple[str, ...], int]:
-    """Packs every weight of a program; returns their ids by parts, so that a tied one is there once.
+class Packer:
+    """Puts the weights of one program into the library's memory.
 
     Raises:
         ModelFileError: a tensor whose shape is not the one the program was recorded for.
         UnsupportedModelError: a block type that nobody here can decode.
     """
-    ids: dict[tuple[str, ...], int] = {}
-    for weight in program.weights:
-        ids[weight.parts] = len(ids)
-        _pack(library, engine, ids[weight.parts], weight, source, kept_dtype(weight, dtype))
-        if progress is not None:
-            progress(len(ids))
-    return ids
 
+    def __init__(self, library: ctypes.CDLL, program: Program, source: WeightSource, dtype: str) -> None:
+        self._library = library
+        self._program = program
+        self._source = source
+        self._dtype = dtype
+        self._gated = {
+            node.weight.parts for node in program.nodes if isinstance(node, Linear) and node.activation.endswith("_mul")
+        }
 
-def _pack(
-    library: ctypes.CDLL, engine: ctypes.c_void_p, index: int, weight: Weight, source: WeightSource, dtype: str
-) -> None:
-    rows, cols = (1, *weight.shape)[-2:]
-    check(library, library.octavo_add_weight(engine, rows, cols, DTYPES[dtype]))
+    def bytes(self) -> dict[tuple[str, ...], int]:
+        """Bytes that pack() makes resident for each weight, by its parts; from shapes and types alone."""
+        return {weight.parts: self._bytes(weight) for weight in self._program.weights}
 
-    def pack(first: int, count: int, type_name: str, data: npt.NDArray[Any]) -> None:
-        code = library.octavo_pack(
-            engine, index, first, count, type_name.encode(), data.ctypes.data, ctypes.c_int64(data.nbytes)
+    def pack(self, engine: ctypes.c_void_p, progress: Callable[[int], None] | None) -> dict[tuple[str, ...], int]:
+        """Packs every weight; returns their ids by parts, so that a tied one is there once."""
+        ids: dict[tuple[str, ...], int] = {}
+        for weight in self._program.weights:
+            index = ids[weight.parts] = len(ids)
+            if self._is_packed(weight):
+                self._pack_parts(engine, index, weight)
+            else:
+                self._pack_floats(engine, index, weight)
+            if progress is not None:
+                progress(len(ids))
+        return ids
+
+    def _is_packed(self, weight: Weight) -> bool:
+        return self._dtype != "float32" and weight.role != "vector"
+
+    def _bytes(self, weight: Weight) -> int:
+        if not self._is_packed(weight):
+            return 4 * math.prod(weight.shape)
+        return sum(
+            self._library.octavo_part_bytes(self._store(part, weight.shape[1]).encode(), rows, weight.shape[1])
+            for part, _, rows in self._pieces(weight)
         )
-        check(library, code)
 
-    if len(weight.shape) == 1:
-        pack(0, 1, "F32", stack(weight, source, "float32"))
-        return
-    first = 0
-    for part, count in zip(weight.parts, weight.part_rows, strict=True):
-        tensor = source.get(part)
-        if tensor.shape != (count, cols):
-            raise ModelFileError(f"tensor {tensor.name} has shape {tensor.shape}, but {part} must be {(count, cols)}")
-        pack(first, count, *_decodable(library, tensor))
-        first += count
+    def _store(self, part: str, cols: int) -> str:
+        """The GGUF type that a part is kept as."""
+        stored = self._source.type_of(part) if self._dtype == "quantized" else _BFLOAT16
+        if stored == codes.SOURCE_TYPE:
+            stored = codes.CODED_TYPE
+        return stored if self._library.octavo_row_bytes(stored.encode(), cols) else _BFLOAT16
+
+    def _pieces(self, weight: Weight) -> Iterator[tuple[str, int, int]]:
+        """(part, its first row, rows): the parts, cut in half where a gated activation takes gate and up apart."""
+        half = weight.shape[0] // 2 if weight.parts in self._gated else 0
+        start = 0
+        for part, rows in zip(weight.parts, weight.part_rows, strict=True):
+            first = half - start if start < half < start + rows else rows
+            yield part, 0, first
+            if first < rows:
+                yield part, first, rows - first
+            start += rows
+
+    def _pack_floats(self, engine: ctypes.c_void_p, index: int, weight: Weight) -> None:
+        rows, cols = (1, *weight.shape)[-2:]
+        check(self._library, self._library.octavo_add_weight(engine, rows, cols))
+        if len(weight.shape) == 1:
+            self._convert(engine, index, 0, 1, ("F32", stack(weight, self._source, "float32")))
+            return
+        first = 0
+        for part, count in zip(weight.parts, weight.part_rows, strict=True):
+            self._convert(engine, index, first, count, self._stored(part, (count, cols)))
+            first += count
+
+    def _pack_parts(self, engine: ctypes.c_void_p, index: int, weight: Weight) -> None:
+        cols = weight.shape[1]
+        check(self._library, self._library.octavo_add_packed(engine, cols))
+        at, sizes = 0, dict(zip(weight.parts, weight.part_rows, strict=True))
+        for part, first, rows in self._pieces(weight):
+            store = self._store(part, cols).encode()
+            check(self._library, self._library.octavo_add_part(engine, index, rows, store))
+            type_name, data = self._stored(part, (sizes[part], cols))
+            self._convert(engine, index, at, rows, (type_name, data[first : first + rows]))
+            at += rows
+
+    def _convert(
+        self, engine: ctypes.c_void_p, index: int, first: int, rows: int, stored: tuple[str, npt.NDArray[Any]]
+    ) -> None:
+        type_name, data = stored
+        code = self._library.octavo_pack(
+            engine, index, first, rows, type_name.encode(), data.ctypes.data, ctypes.c_int64(data.nbytes)
+        )
+        check(self._library, code)
+
+    def _stored(self, part: str, shape: tuple[int, int]) -> tuple[str, npt.NDArray[Any]]:
+        tensor = self._source.get(part)
+        if tensor.shape != shape:
+            raise ModelFileError(f"tensor {tensor.name} has shape {tensor.shape}, but {part} must be {shape}")
+        return _decodable(self._library, tensor)
 
 
 def _decodable(library: ctypes.CDLL, tensor: Tensor) -> tuple[str, npt.NDArray[Any]]:
     """(type name, contiguous data) that the library can decode."""
     rows, cols = tensor.shape
+    if tensor.type == codes.SOURCE_TYPE:
+        return codes.CODED_TYPE, codes.to_codes(tensor.data)
     row_bytes = library.octavo_row_bytes(tensor.type.encode(), cols)
     if not row_bytes:
         return "F32", np.ascontiguousarray(to_float32(tensor))

@@ -11,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import StepError, UnsupportedError
+from octavo.program.ops import Sizes
+from octavo.program.profile import Limits as MachineLimits
+from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.native import library as lib
-from octavo.runtime.native.packing import pack_weights, packed_bytes
+from octavo.runtime.native.packing import Packer
 from octavo.runtime.native.table import Limits, Tables, build_tables
 
 _FLOAT_BYTES = 4
-_VALUE_GROUP = 16  # a row of V is padded to a multiple of this (native/kernels.h)
+_SLOTS_OF_PIECE = 16  # slots of the KV cache that lie together (kGroup in native/kernels.h)
 
 # What the library takes each array for; checked before any pointer is handed over.
 _STEP_DTYPES: dict[str, type[np.generic]] = dict.fromkeys(lib.STEP_ARRAYS, np.int32) | {"slots": np.int64}
@@ -37,7 +40,7 @@ _PER_ROW = (
 
 
 class NativeRuntime:
-    """Implements runtime.base.Runtime on the CPU; matrices as float32 or bfloat16, everything else float32.
+    """Implements runtime.base.Runtime on the CPU; matrices as float32, bfloat16 or stored blocks, the rest float32.
 
     Results do not depend on the number of threads, on batch mates, or on how a prompt is cut into chunks.
 
@@ -62,6 +65,9 @@ class NativeRuntime:
         self._step = lib.StepTable()
         self._step_pointer = ctypes.pointer(self._step)
         self._inputs: StepInputs | None = None
+        self._weight_bytes: dict[tuple[str, ...], int] = {}
+        self._kv_dtype = "float32"
+        self._profile: Profile | None = None
 
     def load(
         self,
@@ -77,26 +83,27 @@ class NativeRuntime:
         """Packs the weights with all threads and hands the program over.
 
         Raises:
-            UnsupportedError: a dtype other than float32 and bfloat16.
+            UnsupportedError: a dtype other than float32, bfloat16 and quantized.
             MemoryPlanError: the system refuses the memory.
             ModelFileError: a tensor of an unexpected shape.
         """
         _check_dtype(dtype)
-        ids = pack_weights(self._library, self._handle(), program, weights, dtype, progress)
+        packer = Packer(self._library, program, weights, dtype)
+        ids = packer.pack(self._handle(), progress)
         limits = Limits(max_num_tokens, max_num_logits, max_num_requests)
         self._tables = build_tables(program, ids, limits)
         self._call(self._library.octavo_set_program, ctypes.byref(self._tables.program))
-        self._program = program
+        self._program, self._weight_bytes = program, packer.bytes()
         return LoadReport(
-            weight_bytes=self.weight_bytes(program, weights, dtype),
+            weight_bytes=sum(self._weight_bytes.values()),
             arena_bytes=self.arena_bytes(program, max_num_tokens, max_num_logits),
             description=f"native ({self.level}, {self.num_threads} threads, {dtype})",
         )
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
-        """Bytes that load() would make resident, from shapes alone."""
+        """Bytes that load() would make resident, from shapes and stored types alone."""
         _check_dtype(dtype)
-        return sum(packed_bytes(weight, dtype) for weight in program.weights)
+        return sum(Packer(self._library, program, weights, dtype).bytes().values())
 
     def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
         """Activations of the largest step, in float32."""
@@ -105,17 +112,16 @@ class NativeRuntime:
     def free_bytes(self, utilization: float) -> None:
         """Everything lies in the host's memory."""
 
-    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
-        """Bytes of one KV block over all layers, with the padding of V."""
-        per_slot = sum(
-            layer.num_kv_heads * (layer.head_dim + -(-layer.head_dim // _VALUE_GROUP) * _VALUE_GROUP)
-            for layer in program.kv_layers
-        )
-        return per_slot * block_size * _FLOAT_BYTES
+    def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
+        """Bytes of one KV block over all layers, with the padding of V and the scales of int8."""
+        code = _kv_code(dtype)
+        pieces: int = sum(self._library.octavo_kv_bytes(code, kv.num_kv_heads, kv.head_dim) for kv in program.kv_layers)
+        return pieces * block_size // _SLOTS_OF_PIECE
 
-    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves the pool; the system backs a block when it is first written."""
-        self._call(self._library.octavo_allocate_kv, num_blocks, block_size)
+        self._call(self._library.octavo_allocate_kv, num_blocks, block_size, _kv_code(dtype))
+        self._kv_dtype = dtype
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole KV blocks (from, to) in all layers."""
@@ -144,7 +150,10 @@ class NativeRuntime:
         for name in lib.OUTPUT_ARRAYS:
             setattr(step, f"out_{name}", _address(getattr(output, name)))
         self.num_foreign_calls += 1
-        self._call(self._library.octavo_step, self._step_pointer)
+        if self._profile is None:
+            self._call(self._library.octavo_step, self._step_pointer)
+        else:
+            self._measured_step(self._profile, inputs)
         return output
 
     def logits(self) -> Float32:
@@ -158,11 +167,41 @@ class NativeRuntime:
         values = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), shape)
         return values.copy()
 
+    def start_profile(self) -> None:
+        """Measures the machine's limits (half a second), then times every node of each step until stop_profile()."""
+        if self._program is None:
+            raise StepError("start_profile() before load()")
+        reads, operations = ctypes.c_double(), ctypes.c_double()
+        self._call(self._library.octavo_probe, ctypes.byref(reads), ctypes.byref(operations))
+        block_bytes = self.kv_bytes_per_block(self._program, _SLOTS_OF_PIECE, self._kv_dtype)
+        kv_bytes = block_bytes / max(1, self._program.kv_elements_per_block(_SLOTS_OF_PIECE))
+        limits = MachineLimits(reads.value, operations.value)
+        self._profile = Profile(self._program, limits, lambda w: self._weight_bytes[w.parts], kv_bytes)
+
+    def stop_profile(self) -> Profile:
+        """What was measured since start_profile(). Steps pay nothing from here on."""
+        profile, self._profile = self._profile, None
+        if profile is None:
+            raise StepError("stop_profile() without start_profile()")
+        return profile
+
     def close(self) -> None:
         """Frees everything; threads end. Further calls raise StepError."""
         self._finalizer()
         self._engine = ctypes.c_void_p()
         self._tables = None
+
+    def _measured_step(self, profile: Profile, inputs: StepInputs) -> None:
+        assert self._program is not None
+        times = np.zeros((len(self._program.nodes) + 1, 2), dtype=np.int64)
+        self._step.out_times = _address(times)
+        try:
+            self._call(self._library.octavo_step, self._step_pointer)
+        finally:
+            self._step.out_times = None
+        attended = float(inputs.positions.mean()) + 1 if len(inputs.positions) else 0.0
+        sizes = Sizes(len(inputs.token_ids), len(inputs.logits_indices), attended, len(inputs.seq_lens))
+        profile.add(sizes, [(ns, barriers) for ns, barriers in times.tolist()])
 
     def _handle(self) -> ctypes.c_void_p:
         if not self._engine:
@@ -210,7 +249,13 @@ class NativeRuntime:
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in lib.DTYPES:
-        raise UnsupportedError(f"the native runtime keeps weights as float32 or bfloat16, not {dtype}")
+        raise UnsupportedError(f"the native runtime keeps weights as {', '.join(lib.DTYPES)}, not {dtype}")
+
+
+def _kv_code(dtype: str) -> int:
+    if dtype not in lib.KV_DTYPES:
+        raise UnsupportedError(f"the KV cache is kept as {', '.join(lib.KV_DTYPES)}, not {dtype}")
+    return lib.KV_DTYPES[dtype]
 
 
 def _checked(name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> int:

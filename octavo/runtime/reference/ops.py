@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from octavo.program.ops import Activation, Rope
 from octavo.runtime.base import Float32, Int32, Int64, StepInputs
+from octavo.runtime.bfloat16 import round_to_bfloat16
 
 _erf = np.frompyfunc(math.erf, 1, 1)  # numpy has none; slow and exact is right here
 
@@ -92,6 +93,13 @@ def rotate(x: Float32, positions: Int32, rope: Rope) -> Float32:
     return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
 
 
+def round_to_int8(x: Float32) -> Float32:
+    """The nearest multiples of the largest magnitude / 127 over the last axis, ties to even."""
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.asarray(np.rint(x * factor) * (largest / np.float32(127)), dtype=np.float32)
+
+
 def slots_of(positions: npt.NDArray[np.intp], block_table: Int32, block_size: int) -> Int64:
     """The slots of one request's positions."""
     return block_table[positions // block_size].astype(np.int64) * block_size + positions % block_size
@@ -108,8 +116,13 @@ def attention(
     scale: float,
     window: int,
     cap: float,
+    rounds: bool = False,
 ) -> Float32:
-    """Causal attention of ragged queries over the paged cache, one request after the other; [T, H, D]."""
+    """Causal attention of ragged queries over the paged cache, one request after the other; [T, H, D].
+
+    `rounds`: queries and softmax weights (before they are normed) are rounded to bfloat16, as with a narrow cache.
+    """
+    q = round_to_bfloat16(q) if rounds else q
     out = np.empty_like(q)
     for b, seq_len in enumerate(inputs.seq_lens.tolist()):
         start, end = int(inputs.query_start_loc[b]), int(inputs.query_start_loc[b + 1])
@@ -121,7 +134,7 @@ def attention(
         slots = slots_of(key_positions, inputs.block_tables[group, b], block_size)
         distance = query_positions[:, None] - key_positions[None, :]  # [queries, keys]
         visible = (distance >= 0) & (distance < window) if window else distance >= 0
-        out[start:end] = attend(q[start:end], keys[slots], values[slots], visible, scale, cap)
+        out[start:end] = attend(q[start:end], keys[slots], values[slots], visible, scale, cap, rounds)
     return out
 
 
@@ -132,6 +145,7 @@ def attend(
     visible: npt.NDArray[np.bool_],  # [n, m]
     scale: float,
     cap: float,
+    rounds: bool,
 ) -> Float32:
     """softmax(softcap(q k^T * scale)) v for one request; query head h reads KV head h // (H / G)."""
     num_queries, num_heads, head_dim = q.shape
@@ -141,7 +155,8 @@ def attend(
     scores = grouped @ k.transpose(1, 2, 0)[:, None] * np.float32(scale)  # [G, share, n, m]
     scores = np.where(visible, softcap(scores, cap), np.float32(-np.inf))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    mixed = weights @ v.transpose(1, 0, 2)[:, None]  # [G, share, n, D]
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = round_to_bfloat16(weights) if rounds else weights
+    mixed = weights @ v.transpose(1, 0, 2)[:, None] / total  # [G, share, n, D]
     out: Float32 = mixed.transpose(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
     return out

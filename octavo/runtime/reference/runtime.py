@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from octavo.errors import UnsupportedError
+from octavo.errors import StepError, UnsupportedError
 from octavo.program.ops import (
     Add,
     AnyOp,
@@ -19,13 +19,20 @@ from octavo.program.ops import (
     RopeKVWrite,
     Weight,
 )
+from octavo.program.profile import Profile
 from octavo.program.program import BufferPlan, Program
 from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.bfloat16 import round_to_bfloat16
 from octavo.runtime.reference import ops
 from octavo.runtime.reference.sampler import sample
 from octavo.runtime.reference.tensors import stack
 
 FLOAT_BYTES = 4
+KV_ROUNDING: dict[str, Callable[[Float32], Float32]] = {
+    "float32": lambda x: x,
+    "bfloat16": round_to_bfloat16,
+    "int8": ops.round_to_int8,
+}
 
 
 class ReferenceRuntime:
@@ -42,6 +49,9 @@ class ReferenceRuntime:
         self._keys: list[Float32] = []  # per KV layer: [slots, KV heads, head_dim]
         self._values: list[Float32] = []
         self._block_size = 0
+        self._round_kv = KV_ROUNDING["float32"]
+        self._rounds_attention = False
+        self._rounds = False  # matrices and the activations they meet
         self._arena: dict[int, Float32] = {}
 
     def load(
@@ -55,9 +65,14 @@ class ReferenceRuntime:
         max_num_requests: int,
         progress: Callable[[int], None] | None = None,
     ) -> LoadReport:
-        """Reads every weight as float32 (rounded to bfloat16 values first where that is asked for)."""
-        if dtype not in ("float32", "bfloat16"):
-            raise UnsupportedError(f"the reference runtime keeps float32 or bfloat16 values, not {dtype}")
+        """Reads every weight as float32.
+
+        With "bfloat16" and "quantized" (which differ in what a runtime keeps, not in what it computes) the values of
+        matrices are rounded to bfloat16, and so are the activations that a Linear reads; sums stay float32.
+        """
+        if dtype not in ("float32", "bfloat16", "quantized"):
+            raise UnsupportedError(f"the reference runtime computes in float32, bfloat16 or quantized, not {dtype}")
+        self._rounds = dtype != "float32"
         self._program = program
         plan: BufferPlan = program.plan_buffers()
         self._slot_of = dict(zip(program.buffers, plan.slot_of, strict=True))
@@ -82,12 +97,16 @@ class ReferenceRuntime:
     def free_bytes(self, utilization: float) -> None:
         """Everything lies in the host's memory."""
 
-    def kv_bytes_per_block(self, program: Program, block_size: int) -> int:
-        """Bytes of one KV block over all layers."""
+    def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
+        """Bytes of one KV block over all layers: float32, whatever `dtype` its values are rounded to."""
         return program.kv_elements_per_block(block_size) * FLOAT_BYTES
 
-    def allocate_kv(self, num_blocks: int, block_size: int) -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves zeroed pages, which the system backs when they are first written."""
+        if dtype not in KV_ROUNDING:
+            raise UnsupportedError(f"the KV cache is kept as {', '.join(KV_ROUNDING)}, not {dtype}")
+        self._round_kv = KV_ROUNDING[dtype]
+        self._rounds_attention = dtype != "float32"
         self._block_size = block_size
         shapes = [(num_blocks * block_size, kv.num_kv_heads, kv.head_dim) for kv in self._program.kv_layers]
         self._keys = [np.zeros(shape, dtype=np.float32) for shape in shapes]
@@ -112,6 +131,14 @@ class ReferenceRuntime:
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
         return self._read(self._program.logits).copy()
+
+    def start_profile(self) -> None:
+        """Raises UnsupportedError: times of numpy calls would tell nothing about serving."""
+        raise UnsupportedError("the reference runtime has no profile: use --runtime native")
+
+    def stop_profile(self) -> Profile:
+        """Raises StepError: none was started."""
+        raise StepError("stop_profile() without start_profile()")
 
     def close(self) -> None:
         """Lets go of weights, KV and buffers."""
@@ -142,6 +169,8 @@ class ReferenceRuntime:
                 self._write(node.out, self._read(node.x) + self._read(node.y))
             case Linear():
                 x, weight = self._read(node.x), self._weight(node.weight)
+                if self._rounds:
+                    x = round_to_bfloat16(x)
                 product = ops.linear(x, weight, self._optional(node.bias), node.scale)
                 self._write(node.out, ops.softcap(ops.activate(product, node.activation), node.softcap))
             case RopeKVWrite():
@@ -183,8 +212,8 @@ class ReferenceRuntime:
             q = ops.rotate(q, inputs.positions, node.rope)
             k = ops.rotate(k, inputs.positions, node.rope)
         slots = inputs.slots[self._program.kv_layers[node.kv_layer].group]
-        self._keys[node.kv_layer][slots] = k
-        self._values[node.kv_layer][slots] = v
+        self._keys[node.kv_layer][slots] = self._round_kv(k)
+        self._values[node.kv_layer][slots] = self._round_kv(v)
         self._write(node.out, q.reshape(num_tokens, -1))
 
     def _attention(self, node: Attention, inputs: StepInputs) -> None:
@@ -199,5 +228,6 @@ class ReferenceRuntime:
             scale=node.scale,
             window=node.window,
             cap=node.softcap,
+            rounds=self._rounds_attention,
         )
         self._write(node.out, mixed.reshape(len(q), -1))

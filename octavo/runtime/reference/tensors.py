@@ -7,7 +7,7 @@ import numpy as np
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.program.ops import Weight
 from octavo.runtime.base import Float32, Tensor, WeightSource
-from octavo.runtime.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
+from octavo.runtime.bfloat16 import bfloat16_to_float32, round_to_bfloat16
 
 
 def to_float32(tensor: Tensor) -> Float32:
@@ -30,7 +30,7 @@ def to_float32(tensor: Tensor) -> Float32:
 
 
 def stack(weight: Weight, source: WeightSource, dtype: str) -> Float32:
-    """A weight's parts as one float32 array of `weight.shape`; with dtype "bfloat16" matrices hold rounded values.
+    """A weight's parts as one float32 array of `weight.shape`; but for dtype "float32", matrices hold bf16 values.
 
     Raises:
         ModelFileError: a part whose shape is not the one the program was recorded for.
@@ -43,6 +43,6 @@ def stack(weight: Weight, source: WeightSource, dtype: str) -> Float32:
             raise ModelFileError(f"tensor {tensor.name} has shape {tensor.shape}, but {part} must be {expected}")
         arrays.append(to_float32(tensor))
     values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    if dtype == "bfloat16" and weight.role != "vector":
-        values = bfloat16_to_float32(float32_to_bfloat16(values))
+    if dtype != "float32" and weight.role != "vector":
+        values = round_to_bfloat16(values)
     return np.ascontiguousarray(values)

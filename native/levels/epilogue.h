@@ -1,0 +1,69 @@
+// What a Linear does with its sums: scale, bias, activation, soft cap.
+#pragma once
+
+#include <cmath>
+
+#include "../abi.h"
+#include "level.h"
+#include "simd.h"
+
+namespace octavo::OCTAVO_LEVEL {
+namespace {
+
+inline Floats gelu(Floats x) {
+    float values[kLanes];
+    store(values, x * 0.70710678118654752f);
+    for (float& value : values) value = erff(value);
+    return 0.5f * x * (1.0f + load(values));
+}
+
+inline Floats gelu_tanh(Floats x) {
+    return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
+
+inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+
+inline Floats activate(int activation, Floats x, Floats up) {
+    switch (activation) {
+        case OCTAVO_RELU: return x > 0.0f ? x : Floats{};
+        case OCTAVO_GELU: return gelu(x);
+        case OCTAVO_GELU_TANH: return gelu_tanh(x);
+        case OCTAVO_SILU_MUL: return silu(x) * up;
+        case OCTAVO_GELU_TANH_MUL: return gelu_tanh(x) * up;
+        default: return x;
+    }
+}
+
+inline bool gated(int activation) { return activation == OCTAVO_SILU_MUL || activation == OCTAVO_GELU_TANH_MUL; }
+
+// scale and bias of kLanes channels from a row of sums.
+inline Floats affine(const Epilogue& a, const float* sums, const float* bias, size_t count) {
+    Floats v = load(sums);
+    if (a.scale != 1.0f) v *= a.scale;
+    if (bias != nullptr) v += load_part(bias, count);
+    return v;
+}
+
+// `count` <= kChannels outputs of one row from `channel` on; `ups` null unless the activation is gated.
+inline void finish(const Epilogue& a, const float* sums, const float* ups, size_t row, size_t channel, size_t count) {
+    float* out = a.out + row * a.channels + channel;
+    for (size_t c = 0; c < count; c += kLanes) {
+        const size_t n = count - c < kLanes ? count - c : kLanes;
+        Floats v = affine(a, sums + c, a.bias ? a.bias + channel + c : nullptr, n);
+        Floats up{};
+        if (ups != nullptr) up = affine(a, ups + c, a.bias ? a.bias + a.channels + channel + c : nullptr, n);
+        v = activate(a.activation, v, up);
+        if (a.softcap != 0.0f) v = a.softcap * tanh(v / a.softcap);
+        store_part(out + c, v, n);
+    }
+}
+
+// The outputs of one group of a part, for one row.
+inline void finish_group(const PackedArgs& a, const Part& part, size_t group, size_t row, const float* sums,
+                         const float* ups) {
+    const size_t channel = group * kChannels, left = part.channels - channel;
+    finish(a.epilogue, sums, ups, row, part.first_channel + channel, left < kChannels ? left : kChannels);
+}
+
+}  // namespace
+}  // namespace octavo::OCTAVO_LEVEL

@@ -1,0 +1,228 @@
+// Linear over packed weights (stores.h): every line that is decoded serves all rows.
+//
+// Few rows: lines are used in the registers they are decoded in, and the packed bytes stream from memory once.
+// Many rows: two groups are decoded into scratch, which stays in the cache for all rows. Both give an output the same
+// sum: one chain per lane over the lines, in order (lines.h).
+#include "epilogue.h"
+#include "level.h"
+#include "lines.h"
+#include "simd.h"
+
+namespace octavo::OCTAVO_LEVEL {
+namespace {
+
+constexpr size_t kTileRows = kLanes == 16 ? 8 : 6;  // rows of a tile: what the registers hold
+constexpr size_t kFewRows = kLanes == 16 ? 4 : kLanes == 8 ? 1 : 0;  // rows whose sums fit beside the decoding
+constexpr size_t kChunkBlocks = 4;                  // blocks that one tile of rows decodes at a time
+
+// Sums of one group or two: [rows][2][kChannels].
+using Sums = float (*)[2][kChannels];
+
+// `count` <= GROUPS groups that follow each other; what would lie past them is computed again and dropped.
+// out: [GROUPS / 2][rows][2][kChannels]. Row r reads x row min(r, last_row).
+template <Layout L, size_t ROWS, size_t GROUPS>
+void few(const Part& part, size_t group, size_t count, const PackedArgs& a, Sums out) {
+    const Activation* x[ROWS];
+    for (size_t r = 0; r < ROWS; ++r)
+        x[r] = static_cast<const Activation*>(a.x) + (r < a.num_rows ? r : a.num_rows - 1) * a.depth;
+    const uint8_t* data[GROUPS];
+    for (size_t g = 0; g < GROUPS; ++g) data[g] = part.data + (group + (g < count ? g : count - 1)) * part.group_bytes;
+    const size_t ahead = GROUPS * part.group_bytes;  // the same block of the groups to come
+    Floats totals[ROWS][GROUPS][kStrips] = {};
+    for (size_t block = 0; block < a.num_blocks; ++block) {
+        const size_t at = block * kBlockDepth;
+#pragma GCC unroll 4
+        for (size_t g = 0; g < GROUPS; ++g) {
+            fetch<L>(data[g], block, ahead);
+            for (size_t r = 0; r < ROWS; ++r) asm("" : "+r"(x[r]));  // or pairs are kept for the next group, and spilt
+            each_line<L>(data[g], block, part.table, [&](size_t line, const Strip* strips) OCTAVO_INLINE_LAMBDA {
+                for (size_t r = 0; r < ROWS; ++r) {
+                    const Strip pair = load_pair(x[r] + at + 2 * line);
+                    for (size_t s = 0; s < kStrips; ++s)
+                        totals[r][g][s] = multiply_add(strips[s], pair, totals[r][g][s]);
+                }
+            });
+        }
+    }
+    for (size_t r = 0; r < ROWS; ++r)
+        for (size_t g = 0; g < GROUPS; ++g) channel_sums(totals[r][g], out[g / 2 * ROWS + r][g % 2]);
+}
+
+using Few = void (*)(const Part& part, size_t group, size_t count, const PackedArgs& a, Sums out);
+
+template <Layout L>
+constexpr Few pick_few(size_t rows, size_t groups) {
+    if constexpr (kFewRows > 1) {
+        if (rows == 2) return few<L, 2, 2>;
+        if (rows == 4) return few<L, 4, 2>;
+    }
+    return groups == 4 ? few<L, 1, 4> : few<L, 1, 2>;
+}
+
+Few find_few(size_t layout, size_t rows, size_t groups) {
+    switch (layout) {
+        case 0: return pick_few<kLayouts[0]>(rows, groups);
+        case 1: return pick_few<kLayouts[1]>(rows, groups);
+        case 2: return pick_few<kLayouts[2]>(rows, groups);
+        case 3: return pick_few<kLayouts[3]>(rows, groups);
+        case 4: return pick_few<kLayouts[4]>(rows, groups);
+        case 5: return pick_few<kLayouts[5]>(rows, groups);
+        case 6: return pick_few<kLayouts[6]>(rows, groups);
+        case 7: return pick_few<kLayouts[7]>(rows, groups);
+        case 8: return pick_few<kLayouts[8]>(rows, groups);
+        case 9: return pick_few<kLayouts[9]>(rows, groups);
+        default: return pick_few<kLayouts[10]>(rows, groups);
+    }
+}
+
+// Two strips of lines that follow each other: where they begin, and the bytes to the next line.
+struct Strips {
+    const uint8_t *first, *second;
+    size_t line_bytes, ahead;  // ahead: where strips that come next begin, relative to these; 0 for none
+};
+
+// Sums of a tile, before even and odd k are added.
+struct Totals {
+    Floats v[kTileRows][2 * kStrips];
+};
+
+// Adds the products of both strips with rows x, x + depth, ... to totals.v[r][at] and [at + 1].
+template <size_t ROWS>
+inline void dot(const Strips& w, const Activation* x, size_t depth, size_t lines, Totals& totals, size_t at) {
+    Floats total[ROWS][2];
+    for (size_t r = 0; r < ROWS; ++r)
+        for (size_t s = 0; s < 2; ++s) total[r][s] = totals.v[r][at + s];
+    for (size_t line = 0; line < lines; ++line) {
+        const uint8_t *first_at = w.first + line * w.line_bytes, *second_at = w.second + line * w.line_bytes;
+        const Strip first = load_strip(first_at), second = load_strip(second_at);
+        __builtin_prefetch(first_at + w.ahead, 0, kFetchTo);
+        __builtin_prefetch(second_at + w.ahead, 0, kFetchTo);
+#pragma GCC unroll 8
+        for (size_t r = 0; r < ROWS; ++r) {
+            const Strip pair = load_pair(x + r * depth + 2 * line);
+            total[r][0] = multiply_add(first, pair, total[r][0]);
+            total[r][1] = multiply_add(second, pair, total[r][1]);
+        }
+    }
+    for (size_t r = 0; r < ROWS; ++r)
+        for (size_t s = 0; s < 2; ++s) totals.v[r][at + s] = total[r][s];
+}
+
+inline void dot_rows(size_t rows, const Strips& w, const Activation* x, size_t depth, size_t lines, Totals& totals,
+                     size_t at) {
+    switch (rows) {
+        case 1: return dot<1>(w, x, depth, lines, totals, at);
+        case 2: return dot<2>(w, x, depth, lines, totals, at);
+        case 3: return dot<3>(w, x, depth, lines, totals, at);
+        case 4: return dot<4>(w, x, depth, lines, totals, at);
+        case 5: return dot<5>(w, x, depth, lines, totals, at);
+        case 6: return dot<6>(w, x, depth, lines, totals, at);
+        case 7: return dot<kTileRows < 7 ? 1 : 7>(w, x, depth, lines, totals, at);
+        case 8: return dot<kTileRows < 8 ? 1 : 8>(w, x, depth, lines, totals, at);
+    }
+}
+
+// Lines of two groups (of one twice at the end of a part).
+struct Panel {
+    const uint8_t *first, *second;
+    size_t ahead;
+};
+
+// Blocks [first, last) of two groups: decoded, but for bf16 lines, which are used where they are.
+Panel decode_pair(const Part& part, size_t group, size_t count, size_t first, size_t last, uint8_t* scratch) {
+    const size_t other = count == 2 ? group + 1 : group, ahead = 2 * part.group_bytes;
+    if (kStrips == 1 && kLayouts[part.layout].bits == 16) {
+        const uint8_t* lines = part.data + first * kBlockLines * kLineBytes;
+        return {lines + group * part.group_bytes, lines + other * part.group_bytes, ahead};
+    }
+    uint8_t* second = count == 2 ? scratch + (last - first) * kBlockLines * kLineBytes : scratch;
+    kDecode[part.layout](part, group, first, last, ahead, scratch);
+    if (count == 2) kDecode[part.layout](part, other, first, last, ahead, second);
+    return {scratch, second, 0};
+}
+
+// Adds the products of a panel with a tile of rows.
+inline void multiply(const Panel& panel, const Activation* x, size_t rows, size_t depth, size_t lines, Totals& totals) {
+    if constexpr (kStrips == 1)
+        return dot_rows(rows, {panel.first, panel.second, kLineBytes, panel.ahead}, x, depth, lines, totals, 0);
+    for (size_t s = 0; s < 2 * kStrips; s += 2) {
+        const uint8_t* at = (s < kStrips ? panel.first : panel.second) + s % kStrips * kStripBytes;
+        dot_rows(rows, {at, at + kStripBytes, kLineBytes, 0}, x, depth, lines, totals, s);
+    }
+}
+
+void few_rows(const PackedArgs& a, const Part& part, const Part* up, size_t group, size_t last_group) {
+    const size_t rows = a.num_rows == 3 ? 4 : a.num_rows;
+    float sums[2 * kFewRows][2][kChannels], ups[2 * kFewRows][2][kChannels];
+    while (group < last_group) {
+        const size_t left = last_group - group, groups = rows == 1 && left > 2 ? 4 : 2;
+        const size_t count = left < groups ? left : groups;
+        find_few(part.layout, rows, groups)(part, group, count, a, sums);
+        if (up != nullptr) find_few(up->layout, rows, groups)(*up, group, count, a, ups);
+        for (size_t g = 0; g < count; ++g)
+            for (size_t r = 0; r < a.num_rows; ++r) {
+                const size_t at = g / 2 * rows + r;
+                finish_group(a, part, group + g, r, sums[at][g % 2], up != nullptr ? ups[at][g % 2] : nullptr);
+            }
+        group += count;
+    }
+}
+
+// A tile of rows: tiles are of even height, because a last one of one row would cost as much as one of four.
+struct Tile {
+    size_t row, rows;
+    Totals gate{}, up{};
+
+    Tile(const PackedArgs& a, size_t index, size_t tiles)
+        : row(a.num_rows * index / tiles), rows(a.num_rows * (index + 1) / tiles - row) {}
+};
+
+// Two groups for all rows. Few tiles keep their sums while blocks pass through the first cache; many tiles take turns
+// at a panel of the whole depth.
+void many_rows(const PackedArgs& a, const Part& part, const Part* up, size_t group, size_t count, uint8_t* scratch) {
+    const size_t tiles = (a.num_rows + kTileRows - 1) / kTileRows;
+    const size_t chunk = tiles == 1 && kChunkBlocks < a.num_blocks ? kChunkBlocks : a.num_blocks;
+    uint8_t* up_scratch = scratch + 2 * chunk * kBlockLines * kLineBytes;
+    const auto panels = [&](size_t first, size_t last, Panel& panel, Panel& up_panel) {
+        panel = decode_pair(part, group, count, first, last, scratch);
+        if (up != nullptr) up_panel = decode_pair(*up, group, count, first, last, up_scratch);
+    };
+    Panel panel, up_panel;
+    if (chunk == a.num_blocks) panels(0, chunk, panel, up_panel);
+    for (size_t i = 0; i < tiles; ++i) {
+        Tile tile(a, i, tiles);
+        const Activation* x = static_cast<const Activation*>(a.x) + tile.row * a.depth;
+        for (size_t first = 0; first < a.num_blocks; first += chunk) {
+            const size_t last = first + chunk < a.num_blocks ? first + chunk : a.num_blocks;
+            if (chunk < a.num_blocks) panels(first, last, panel, up_panel);
+            const size_t lines = (last - first) * kBlockLines;
+            multiply(panel, x + first * kBlockDepth, tile.rows, a.depth, lines, tile.gate);
+            if (up != nullptr) multiply(up_panel, x + first * kBlockDepth, tile.rows, a.depth, lines, tile.up);
+        }
+        for (size_t r = 0; r < tile.rows; ++r)
+            for (size_t g = 0; g < count; ++g) {
+                float sums[kChannels], ups[kChannels];
+                channel_sums(tile.gate.v[r] + g * kStrips, sums);
+                if (up != nullptr) channel_sums(tile.up.v[r] + g * kStrips, ups);
+                finish_group(a, part, group + g, tile.row + r, sums, up != nullptr ? ups : nullptr);
+            }
+    }
+}
+
+void packed_linear(const PackedArgs& a, size_t index, size_t first_group, size_t last_group, void* scratch) {
+    const Part& part = a.parts[index];
+    const Part* up = a.ups != nullptr ? a.ups + index : nullptr;
+    if constexpr (kFewRows > 0)
+        if (a.num_rows <= kFewRows) return few_rows(a, part, up, first_group, last_group);
+    for (size_t group = first_group; group < last_group; group += 2)
+        many_rows(a, part, up, group, last_group - group < 2 ? 1 : 2, static_cast<uint8_t*>(scratch));
+}
+
+// Panels of gate and up.
+size_t packed_scratch(size_t depth) { return 2 * 2 * depth / 2 * kLineBytes; }
+
+}  // namespace
+
+const PackedKernels packed = {sizeof(Activation), round_rows, packed_linear, packed_scratch};
+
+}  // namespace octavo::OCTAVO_LEVEL

@@ -1,0 +1,66 @@
+// What the machine can do at most, as a yardstick for the profile.
+#include "level.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace octavo::OCTAVO_LEVEL {
+
+void read_all(const float* values, size_t count, float* sink) {
+    constexpr size_t chains = 8;
+    Floats total[chains] = {};
+    for (size_t i = 0; i + chains * kLanes <= count; i += chains * kLanes)
+        for (size_t c = 0; c < chains; ++c) total[c] += load(values + i + c * kLanes);
+    for (size_t c = 0; c < chains; ++c) *sink += sum(total[c]);
+}
+
+// As many chains as hide the latency of two multiply-adds a cycle. The empty asm hides the operands' values, so that
+// nothing is folded.
+double multiply_adds(size_t turns, float* sink) {
+    [[maybe_unused]] constexpr size_t chains = 12;
+#if defined(__AMX_BF16__) && !defined(OCTAVO_EMULATE_TILES)
+    TileConfig config;
+    for (size_t tile = 0; tile < 8; ++tile) config.set(tile, kTileMaxRows);
+    configure_tiles(config);
+    for (size_t turn = 0; turn < turns; ++turn) {
+        multiply_tiles<0, 4, 6>();
+        multiply_tiles<1, 4, 7>();
+        multiply_tiles<2, 5, 6>();
+        multiply_tiles<3, 5, 7>();
+    }
+    alignas(64) float sums[kTileMaxRows * 16];
+    store_tile<0>(sums, kTileRowBytes);
+    release_tiles();
+    *sink += sums[0];
+    return static_cast<double>(turns) * 4 * 2 * kTileMaxRows * 16 * 32;
+#elif defined(__AVX512BF16__)
+    __m512i factor = _mm512_set1_epi32(0x3f803f80);
+    asm("" : "+v"(factor));
+    __m512 total[chains] = {};
+    for (size_t turn = 0; turn < turns; ++turn)
+#pragma GCC unroll 12
+        for (size_t c = 0; c < chains; ++c) {
+            total[c] = _mm512_dpbf16_ps(total[c], (__m512bh)factor, (__m512bh)factor);
+            asm("" : "+v"(total[c]));
+        }
+#pragma GCC unroll 12  // or the array lives in memory, above as well
+    for (size_t c = 0; c < chains; ++c) *sink += _mm512_reduce_add_ps(total[c]);
+    return static_cast<double>(turns * chains) * 64;
+#else
+    Floats factor = splat(1e-3f), total[chains] = {};
+    for (size_t turn = 0; turn < turns; ++turn)
+#pragma GCC unroll 12
+        for (size_t c = 0; c < chains; ++c) {
+            total[c] = fma(factor, factor, total[c]);
+#if defined(__x86_64__)
+            asm("" : "+x"(total[c]));
+#elif defined(__aarch64__)
+            asm("" : "+w"(total[c]));
+#endif
+        }
+#pragma GCC unroll 12
+    for (size_t c = 0; c < chains; ++c) *sink += sum(total[c]);
+    return static_cast<double>(turns * chains) * 2 * kLanes;
+#endif
+}
+
+}  // namespace octavo::OCTAVO_LEVEL

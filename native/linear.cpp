@@ -1,0 +1,94 @@
+// Linear: the cut into tasks. Which task computes a channel changes nothing in its sum.
+#include "engine.h"
+#include "error.h"
+#include "stores.h"
+
+using namespace octavo;
+
+namespace {
+
+constexpr size_t kMinTaskBytes = 16384;  // weights a task reads at least
+constexpr size_t kTasksPerThread = 8;
+constexpr size_t kTaskGroups = 2;      // what the kernels compute together
+constexpr size_t kSerialRows = 8;      // activations rounded by the caller: less work than waking anybody
+constexpr size_t kRoundRowsPerTask = 16;
+
+size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+size_t OctavoEngine::Weight::up_part(size_t channels) const {
+    size_t part = 0;
+    while (part < parts.size() && parts[part].first_channel < channels) ++part;
+    return part;
+}
+
+void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
+    if (rows == 0) return;
+    const Weight& weight = weights_[static_cast<size_t>(node.weight)];
+    const Epilogue epilogue = {
+        .bias = vector(node.bias, static_cast<int64_t>(weight.rows)),
+        .out = data(node.out),
+        .channels = width(node.out),
+        .activation = node.activation,
+        .scale = node.scale,
+        .softcap = node.softcap,
+    };
+    if (weight.values == nullptr) return packed_linear(node, weight, epilogue, rows);
+    const LinearArgs args = {data(node.x), weight.values, rows, weight.cols, epilogue};
+    const size_t channels = epilogue.channels, groups = divide_up(channels, kChannels);
+    const size_t group_bytes = weight.rows * weight.cols * sizeof(float) / groups;
+    const size_t even = divide_up(groups, pool_.num_threads() * kTasksPerThread);
+    const size_t step = kChannels * std::max(even, divide_up(kMinTaskBytes, group_bytes));
+    pool_.run(divide_up(channels, step), [&](size_t task, size_t) {
+        kernels_.linear(args, task * step, std::min(channels, (task + 1) * step));
+    });
+}
+
+void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, const Epilogue& epilogue, size_t rows) {
+    const PackedKernels& kernels = *kernels_.packed;
+    const bool pairs = node.activation >= OCTAVO_SILU_MUL;
+    const size_t num_parts = pairs ? weight.up_part(epilogue.channels) : weight.parts.size();
+    const size_t blocks = divide_up(weight.cols, kBlockDepth), depth = blocks * kBlockDepth;
+    const auto round = [&](size_t first, size_t last) {
+        kernels.round_rows(data(node.x) + first * weight.cols, last - first, weight.cols, depth,
+                           rounded_.as<char>() + first * depth * kernels.activation_bytes);
+    };
+    if (rows <= kSerialRows)
+        round(0, rows);
+    else
+        by_rows(rows, kRoundRowsPerTask, round);
+    const PackedArgs args = {
+        .x = rounded_.as<void>(),
+        .parts = weight.parts.data(),
+        .ups = pairs ? weight.parts.data() + num_parts : nullptr,
+        .num_rows = rows,
+        .depth = depth,
+        .num_blocks = blocks,
+        .epilogue = epilogue,
+    };
+    split_linear(args.parts, num_parts, pairs, rows);
+    pool_.run(linear_tasks_.size(), [&](size_t index, size_t thread) {
+        const LinearTask& task = linear_tasks_[index];
+        kernels.linear(args, task.part, task.first_group, task.last_group, scratch_[thread].as<void>());
+    });
+}
+
+// As many tasks of even size as keep the threads busy to the end, but none too small to be worth handing out.
+void OctavoEngine::split_linear(const Part* parts, size_t num_parts, bool pairs, size_t rows) {
+    size_t bytes = 0, units = 0;
+    for (size_t i = 0; i < num_parts; ++i) {
+        bytes += parts[i].num_groups() * parts[i].group_bytes * (pairs ? 2 : 1);
+        units += divide_up(parts[i].num_groups(), kTaskGroups);
+    }
+    const size_t threads = pool_.num_threads(), most = threads * kTasksPerThread;
+    const size_t wanted = std::min(most, round_up(std::max<size_t>(1, bytes * rows / kMinTaskBytes), threads));
+    linear_tasks_.clear();
+    for (size_t i = 0; i < num_parts; ++i) {
+        const size_t groups = parts[i].num_groups(), part_units = divide_up(groups, kTaskGroups);
+        const size_t tasks = std::min(part_units, divide_up(wanted * part_units, units));
+        for (size_t task = 0; task < tasks; ++task)
+            linear_tasks_.push_back({i, part_units * task / tasks * kTaskGroups,
+                                     std::min(groups, part_units * (task + 1) / tasks * kTaskGroups)});
+    }
+}
