@@ -18,7 +18,7 @@ BLOCK_SIZE = 16
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
-RuntimeName = Literal["auto", "native", "reference"]
+RuntimeName = Literal["auto", "native", "cuda", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class EngineConfig:
             _of_type(f.name, getattr(self, f.name), str(f.type))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "quantized", "float16"))
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
-        _one_of("runtime", self.runtime, ("auto", "native", "reference"))
+        _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs",))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)

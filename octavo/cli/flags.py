@@ -73,7 +73,9 @@ FLAGS: dict[str, Flag] = {
     "long_prefill_token_threshold": Flag("Scheduler", "Most tokens of one prompt in a step; 0: no cap.", is_size=True),
     "scheduling_policy": Flag("Scheduler", "Who runs first: fcfs, first come, first served.", "POLICY"),
     "max_logprobs": Flag("Scheduler", "Most alternatives a request may ask for per token."),
-    "runtime": Flag("Execution", "native: compiled kernels; reference: numpy, the definition of every op."),
+    "runtime": Flag(
+        "Execution", "native: compiled for the CPU; cuda: a GPU; reference: numpy, the definition of every op."
+    ),
     "num_threads": Flag("Execution", "Threads of the native runtime; default: the cores this process may use."),
     "enforce_eager": Flag("Execution", "No CUDA graphs; read on a GPU only."),
     "tensor_parallel_size": Flag("Execution", f"Devices that share each layer. {_LATER}", short="-tp"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,15 @@ class Tensor:
         return int(self.data.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class RandomTensor:
+    """How a tensor of random weights is distributed: normal."""
+
+    mean: float
+    standard_deviation: float
+    seed: int  # of this tensor alone
+
+
 class WeightSource(Protocol):
     """Where parameters come from: safetensors, GGUF, or seeded random numbers."""
 
@@ -51,6 +60,15 @@ class WeightSource(Protocol):
 
     def type_of(self, part: str) -> str:
         """Its stored type name, without reading it."""
+        ...
+
+
+@runtime_checkable
+class RandomSource(WeightSource, Protocol):
+    """Weights that are random numbers, which a runtime may draw where they are to lie."""
+
+    def random(self, part: str) -> RandomTensor:
+        """How this tensor is drawn."""
         ...
 
 
@@ -138,6 +156,17 @@ class Runtime(Protocol):
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
         """Bytes that load() would make resident, without reading any tensor."""
+        ...
+
+    def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
+        """Bytes of everything but weights and KV that load() reserves for the largest step."""
+        ...
+
+    def free_bytes(self, utilization: float) -> int | None:
+        """Bytes its own device may give it, when it may use this share of the device's memory.
+
+        None where weights and KV lie in the host's memory.
+        """
         ...
 
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from octavo.errors import UnsupportedError
+from octavo.errors import ConfigError, UnsupportedError
 from octavo.runtime.base import Choice, Runtime
+from octavo.runtime.cuda import missing
 
-DTYPES = ("float32", "bfloat16", "quantized")
+# What each runtime computes in; what it has fast kernels for; what `--dtype auto` takes for everything else.
+DTYPES = {
+    "native": ("float32", "bfloat16", "quantized"),
+    "reference": ("float32", "bfloat16", "quantized"),
+    "cuda": ("float32", "bfloat16"),
+}
+FAST = {**DTYPES, "reference": ("float32", "bfloat16")}
+FALLBACK = {"native": "float32", "reference": "float32", "cuda": "bfloat16"}
 
 
 def choose(runtime: str, dtype: str, stored_dtype: str) -> tuple[Choice, str]:
     """Resolves `--runtime` and `--dtype` ("auto" included) against what the checkpoint stores.
 
-    `auto` takes the checkpoint's own type where the runtime has kernels for it, else float32.
-    Raises UnsupportedError for a type that the runtime cannot compute in.
+    The runtime `auto` is cuda where it can run, else native. The dtype `auto` is the checkpoint's own where the runtime
+    has kernels for it; else float32 on a CPU and bfloat16 on a GPU, whose float32 is slow.
+
+    Raises:
+        UnsupportedError: a type that the runtime cannot compute in.
+        ConfigError: `--runtime cuda` where it cannot run; says why.
     """
-    name, reason = (runtime, "asked for") if runtime != "auto" else ("native", "a CPU")
+    choice = _choose_runtime(runtime)
+    name = choice.runtime
     if dtype == "auto":
-        fast = DTYPES if name == "native" else ("float32", "bfloat16")
-        resolved = stored_dtype if stored_dtype in fast else "float32"
-    elif dtype in DTYPES:
-        resolved = dtype
-    else:
-        raise UnsupportedError(f"--dtype {dtype}: the {name} runtime computes in {', '.join(DTYPES)}; take one")
-    return Choice(name, reason), resolved
+        return choice, stored_dtype if stored_dtype in FAST[name] else FALLBACK[name]
+    if dtype not in DTYPES[name]:
+        raise UnsupportedError(f"--dtype {dtype}: the {name} runtime computes in {', '.join(DTYPES[name])}; take one")
+    return choice, dtype
 
 
 def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
@@ -32,12 +42,24 @@ def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
     return "float32" if dtype == "float32" else "bfloat16"
 
 
-def create(choice: Choice, num_threads: int) -> Runtime:
+def _choose_runtime(runtime: str) -> Choice:
+    if runtime == "auto":
+        return Choice("native", "a CPU") if missing() else Choice("cuda", "a GPU")
+    if runtime == "cuda" and (problem := missing()):
+        raise ConfigError(f"--runtime cuda: {problem}")
+    return Choice(runtime, "asked for")
+
+
+def create(choice: Choice, num_threads: int, dtype: str, *, enforce_eager: bool = False) -> Runtime:
     """Makes the chosen runtime; compiled code is loaded here and nowhere earlier."""
     if choice.runtime == "reference":
         from octavo.runtime.reference import ReferenceRuntime
 
         return ReferenceRuntime()
+    if choice.runtime == "cuda":
+        from octavo.runtime.cuda import CudaRuntime
+
+        return CudaRuntime(dtype, use_graphs=not enforce_eager)
     from octavo.runtime.native import NativeRuntime
 
     return NativeRuntime(num_threads)

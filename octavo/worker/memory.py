@@ -24,6 +24,7 @@ class MemoryPlan:
     kv_dtype: str
     max_model_len: int
     reason: str  # why the pool has this size
+    on_device: bool = False
 
     @property
     def kv_bytes(self) -> int:
@@ -38,8 +39,9 @@ class MemoryPlan:
     def describe(self) -> str:
         """The plan as lined-up text."""
         per_request = blocks_for(self.max_model_len, self.block_size)
+        whose = "of the GPU, within --gpu-memory-utilization" if self.on_device else "of this machine or its cgroup"
         rows = [
-            ("memory free", self.free_bytes, "of this machine or its cgroup, before loading"),
+            ("memory free", self.free_bytes, f"{whose}, before loading"),
             ("weights", self.weight_bytes, "packed, resident"),
             ("activations", self.arena_bytes, "for the largest step"),
             (
@@ -64,6 +66,7 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 def plan_memory(
     *,
     free_bytes: int,
+    on_device: bool = False,
     weight_bytes: int,
     arena_bytes: int,
     block_bytes: int,
@@ -77,6 +80,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Sizes the KV pool.
 
+    `on_device`: `free_bytes` is what --gpu-memory-utilization allows of a GPU's memory, and all of it is taken.
     `wanted_len` is the model length asked for (`len_is_fixed`) or the model's own, which is cut to what fits.
 
     Raises:
@@ -94,6 +98,8 @@ def plan_memory(
         num_blocks, reason = num_blocks_override, "--num-gpu-blocks-override"
     elif kv_cache_memory_bytes is not None:
         num_blocks, reason = kv_cache_memory_bytes // block_bytes, "--kv-cache-memory-bytes"
+    elif on_device:
+        num_blocks, reason = left // block_bytes, "what --gpu-memory-utilization leaves"
     else:
         share = int(CPU_KV_SHARE * left) // block_bytes
         if most_useful <= share:
@@ -124,6 +130,7 @@ def plan_memory(
         kv_dtype=kv_dtype,
         max_model_len=min(wanted_len, fitting_len),
         reason=reason,
+        on_device=on_device,
     )
 
 

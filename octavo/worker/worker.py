@@ -50,7 +50,7 @@ class Worker:
         config, clock = self._config, _PhaseClock()
         spec = read_spec(self._files, max_model_len=config.max_model_len)
         choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype)
-        runtime = self._runtime = create(choice, config.threads())
+        runtime = self._runtime = create(choice, config.threads(), dtype, enforce_eager=config.enforce_eager)
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
         program = record(spec)
         kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
@@ -107,11 +107,12 @@ class Worker:
         self, spec: ModelSpec, program: Program, runtime: Runtime, weights: WeightSource, dtype: str, kv_dtype: str
     ) -> MemoryPlan:
         config = self._config
-        arena = program.plan_buffers().elements(config.max_num_batched_tokens, config.max_num_seqs)
+        on_device = runtime.free_bytes(config.gpu_memory_utilization)
         return plan_memory(
-            free_bytes=free_memory(),
+            free_bytes=free_memory() if on_device is None else on_device,
+            on_device=on_device is not None,
             weight_bytes=runtime.weight_bytes(program, weights, dtype),
-            arena_bytes=4 * arena,
+            arena_bytes=runtime.arena_bytes(program, config.max_num_batched_tokens, config.max_num_seqs),
             block_bytes=runtime.kv_bytes_per_block(program, config.block_size, kv_dtype),
             kv_dtype=kv_dtype,
             block_size=config.block_size,

@@ -96,7 +96,7 @@ class NativeRuntime:
         self._program, self._weight_bytes = program, packer.bytes()
         return LoadReport(
             weight_bytes=sum(self._weight_bytes.values()),
-            arena_bytes=program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES,
+            arena_bytes=self.arena_bytes(program, max_num_tokens, max_num_logits),
             description=f"native ({self.level}, {self.num_threads} threads, {dtype})",
         )
 
@@ -104,6 +104,13 @@ class NativeRuntime:
         """Bytes that load() would make resident, from shapes and stored types alone."""
         _check_dtype(dtype)
         return sum(Packer(self._library, program, weights, dtype).bytes().values())
+
+    def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
+        """Activations of the largest step, in float32."""
+        return program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES
+
+    def free_bytes(self, utilization: float) -> None:
+        """Everything lies in the host's memory."""
 
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers, with the padding of V and the scales of int8."""

@@ -90,6 +90,13 @@ class ReferenceRuntime:
         """Everything is kept as float32, whatever `dtype` its values were rounded to."""
         return sum(int(np.prod(w.shape)) for w in program.weights) * FLOAT_BYTES
 
+    def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
+        """Activations of the largest step, in float32."""
+        return program.plan_buffers().elements(max_num_tokens, max_num_logits) * FLOAT_BYTES
+
+    def free_bytes(self, utilization: float) -> None:
+        """Everything lies in the host's memory."""
+
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers: float32, whatever `dtype` its values are rounded to."""
         return program.kv_elements_per_block(block_size) * FLOAT_BYTES

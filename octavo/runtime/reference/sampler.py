@@ -26,7 +26,7 @@ from octavo.runtime.base import Float32, SamplerOutput, SamplingInputs
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of splitmix64 (Steele, Lea & Flood 2014, constants of Stafford's mix 13); wraps modulo 2^64."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -39,7 +39,7 @@ def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> 
     h = mix(mix(seed + golden) + (position + 1) * golden)   (all modulo 2^64), times 2^-24.
     """
     counter = positions.astype(np.uint64) + np.uint64(1)
-    h = _mix(_mix(seeds + _GOLDEN) + counter * _GOLDEN)
+    h = mix(mix(seeds + _GOLDEN) + counter * _GOLDEN)
     return (h >> np.uint64(40)).astype(np.float64) * 2.0**-24
 
 

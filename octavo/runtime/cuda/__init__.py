@@ -1,0 +1,43 @@
+"""Runs a program on an NVIDIA GPU: Triton kernels, cuBLAS for large products, CUDA graphs for decode steps.
+
+torch and triton (the extra `octavo[gpu]`) are imported in this folder and nowhere else, and only when a runtime
+is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.runtime.cuda.runtime import CudaRuntime
+
+__all__ = ["CudaRuntime", "missing"]
+
+
+def missing() -> str:
+    """Why this runtime cannot run here, as a sentence with the next step; empty when it can.
+
+    torch is asked last: importing it takes seconds, which a machine without a driver need not pay.
+    """
+    absent = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if absent:
+        return f"{' and '.join(absent)} not installed: pip install 'octavo[gpu]'"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver (libcuda.so.1) here: install it, or take --runtime native"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no GPU: check nvidia-smi and that torch is a CUDA build, or take --runtime native"
+    return ""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CudaRuntime":
+        from octavo.runtime.cuda.runtime import CudaRuntime
+
+        return CudaRuntime
+    raise AttributeError(f"module 'octavo.runtime.cuda' has no attribute {name!r}")

@@ -1,0 +1,227 @@
+"""A program as a flat list of launches: each node becomes one closure over its buffers and weights, once, at load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from octavo.errors import UnsupportedModelError
+from octavo.program.ops import (
+    Add,
+    AnyOp,
+    Attention,
+    Buffer,
+    Embedding,
+    GatherRows,
+    Linear,
+    Norm,
+    Rope,
+    RopeKVWrite,
+    Rows,
+    Weight,
+)
+from octavo.program.program import Program
+from octavo.runtime.cuda.kernels import attention, linear, rope, rows
+from octavo.runtime.cuda.packing import rope_tables
+from octavo.runtime.cuda.staging import DeviceStep
+
+Launch = Callable[[DeviceStep], None]
+
+
+@dataclass(slots=True)
+class KVPool:
+    """Keys and values of every KV layer, [blocks + 1, KV heads, block_size, head_dim]; the last block is the null one.
+
+    The lists are filled when the pool is allocated, after the launches were made.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+class Arena:
+    """The activation buffers: slots of the program's plan, viewed as each buffer's matrix."""
+
+    def __init__(
+        self, program: Program, max_tokens: int, max_logits: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        plan = program.plan_buffers()
+        most = {Rows.TOKENS: max_tokens, Rows.LOGITS: max_logits}
+        slots = [
+            torch.zeros(most[kind] * width, dtype=dtype, device=device)
+            for kind, width in zip(plan.slot_rows, plan.slot_width, strict=True)
+        ]
+        self._views = {
+            b: slots[slot][: most[b.rows] * b.width].view(most[b.rows], b.width)
+            for b, slot in zip(program.buffers, plan.slot_of, strict=True)
+        }
+        gated = [n for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
+        product = max((most[n.out.rows] * 2 * n.out.width for n in gated), default=0)
+        self._product = torch.empty(product, dtype=dtype, device=device)
+
+    @staticmethod
+    def elements(program: Program, max_tokens: int, max_logits: int) -> int:
+        """Elements of the slots and of the product that gated activations read."""
+        most = {Rows.TOKENS: max_tokens, Rows.LOGITS: max_logits}
+        gated = [n for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
+        product = max((most[n.out.rows] * 2 * n.out.width for n in gated), default=0)
+        return program.plan_buffers().elements(max_tokens, max_logits) + product
+
+    def view(self, buffer: Buffer) -> torch.Tensor:
+        """[max rows, width]"""
+        return self._views[buffer]
+
+    def product(self, num_rows: int, width: int) -> torch.Tensor:
+        """Room for a product before its gated activation halves it, [num_rows, width]."""
+        return self._product[: num_rows * width].view(num_rows, width)
+
+
+class Launches:
+    """Makes the closures. Weights are looked up by parts, so that a tied one is there once."""
+
+    def __init__(
+        self, program: Program, weights: dict[tuple[str, ...], torch.Tensor], arena: Arena, kv: KVPool, max_decodes: int
+    ) -> None:
+        self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
+        self._device = arena.view(program.logits).device
+        self._ropes: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, Attention)}
+        sizes = [(attention.partial_rows(max_decodes, heads, kv_heads), dim) for heads, kv_heads, dim in shapes]
+        self._partial = torch.empty(max((n * d for n, d in sizes), default=0), device=self._device)
+        self._partial_sums = torch.empty(max((n for n, _ in sizes), default=0), device=self._device)
+
+    def make(self) -> list[Launch]:
+        """One closure for each node, in order."""
+        return [self._make(node) for node in self._program.nodes]
+
+    def _make(self, node: AnyOp) -> Launch:
+        match node:
+            case Embedding():
+                return self._embedding(node)
+            case Norm():
+                return self._norm(node)
+            case Add():
+                return self._add(node)
+            case Linear():
+                return self._linear(node)
+            case RopeKVWrite():
+                return self._rope_kv_write(node)
+            case Attention():
+                return self._attention(node)
+            case GatherRows():
+                return self._gather(node)
+
+    def _weight(self, weight: Weight | None) -> torch.Tensor | None:
+        return None if weight is None else self._weights[weight.parts]
+
+    def _optional(self, buffer: Buffer | None) -> torch.Tensor | None:
+        return None if buffer is None else self._arena.view(buffer)
+
+    def _embedding(self, node: Embedding) -> Launch:
+        table, positions = self._weight(node.weight), self._weight(node.position_weight)
+        out, scale, offset = self._arena.view(node.out), node.scale, node.position_offset
+
+        def launch(step: DeviceStep) -> None:
+            rows.embedding(step.num_tokens, step.token_ids, step.positions, table, positions, out, scale, offset)
+
+        return launch
+
+    def _norm(self, node: Norm) -> Launch:
+        x, out = self._arena.view(node.x), self._arena.view(node.out)
+        residual, kept = self._optional(node.residual), self._optional(node.residual_out)
+        weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
+        count, eps, is_layer = _row_count(node.out), node.eps, node.kind == "layer"
+
+        def launch(step: DeviceStep) -> None:
+            if num_rows := count(step):
+                rows.norm(num_rows, x, residual, weight, bias, out, kept, eps=eps, is_layer=is_layer)
+
+        return launch
+
+    def _add(self, node: Add) -> Launch:
+        x, y, out = self._arena.view(node.x), self._arena.view(node.y), self._arena.view(node.out)
+        count = _row_count(node.out)
+
+        def launch(step: DeviceStep) -> None:
+            if num_rows := count(step):
+                rows.add(num_rows, x, y, out)
+
+        return launch
+
+    def _gather(self, node: GatherRows) -> Launch:
+        x, out = self._arena.view(node.x), self._arena.view(node.out)
+
+        def launch(step: DeviceStep) -> None:
+            if step.num_logits:
+                rows.gather(step.num_logits, x, step.logits_indices, out)
+
+        return launch
+
+    def _linear(self, node: Linear) -> Launch:
+        x, out = self._arena.view(node.x), self._arena.view(node.out)
+        weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
+        transposed = weight.t()
+        count, arena, num_in_rows = _row_count(node.out), self._arena, weight.shape[0]
+        gated = node.activation.endswith("_mul")
+        is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
+        activation, scale, softcap = node.activation, node.scale, node.softcap
+
+        def launch(step: DeviceStep) -> None:
+            num_rows = count(step)
+            if not num_rows:
+                return
+            if linear.can_be_few(num_rows, out.shape[1]):
+                linear.few_rows(num_rows, x, weight, bias, out, activation=activation, scale=scale, softcap=softcap)
+                return
+            product = arena.product(num_rows, num_in_rows) if gated else out[:num_rows]
+            torch.mm(x[:num_rows], transposed, out=product)
+            if not is_plain:
+                rows.epilogue(num_rows, product, bias, out, activation=activation, scale=scale, softcap=softcap)
+
+        return launch
+
+    def _rope_kv_write(self, node: RopeKVWrite) -> Launch:
+        qkv, out = self._arena.view(node.qkv), self._arena.view(node.out)
+        group, layer, kv = self._program.kv_layers[node.kv_layer].group, node.kv_layer, self._kv
+        table = None if node.rope is None else self._rope(node.rope)
+        q_norm, k_norm = self._weight(node.q_norm), self._weight(node.k_norm)
+        if (q_norm is None) != (k_norm is None):
+            raise UnsupportedModelError(f"{node.label}: the cuda runtime norms both q and k, or neither")
+        norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+
+        def launch(step: DeviceStep) -> None:
+            slots = step.slots_of(group)
+            keys, values = kv.keys[layer], kv.values[layer]
+            rope.rope_kv_write(step.num_tokens, node, qkv, step.positions, slots, table, norms, out, keys, values)
+
+        return launch
+
+    def _rope(self, wanted: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        for known, tables in self._ropes.items():
+            if (known.inv_freq, known.scale) == (wanted.inv_freq, wanted.scale):
+                return tables
+        self._ropes[wanted] = rope_tables(wanted, self._program.max_model_len, self._device)
+        return self._ropes[wanted]
+
+    def _attention(self, node: Attention) -> Launch:
+        q, out = self._arena.view(node.q), self._arena.view(node.out)
+        group, layer, kv = self._program.kv_layers[node.kv_layer].group, node.kv_layer, self._kv
+        partial, sums = self._partial, self._partial_sums
+
+        def launch(step: DeviceStep) -> None:
+            inputs, keys, values = step.attention, kv.keys[layer], kv.values[layer]
+            if inputs.num_decodes:
+                attention.decode_attention(inputs, node, group, q, keys, values, out, partial, sums)
+            if inputs.num_tiles:
+                attention.prefill_attention(inputs, node, group, q, keys, values, out)
+
+        return launch
+
+
+def _row_count(buffer: Buffer) -> Callable[[DeviceStep], int]:
+    """How many rows of a buffer a step fills."""
+    if buffer.rows is Rows.TOKENS:
+        return lambda step: step.num_tokens
+    return lambda step: step.num_logits

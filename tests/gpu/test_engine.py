@@ -1,0 +1,144 @@
+"""The engine on the cuda runtime: its greedy tokens are the naive loop's on the reference, however they are batched."""
+
+import json
+import random
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+import octavo.runtime.choose as choose_module
+import octavo.worker.worker as worker_module
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.executor.local import LocalExecutor
+from octavo.messages import AddRequest
+from octavo.models.spec import ModelFiles
+from octavo.runtime.cuda.runtime import CudaRuntime
+from octavo.runtime.reference import ReferenceRuntime
+from octavo.sampling_params import SamplingParams
+from tests.engine.naive import NaiveLoop
+
+VOCAB = 97
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SETTINGS = {
+    "plain": {"enable_prefix_caching": False},
+    "eager": {"enforce_eager": True},
+    "prefix cache": {},
+    "chunks of 7": {"max_num_batched_tokens": 7, "max_num_seqs": 7},
+    "one at a time": {"max_num_seqs": 1},
+    "small pool": {"num_gpu_blocks_override": 12, "max_model_len": 192, "enable_prefix_caching": False},
+}
+EVENTS = {"prefix cache": "prefix_hits", "chunks of 7": "num_chunked", "small pool": "num_preempted"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return ModelFiles("tiny", "hf", folder)
+
+
+@pytest.fixture(scope="module")
+def naive(files):
+    loop = NaiveLoop(ReferenceRuntime(), files, load_format="dummy")
+    cache = {}
+
+    def generate(prompt, num_tokens):
+        key = (tuple(prompt), num_tokens)
+        if key not in cache:
+            cache[key] = loop.generate(prompt, num_tokens)
+        return cache[key]
+
+    return generate
+
+
+def make_core(files, **settings):
+    settings = {"num_gpu_blocks_override": 64, "max_num_batched_tokens": 512, "dtype": "float32", **settings}
+    config = EngineConfig(model="tiny", load_format="dummy", runtime="cuda", **settings)
+    executor = LocalExecutor(config, files)
+    return EngineCore(config, executor, executor.start())
+
+
+def run(core, prompts, max_tokens, **params):
+    options = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens, **params})
+    for i, prompt in enumerate(prompts):
+        core.handle(AddRequest(str(i), prompt, options, max_tokens, seed=i))
+    tokens = {str(i): [] for i in range(len(prompts))}
+    while core.has_work:
+        for delta in core.step().deltas:
+            assert delta.error is None
+            tokens[delta.request_id] += delta.token_ids
+    return list(tokens.values())
+
+
+def prompts_with_shared_prefixes():
+    rng = random.Random(0)
+    shared = [rng.randrange(3, VOCAB) for _ in range(40)]
+    own = [[rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 60))] for _ in range(6)]
+    return [shared + own[0], shared + own[1], own[2], shared[:33] + own[3], own[4], own[5]]
+
+
+def test_a_small_engine_under_the_interpreter_too(device, files, naive, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(choose_module, "missing", lambda: "")
+        monkeypatch.setattr(worker_module, "create", lambda *_, **__: CudaRuntime("float32", device="cpu"))
+    core = make_core(files, max_num_batched_tokens=16, max_num_seqs=4)
+    prompts = [[5, 9, 33] * 7, [7] * 3]
+    assert run(core, prompts, 3) == [naive(p, 3) for p in prompts]
+    assert core.log.total("num_chunked") > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_equal_the_naive_loop(files, naive, name):
+    core = make_core(files, **SETTINGS[name])
+    prompts = prompts_with_shared_prefixes()
+    assert run(core, prompts, 20) == [naive(p, 20) for p in prompts]
+    if name in EVENTS:
+        assert core.log.total(EVENTS[name]) > 0
+    replays = core._executor.worker.runtime.num_replays
+    assert (replays == 0) == (name == "eager")
+    core.close()
+
+
+@pytest.mark.gpu
+def test_sampled_tokens_do_not_depend_on_batch_mates(files):
+    core = make_core(files, enable_prefix_caching=False)
+    prompts = prompts_with_shared_prefixes()
+    options = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+    together = run(core, prompts, 12, **options)
+    options = SamplingParams(ignore_eos=True, max_tokens=12, **options)
+    for i, prompt in enumerate(prompts):
+        core.handle(AddRequest("alone", prompt, options, 12, seed=i))
+        alone = []
+        while core.has_work:
+            alone += [t for d in core.step().deltas for t in d.token_ids]
+        assert alone == together[i]
+    core.close()
+
+
+@pytest.mark.gpu
+def test_dummy_weights_larger_than_the_host_draws(files, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "hidden_size": 256, "vocab_size": 5000}))
+    core = make_core(ModelFiles("tiny", "hf", tmp_path), dtype="bfloat16")
+    tokens = run(core, [[3, 4, 5], [9] * 60], 6)
+    assert [len(t) for t in tokens] == [6, 6]
+    assert all(0 <= t < 5000 for row in tokens for t in row)
+    core.close()

@@ -1,0 +1,147 @@
+"""The cuda runtime against the reference, op by op and as whole decoders, in ragged, mixed and chunked steps."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from octavo.program.ops import Add, Embedding, Linear, Norm
+from octavo.runtime.cuda.runtime import CudaRuntime
+from octavo.runtime.reference import ReferenceRuntime
+from tests.runtime.programs import (
+    Piece,
+    Steps,
+    attention_program,
+    decoder_program,
+    load,
+    matrix,
+    row_program,
+    run,
+    vector,
+)
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # of the largest logit
+CHUNKS = [[Piece(0, 0, 37), Piece(1, 0, 1)], [Piece(0, 37, 1), Piece(1, 1, 50), Piece(2, 0, 2)], [Piece(0, 38, 1)]]
+LONG = [[Piece(0, 0, 150)], [Piece(0, 150, 149), Piece(1, 0, 5)], [Piece(0, 299, 1), Piece(1, 5, 1), Piece(2, 0, 1)]]
+
+
+def compare(device, program, plan, *, dtype="float32", steps=None, use_graphs=True, logits="all"):
+    """Runs the same steps on both and compares all logits; returns the runtime."""
+    steps = steps or Steps()
+    reference = load(ReferenceRuntime(), program, dtype=dtype, steps=steps)
+    found = load(CudaRuntime(dtype, use_graphs=use_graphs, device=device), program, dtype=dtype, steps=steps)
+    for pieces in plan:
+        inputs = steps.inputs(pieces, logits)
+        want, got = run(reference, inputs), run(found, inputs)
+        scale = float(np.abs(want).max())
+        assert scale > 0
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype] * scale)
+    return found
+
+
+def body_linear(width, bias, activation, softcap=0.0, scale=1.0):
+    def body(build, x):
+        rows = width * (2 if activation.endswith("_mul") else 1)
+        out = build.tokens("y", width)
+        weight, offset = matrix("w", rows, x.width), vector("b", rows) if bias else None
+        build.add(Linear("linear", x, weight, out, offset, activation, softcap, scale))
+        return out
+
+    return body
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 20])
+@pytest.mark.parametrize(
+    ("activation", "bias", "softcap", "scale"),
+    [
+        ("none", False, 0.0, 1.0),
+        ("silu_mul", True, 0.0, 1.0),
+        ("gelu", True, 2.0, 0.5),
+        ("gelu_tanh_mul", False, 0.0, 1.0),
+    ],
+)
+def test_linear_at_every_number_of_rows(device, dtype, num_rows, activation, bias, softcap, scale):
+    width = 2100 if num_rows == 7 else 75  # few rows go to our own kernel only where outputs fill the card
+    program = row_program(52, body_linear(width, bias, activation, softcap, scale))
+    compare(device, program, [[Piece(0, 0, num_rows)]], dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_embedding_norm_and_add(device, kind):
+    def body(build, x):
+        normed, summed, out = (build.tokens(name, x.width) for name in ("normed", "summed", "out"))
+        bias = vector("bias", x.width) if kind == "layer" else None
+        build.add(Norm("norm", x, vector("weight", x.width), normed, 1e-5, kind, bias, residual=x, residual_out=summed))
+        build.add(Add("add", summed, normed, out))
+        return out
+
+    positions = matrix("positions", 402, 75, "embedding")
+    compare(device, row_program(75, body, scale=1.5, position_weight=positions, position_offset=2), CHUNKS[:2])
+
+
+def test_positions_alone(device):
+    def body(build, x):
+        positions, out = build.tokens("positions", x.width), build.tokens("out", x.width)
+        table = matrix("positions", 400, x.width, "embedding")
+        build.add(Embedding("positions", None, positions, position_weight=table))
+        build.add(Add("add", x, positions, out))
+        return out
+
+    compare(device, row_program(20, body), CHUNKS[:1])
+
+
+SHAPES = {
+    "grouped, qk-norm, partial rope": {"heads": 6, "kv_heads": 2, "dim": 20, "qk_norm": True, "rope": 6},
+    "window and soft-cap": {"heads": 4, "kv_heads": 4, "dim": 16, "window": 9, "softcap": 5.0},
+    "one KV head, no rope": {"heads": 4, "kv_heads": 1, "dim": 32, "rope": 0},
+}
+CARD_SHAPES = {
+    "llama": {"heads": 32, "kv_heads": 32, "dim": 128},
+    "qwen3": {"heads": 16, "kv_heads": 8, "dim": 128, "qk_norm": True},
+    "grouped by 8, wide head, window": {"heads": 8, "kv_heads": 1, "dim": 256, "window": 100, "softcap": 30.0},
+    "head of 80": {"heads": 4, "kv_heads": 4, "dim": 80},
+    "head of 64": {"heads": 9, "kv_heads": 3, "dim": 64},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rope_and_attention(device, name):
+    compare(device, attention_program(**SHAPES[name]), CHUNKS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", SHAPES | CARD_SHAPES)
+def test_rope_and_attention_over_long_contexts(device, name, dtype):
+    compare(device, attention_program(**(SHAPES | CARD_SHAPES)[name]), [*CHUNKS, *LONG], dtype=dtype)
+
+
+def test_two_kv_groups_in_a_decoder(device):
+    compare(device, decoder_program(groups=2), CHUNKS[:2], steps=Steps(groups=2))
+
+
+def test_bfloat16_decoder(device):
+    compare(device, decoder_program(), CHUNKS[:2], dtype="bfloat16")
+
+
+@pytest.mark.gpu
+def test_graphs_give_what_eager_steps_give(device):
+    plan = [[Piece(0, 0, 37), Piece(1, 0, 3), Piece(2, 0, 9)]]
+    plan += [[Piece(0, 37 + n, 1), Piece(1, 3 + n, 1), Piece(2, 9 + n, 1)] for n in range(3)]
+    with_graphs = compare(device, decoder_program(), plan, logits="last")
+    assert with_graphs.num_replays == 3
+    assert compare(device, decoder_program(), plan, logits="last", use_graphs=False).num_replays == 0
+
+
+def test_blocks_are_copied_in_all_layers(device):
+    steps, program = Steps(), decoder_program()
+    runtime = load(CudaRuntime("float32", device=device), program, steps=steps)
+    run(runtime, steps.inputs([Piece(0, 0, 20)], "last"))
+    first, last = int(steps.tables[0, 0]), int(steps.tables[3, 5])
+    runtime.copy_blocks([(first, last)])
+    inputs = steps.inputs([Piece(0, 20, 1)], "last")
+    expected = run(runtime, inputs)
+    inputs.block_tables[0, 0, 0] = last
+    np.testing.assert_array_equal(run(runtime, inputs), expected)

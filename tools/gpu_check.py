@@ -1,0 +1,339 @@
+"""One command for a machine with a card: checks the cuda runtime, then times it. Never stops at the first failure.
+
+    python tools/gpu_check.py [STAGE ...]     stages, in this order, all by default: tests kernels qwen3-0.6b llama-2-7b
+
+`tests` runs tests/gpu there; `kernels` times each kernel against the card's limits; the shapes run the workloads of
+lab/gpu_workloads.py with random weights in a process of their own (`--workloads G2,G4` chooses). Prints RESULT lines,
+and writes them as JSON to $OUT (default: the current folder). Nothing needs a web package or a tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DEVICE = "cuda"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SHAPES = ("qwen3-0.6b", "llama-2-7b")
+RESULTS: list[dict[str, Any]] = []
+LIMIT_TBS = 4.37  # read rate of one H200, measured
+LIMIT_TFLOPS = 740.0  # bf16 8192^3, the middle of what was measured
+ENGINE = {
+    "dtype": "bfloat16",
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "max_model_len": 4096,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+    "gpu_memory_utilization": 0.9,
+    "runtime": "cuda",
+}
+
+
+def result(name: str, **values: Any) -> None:
+    """Prints and keeps one line."""
+    RESULTS.append({"name": name, **values})
+    shown = "  ".join(f"{k}={v:,.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    print(f"RESULT {name:34} {shown}", flush=True)
+
+
+def guarded(name: str, function: Callable[[], None]) -> None:
+    """A failure becomes a RESULT line and a traceback; the rest goes on."""
+    try:
+        function()
+    except Exception as error:
+        traceback.print_exc()
+        result(name, failed=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def stage_tests() -> None:
+    """tests/gpu on the card."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    options = ["-o", "addopts=", "-o", "filterwarnings=", "-W", "ignore", "--maxfail=25", "--durations=5"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    text = done.stdout + done.stderr
+    if done.returncode:
+        print(text[-9000:])
+    lines = [line for line in text.splitlines() if line.strip()]
+    result("tests/gpu", ok=done.returncode == 0, summary=lines[-1] if lines else "", s=time.perf_counter() - start)
+
+
+def timed(function: Callable[[int], None], num_sets: int = 1, repeat: int = 20) -> float:
+    """Median seconds of one call, from replays of a graph of ten; `function(i)` works on input set i % num_sets."""
+    import torch
+
+    for i in range(max(num_sets, 2)):
+        function(i % num_sets)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(10):
+            function(i % num_sets)
+    seconds = []
+    for _ in range(repeat):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3 / 10)
+    return statistics.median(seconds)
+
+
+def stage_kernels() -> None:
+    """Each kernel alone, against bandwidth or arithmetic; matrix products against cuBLAS."""
+    for rows, num_out, num_in, act in [
+        *((m, n, k, a) for m in (1, 2, 4, 8, 16) for n, k, a in LINEARS if m == 1 or (n, k) in MORE_ROWS)
+    ]:
+        guarded("linear", lambda m=rows, n=num_out, k=num_in, a=act: time_linear(m, n, k, a))
+    for batch, heads, kv_heads, length in [
+        *((1, 16, 8, 256), (1, 32, 32, 256), (16, 32, 32, 1024), (64, 32, 32, 1100), (256, 16, 8, 800)),
+        *((256, 32, 32, 800), (1, 32, 8, 16000), (256, 32, 8, 800)),
+    ]:
+        guarded("decode", lambda b=batch, h=heads, g=kv_heads, n=length: time_decode(b, h, g, n))
+    for heads, kv_heads, count, length in [(16, 8, 4, 2048), (32, 32, 4, 2048), (32, 8, 1, 8192)]:
+        guarded("prefill", lambda h=heads, g=kv_heads, c=count, n=length: time_prefill(h, g, c, n))
+    for rows, vocab in [(1, 151936), (256, 151936), (256, 32000)]:
+        guarded("sampler", lambda r=rows, v=vocab: time_sampler(r, v))
+    for rows, width in [(1, 1024), (256, 4096), (8192, 4096)]:
+        guarded("norm", lambda r=rows, w=width: time_norm(r, w))
+
+
+LINEARS = [
+    *((4096, 1024, "none"), (1024, 2048, "none"), (3072, 1024, "silu_mul"), (1024, 3072, "none")),
+    *((151936, 1024, "none"), (12288, 4096, "none"), (4096, 4096, "none"), (11008, 4096, "silu_mul")),
+    *((4096, 11008, "none"), (32000, 4096, "none")),
+]
+MORE_ROWS = {(4096, 1024), (11008, 4096), (4096, 11008)}
+
+
+def time_linear(rows: int, num_out: int, num_in: int, activation: Any) -> None:
+    """Our few-row kernel and cuBLAS, weights rotating so that they come from memory."""
+    import torch
+
+    from octavo.runtime.cuda.kernels.linear import few_rows
+
+    stacked = num_out * (2 if activation.endswith("_mul") else 1)
+    num_bytes = stacked * num_in * 2
+    sets = max(1, min(10, (200 << 20) // num_bytes + 1))
+    weights = [torch.randn(stacked, num_in, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
+    x = torch.randn(16, num_in, device=DEVICE, dtype=torch.bfloat16)
+    out = torch.empty(16, num_out, device=DEVICE, dtype=torch.bfloat16)
+    product = torch.empty(rows, stacked, device=DEVICE, dtype=torch.bfloat16)
+    few = timed(lambda i: few_rows(rows, x, weights[i], None, out, activation=activation, scale=1.0, softcap=0.0), sets)
+    blas = timed(lambda i: torch.mm(x[:rows], weights[i].t(), out=product), sets)
+    result(
+        f"linear {rows}x{num_in}->{stacked}", us=few * 1e6, tbs=num_bytes / few / 1e12, cublas_us=blas * 1e6,
+        cublas_tbs=num_bytes / blas / 1e12, percent=num_bytes / few / 1e10 / LIMIT_TBS,
+    )  # fmt: skip
+
+
+def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_heads: int) -> tuple[Any, ...]:
+    """A paged pool with shuffled blocks, bf16, head_dim 128, and the node."""
+    import numpy as np
+    import torch
+
+    from octavo.program.ops import Attention, Buffer, Rows
+    from octavo.runtime.base import StepInputs
+    from octavo.runtime.cuda.kernels.attention import queries_per_tile
+    from octavo.runtime.cuda.staging import Staging, send_step
+
+    width = -(-max(lengths) // 16)
+    num_blocks = sum(-(-n // 16) for n in lengths)
+    ids = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+    tables = np.zeros((1, len(lengths), width), np.int32)
+    used = 0
+    for row, n in enumerate(lengths):
+        count = -(-n // 16)
+        tables[0, row, :count] = ids[used : used + count]
+        used += count
+    num_tokens = sum(queries)
+    starts = np.concatenate(([0], np.cumsum(queries))).astype(np.int32)
+    zeros = np.zeros(num_tokens, np.int32)
+    inputs = StepInputs(
+        zeros, zeros, zeros.astype(np.int64)[None], starts, np.array(lengths, np.int32), tables, starts[1:] - 1
+    )
+    device = torch.device(DEVICE)
+    staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), device)
+    tile = queries_per_tile(128, heads // kv_heads, 2)
+    step = send_step(staging, inputs, tile_queries=tile)
+    pools = [torch.randn(num_blocks, kv_heads, 16, 128, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    q = torch.randn(num_tokens, heads * 128, device=device, dtype=torch.bfloat16)
+    handle = Buffer("q", Rows.TOKENS, heads * 128)
+    node = Attention("attention", handle, handle, 0, heads, kv_heads, 128, scale=128**-0.5)
+    return step.attention, node, q, pools, torch.empty_like(q)
+
+
+def time_decode(batch: int, heads: int, kv_heads: int, length: int) -> None:
+    """One layer's decode attention; the pool is read whole each time, so it comes from memory where it is large."""
+    import torch
+
+    from octavo.runtime.cuda.kernels import attention
+
+    inputs, node, q, pools, out = attention_inputs([length] * batch, [1] * batch, heads, kv_heads)
+    rows = attention.partial_rows(batch, heads, kv_heads)
+    partial, sums = torch.empty(rows * 128, device=DEVICE), torch.empty(rows, device=DEVICE)
+    s = timed(lambda _: attention.decode_attention(inputs, node, 0, q, *pools, out, partial, sums))
+    moved = 2 * batch * length * kv_heads * 128 * 2
+    name = f"decode b{batch} h{heads}/{kv_heads} len{length}"
+    result(name, us=s * 1e6, tbs=moved / s / 1e12, percent=moved / s / 1e10 / LIMIT_TBS)
+
+
+def time_prefill(heads: int, kv_heads: int, count: int, length: int) -> None:
+    """One layer's prefill attention."""
+    from octavo.runtime.cuda.kernels import attention
+
+    inputs, node, q, pools, out = attention_inputs([length] * count, [length] * count, heads, kv_heads)
+    s = timed(lambda _: attention.prefill_attention(inputs, node, 0, q, *pools, out))
+    work = 4 * count * heads * 128 * length * (length + 1) / 2
+    result(f"prefill {count}x{length} h{heads}/{kv_heads}", us=s * 1e6, tflops=work / s / 1e12)
+
+
+def time_norm(rows: int, width: int) -> None:
+    """RMS norm with residual."""
+    import torch
+
+    from octavo.runtime.cuda.kernels.rows import norm
+
+    x, residual, out = (torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    weight = torch.ones(width, device=DEVICE)
+    s = timed(lambda _: norm(rows, x, residual, weight, None, out, residual, eps=1e-5, is_layer=False))
+    result(f"norm {rows}x{width}", us=s * 1e6, tbs=4 * rows * width * 2 / s / 1e12)
+
+
+def time_sampler(rows: int, vocab: int) -> None:
+    """Greedy, and temperature + top-k + top-p, on the wall clock of the host: launches included."""
+    import numpy as np
+    import torch
+
+    from octavo.runtime.cuda.runtime import greedy
+    from octavo.runtime.cuda.sampler import Sampler
+
+    sampler = Sampler(rows, vocab, torch.bfloat16, torch.device(DEVICE))
+    logits = torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16)
+    sampled = greedy(rows)
+    sampled.temperature, sampled.top_k = np.full(rows, 0.8, np.float32), np.full(rows, 50, np.int32)
+    sampled.top_p = np.full(rows, 0.95, np.float32)
+    for name, how in (("greedy", greedy(rows)), ("sampled", sampled)):
+        for _ in range(3):
+            sampler.with_logprobs(logits, sampler.choose(logits, how), how)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            sampler.with_logprobs(logits, sampler.choose(logits, how), how)
+        result(f"sampler {name} {rows}x{vocab}", us=(time.perf_counter() - start) / 20 * 1e6)
+
+
+def run_shape(shape: str, only: list[str], repetitions: int) -> None:
+    """A model of random weights: start-up, then the workloads. Runs in a process of its own."""
+    started = float(os.environ.get("GPU_CHECK_START", time.time()))
+    from lab.gpu_workloads import gpu_workloads
+    from octavo import LLM, SamplingParams
+
+    imported = time.time()
+    llm = LLM(str(ROOT / "lab" / "shapes" / shape), **ENGINE)
+    loaded = time.time()
+    llm.generate(None, SamplingParams(temperature=0.0, max_tokens=1), [[5] * 128], use_tqdm=False)
+    result(
+        f"{shape} start-up", first_token_s=time.time() - started, imports_s=imported - started,
+        engine_s=loaded - imported, **{f"{k.replace(' ', '_')}_s": v for k, v in llm.core.info.timings.items()},
+    )  # fmt: skip
+    print(llm.core.info.plan.describe(), flush=True)
+    works = gpu_workloads()
+    time_work(llm, shape, works["warm"], 1, keep=False)
+    for name in only:
+        guarded(
+            f"{shape} {name}",
+            lambda w=works[name], n=name: time_work(llm, shape, w, {"G2": 5, "G4": 3}.get(n, repetitions)),
+        )
+
+
+def time_work(llm: Any, shape: str, work: Any, repetitions: int, keep: bool = True) -> None:
+    """Median seconds of a workload, and where a step's time goes on the host."""
+    from octavo import SamplingParams
+
+    params = [
+        SamplingParams(**work.sampling, max_tokens=n, ignore_eos=True, seed=i) for i, (_, n) in enumerate(work.requests)
+    ]
+    prompts = [p for p, _ in work.requests]
+    seconds = []
+    for _ in range(repetitions):
+        steps = llm.core.log.num_steps
+        start = time.perf_counter()
+        outputs = llm.generate(None, params, prompts, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+        assert [len(o.outputs[0].token_ids) for o in outputs] == [n for _, n in work.requests]
+    if not keep:
+        return
+    s = statistics.median(seconds)
+    num_steps = llm.core.log.num_steps - steps
+    records = list(llm.core.log)[-min(num_steps, len(llm.core.log)) :]
+    middle = {
+        name: statistics.median(getattr(r, f"{name}_seconds") for r in records) * 1e3
+        for name in ("schedule", "execute", "update")
+    }
+    decodes = [r.execute_seconds * 1e3 for r in records if not r.num_prefill_tokens]
+    result(
+        f"{shape} {work.name}", s=s, out_tok_s=work.num_out / s, in_tok_s=work.num_in / s, runs=repetitions,
+        spread=(max(seconds) - min(seconds)) / s, steps=num_steps, **{f"{k}_ms": v for k, v in middle.items()},
+        decode_step_ms=statistics.median(decodes) if decodes else 0.0, wall_step_ms=s / num_steps * 1e3,
+        distinct=len({t for o in outputs for t in o.outputs[0].token_ids}),
+    )  # fmt: skip
+
+
+def stage_shape(shape: str, args: argparse.Namespace) -> None:
+    """Runs `run_shape` in a new process and takes over its results."""
+    command = [sys.executable, __file__, "--inside", shape, "--workloads", args.workloads]
+    command += ["--repetitions", str(args.repetitions)]
+    env = {**os.environ, "GPU_CHECK_START": str(time.time())}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("JSON "):
+            RESULTS.extend(json.loads(line[5:]))
+    if process.wait():
+        result(shape, failed=f"exit status {process.returncode}")
+
+
+def main() -> None:
+    """Parses, runs the stages, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="*", default=["tests", "kernels", *SHAPES])
+    parser.add_argument("--workloads", default="G2,G4,G3,G1,G5")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        guarded(args.inside, lambda: run_shape(args.inside, args.workloads.split(","), args.repetitions))
+        print("JSON " + json.dumps(RESULTS), flush=True)
+        return
+    start = time.perf_counter()
+    for stage in args.stages:
+        print(f"---- {stage} ({time.perf_counter() - start:.0f} s)", flush=True)
+        if stage == "tests":
+            guarded(stage, stage_tests)
+        elif stage == "kernels":
+            guarded(stage, stage_kernels)
+        else:
+            guarded(stage, lambda s=stage: stage_shape(s, args))
+    out = Path(os.environ.get("OUT", ".")) / "gpu_check.json"
+    out.write_text(json.dumps({"when": time.strftime("%Y-%m-%d"), "argv": sys.argv[1:], "results": RESULTS}, indent=1))
+    print(f"wrote {out} after {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
