@@ -75,7 +75,7 @@ def _runtime_for(dtype: str, runtime: str, threads: int, weights: WeightSource) 
     """(runtime, weights, dtype to load them as)."""
     if simulated := ARITHMETICS.get(dtype):
         return SimulatedRuntime(simulated.activations), SimulatedWeights(weights, simulated.weights), "float32"
-    return create(Choice(runtime, "asked for"), threads), weights, dtype
+    return create(Choice(runtime, "asked for"), threads, dtype), weights, dtype
 
 
 def slice_inputs(window: Int32, start: int) -> StepInputs:
