@@ -1,0 +1,71 @@
+"""`python -m lab.offline MODEL`: the CPU workloads through the offline `LLM`, where no HTTP client fits (numpy alone).
+
+Prints one RESULT line per figure, one value a repetition. W1 counts engine steps; the others count wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from lab.machine import describe_machine
+from lab.workloads import Work, w1, w2, w3, w4
+from octavo import LLM, SamplingParams
+
+LIMITS = {"max_model_len": 2048, "max_num_seqs": 32, "kv_cache_memory_bytes": 400 << 20}
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50}
+
+
+def run(llm: LLM, works: list[Work], **sampling: float) -> float:
+    """Seconds for all of them at once; end-of-sequence is ignored."""
+    options = {"temperature": 0.0, **sampling}
+    params = [SamplingParams(max_tokens=w.num_out, ignore_eos=True, **options) for w in works]  # type: ignore[arg-type]
+    began = time.perf_counter()
+    llm.generate([{"prompt_token_ids": work.prompt} for work in works], params, use_tqdm=False)
+    return time.perf_counter() - began
+
+
+def one_stream(llm: LLM, works: list[Work]) -> tuple[float, float]:
+    """Decode tokens a second and seconds of the prompt, from the StepRecords of one request."""
+    steps_before = llm.core.log.num_steps
+    run(llm, works)
+    records = list(llm.core.log)[steps_before - llm.core.log.num_steps :]
+    seconds = [r.schedule_seconds + r.execute_seconds + r.update_seconds for r in records]
+    return (works[0].num_out - 1) / sum(seconds[1:]), seconds[0]
+
+
+def tokens(works: list[Work]) -> int:
+    """Tokens generated for them."""
+    return sum(work.num_out for work in works)
+
+
+def say(dtype: str, name: str, unit: str, values: list[float]) -> None:
+    """One RESULT line."""
+    print(f"RESULT {dtype} {name} {unit}:", " ".join(f"{value:.4g}" for value in values), flush=True)
+
+
+def main() -> None:
+    """Measures every dtype that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--dtypes", nargs="+", default=["auto", "bfloat16"])
+    parser.add_argument("--runtime", default="native")
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args()
+    print(f"machine: {describe_machine()}")
+    times = range(options.repetitions)
+    for dtype in options.dtypes:
+        with LLM(options.model, runtime=options.runtime, dtype=dtype, **LIMITS) as llm:
+            print(f"RESULT {dtype} runtime: {llm.core.info.runtime}")
+            run(llm, w1(-1))
+            streams = [one_stream(llm, w1(i)) for i in times]
+            say(dtype, "W1 decode", "tok/s", [rate for rate, _ in streams])
+            say(dtype, "W1 prompt of 128", "ms", [1e3 * first for _, first in streams])
+            say(dtype, "W2", "tok/s", [tokens(w2(i)) / run(llm, w2(i)) for i in times])
+            say(dtype, "W2 sampled", "tok/s", [tokens(w2(i)) / run(llm, w2(100 + i), **SAMPLED) for i in times])
+            say(dtype, "W3", "tok/s", [1024 / run(llm, w3(i)) for i in times])
+            say(dtype, "W4", "s", [run(llm, w4(i)) for i in times])
+
+
+if __name__ == "__main__":
+    main()
