@@ -28,8 +28,8 @@ check: $(VENV)/.installed-dev  ## format, lint, types, ceilings, who may import 
 	@$(RUN)/python tools/readme_numbers.py --check
 	@$(RUN)/python -m pytest tests/unit/test_import_rules.py
 
-bench: $(VENV)/.installed  ## offline throughput of the default model (ARGS="--num-prompts 64" is passed on)
-	@$(RUN)/octavo bench throughput $(ARGS)
+bench: $(VENV)/.installed  ## the CPU workloads over HTTP, as a table and lab/results/*.json (ARGS="--only 13" is passed on)
+	@$(RUN)/python -m lab.cpu $(ARGS)
 
 clean:  ## remove .venv and everything built (the model cache stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
