@@ -31,6 +31,7 @@ double multiply_adds(size_t turns, float* sink);
 }
 namespace amx {
 extern const PackedKernels packed;
+extern const KVKernels kv;
 double multiply_adds(size_t turns, float* sink);
 }
 
@@ -62,10 +63,11 @@ static bool has_amx() {
 #endif
 }
 
-// AVX-512 with another Linear for packed weights, and attention by bf16 dot products.
-static Kernels avx512_with(const char* name, const PackedKernels& packed, double (*multiply_adds)(size_t, float*)) {
+// AVX-512 with another Linear for packed weights, and another attention.
+static Kernels avx512_with(const char* name, const PackedKernels& packed, const KVKernels& kv,
+                           double (*multiply_adds)(size_t, float*)) {
     Kernels kernels = avx512::kernels;
-    kernels.kv = &avx512bf16::kv;
+    kernels.kv = &kv;
     kernels.name = name;
     kernels.packed = &packed;
     kernels.multiply_adds = multiply_adds;
@@ -76,8 +78,8 @@ static Kernels avx512_with(const char* name, const PackedKernels& packed, double
 const Kernels* find_kernels(const char* wanted) {
     const bool any = std::strcmp(wanted, "auto") == 0;
 #if defined(__x86_64__)
-    static const Kernels bf16 = avx512_with("avx512bf16", avx512bf16::packed, avx512bf16::multiply_adds);
-    static const Kernels tiles = avx512_with("amx", amx::packed, amx::multiply_adds);
+    static const Kernels bf16 = avx512_with("avx512bf16", avx512bf16::packed, avx512bf16::kv, avx512bf16::multiply_adds);
+    static const Kernels tiles = avx512_with("amx", amx::packed, amx::kv, amx::multiply_adds);
     if ((any || std::strcmp(wanted, "amx") == 0) && has_amx()) return &tiles;
     if ((any || std::strcmp(wanted, "avx512bf16") == 0) && has_avx512bf16()) return &bf16;
     if ((any || std::strcmp(wanted, "avx512") == 0) && has_avx512()) return &avx512::kernels;

@@ -11,6 +11,9 @@
 #include "../abi.h"
 #include "level.h"
 #include "pairs.h"
+#if defined(__AMX_BF16__)
+#include "tiles.h"
+#endif
 
 namespace octavo::OCTAVO_LEVEL {
 namespace {
@@ -28,13 +31,23 @@ inline size_t state_width(const KVCache& c) { return c.value_width + kGroup; }
 inline float& weight_of(float* state, const KVCache& c) { return state[c.value_width]; }
 inline float& largest_of(float* state, const KVCache& c) { return state[c.value_width + 1]; }
 
+#if defined(__AMX_BF16__)
+constexpr size_t kScoreRows = kTileMaxRows;
+// Whether tiles fit: whole steps of 32 dims. Few rows are short tiles; of more, all tiles are full.
+inline bool has_tiles(const KVCache& c) { return c.type != OCTAVO_KV_FLOAT32 && c.head_dim % 32 == 0; }
+inline size_t padded_rows(size_t rows) { return rows <= kTileMaxRows ? rows : round_up(rows, kTileMaxRows); }
+#else
+constexpr size_t kScoreRows = kRowBlock;
+inline size_t padded_rows(size_t rows) { return rows; }
+#endif
+
 struct Scratch {
-    float* range;    // [rows, state_width]: of the current range
-    float* merged;   // [rows, state_width]: of the ranges before
-    float* weights;  // [rows, kLanes]: sum of weights by lane, of the range
-    float* scores;   // [kRowBlock, kKVTile]
-    uint16_t* rounded;  // [kRowBlock, kKVTile]: weights as bfloat16
-    uint16_t* q;        // [rows, key_dim]: queries as bfloat16
+    float* range;       // [padded rows, state_width]: of the current range
+    float* merged;      // [padded rows, state_width]: of the ranges before
+    float* weights;     // [rows, kLanes]: sum of weights by lane, of the range
+    float* scores;      // [kScoreRows, kKVTile]
+    uint16_t* rounded;  // [kScoreRows, kKVTile]: weights as bfloat16
+    uint16_t* q;        // [padded rows, key_dim]: queries as bfloat16
     uint8_t* pieces;    // kTileGroups pieces of the cache: for blocks that are no multiple of kGroup
     uint8_t* wide;      // the same in bfloat16: widened from int8
     uint8_t* end;
@@ -45,12 +58,13 @@ struct Scratch {
             memory += round_up(bytes, 64);
             return piece;
         };
-        range = reinterpret_cast<float*>(take(rows * state_width(c) * 4));
-        merged = reinterpret_cast<float*>(take(rows * state_width(c) * 4));
+        const size_t padded = padded_rows(rows);
+        range = reinterpret_cast<float*>(take(padded * state_width(c) * 4));
+        merged = reinterpret_cast<float*>(take(padded * state_width(c) * 4));
         weights = reinterpret_cast<float*>(take(rows * kLanes * 4));
-        scores = reinterpret_cast<float*>(take(kRowBlock * kKVTile * 4));
-        rounded = reinterpret_cast<uint16_t*>(take(kRowBlock * kKVTile * 2));
-        q = reinterpret_cast<uint16_t*>(take(rows * c.key_dim * 2 + sizeof(Halves)));
+        scores = reinterpret_cast<float*>(take(kScoreRows * kKVTile * 4));
+        rounded = reinterpret_cast<uint16_t*>(take(kScoreRows * kKVTile * 2));
+        q = reinterpret_cast<uint16_t*>(take(padded * c.key_dim * 2 + sizeof(Halves)));
         pieces = take(kTileGroups * c.piece_bytes);
         wide = take(kTileGroups * kGroup * (c.key_dim + c.value_width) * 2);
         end = memory;
@@ -73,6 +87,17 @@ struct KVTile {
 
 inline size_t slot_of(const AttentionArgs& a, const QueryTile& t, size_t position) {
     return static_cast<size_t>(t.block_table[position / a.block_size]) * a.block_size + position % a.block_size;
+}
+
+// A copy of a group's V in bfloat16 whose positions from `count` on are zero: their memory was perhaps never written,
+// and NaN weighed with 0 is NaN.
+const uint8_t* clear_behind(const KVCache& c, const uint8_t* v, size_t count, uint8_t* out) {
+    const size_t pair_bytes = c.value_width * 4;
+    std::memcpy(out, v, (count + 1) / 2 * pair_bytes);
+    std::memset(out + (count + 1) / 2 * pair_bytes, 0, (kGroup - count) / 2 * pair_bytes);
+    for (size_t i = 0; count % 2 != 0 && i < c.value_width; ++i)
+        std::memset(out + count / 2 * pair_bytes + i * 4 + 2, 0, 2);
+    return out;
 }
 
 // `end`: of what the queries see.
@@ -99,6 +124,10 @@ void locate(const AttentionArgs& a, const QueryTile& t, size_t start, size_t end
         tile.k[g] = piece;
         tile.v[g] = piece + cache.v_offset;
         tile.scales[g] = reinterpret_cast<const float*>(piece + cache.scale_offset);
+    }
+    if (end % kGroup != 0 && end < start + kKVTile && cache.type == OCTAVO_KV_BFLOAT16) {
+        const size_t g = tile.num_groups - 1;
+        tile.v[g] = clear_behind(cache, tile.v[g], end % kGroup, s.wide);
     }
     for (size_t g = 0; g < kTileGroups; ++g) {
         const size_t first = tile.next_start + g * kGroup;
@@ -170,8 +199,8 @@ inline void mix(const typename KV::Element* weights, const KVTile& tile, size_t 
     Floats sums[ROWS][VECTORS];
     for (size_t r = 0; r < ROWS; ++r)
         for (size_t v = 0; v < VECTORS; ++v) sums[r][v] = load(total + r * stride + column + v * kLanes);
-    const auto add = [&](size_t step, const auto& select) {
-        const size_t group = step / group_steps;
+    for (size_t at = first / depth * depth; at < last; at += depth) {
+        const size_t step = at / KV::kDepth, group = step / group_steps;
         typename KV::Operand values[VECTORS][KV::kSteps];
         for (size_t v = 0; v < VECTORS; ++v) {
             const size_t offset = operand_offset<KV>(width, step % group_steps, column + v * kLanes);
@@ -181,13 +210,9 @@ inline void mix(const typename KV::Element* weights, const KVTile& tile, size_t 
         for (size_t n = 0; n < KV::kSteps; ++n)
             for (size_t r = 0; r < ROWS; ++r) {
                 const typename KV::Operand weight = KV::factor(weights + r * kKVTile, step + n);
-                for (size_t v = 0; v < VECTORS; ++v) sums[r][v] = KV::add(weight, select(values[v][n]), sums[r][v]);
+                for (size_t v = 0; v < VECTORS; ++v) sums[r][v] = KV::add(weight, values[v][n], sums[r][v]);
             }
-    };
-    for (size_t at = first / depth * depth; at + depth <= last; at += depth)
-        add(at / KV::kDepth, [](typename KV::Operand v) { return v; });
-    if (last % depth != 0)  // what lies behind the last position was perhaps never written
-        add(last / depth * KV::kSteps, [](typename KV::Operand v) { return KV::behind_last(v); });
+    }
     for (size_t r = 0; r < ROWS; ++r)
         for (size_t v = 0; v < VECTORS; ++v) store(total + r * stride + column + v * kLanes, sums[r][v]);
 }
@@ -203,18 +228,21 @@ template <bool SCALED, class Element>
 inline void soften(const AttentionArgs& a, const KVTile& tile, size_t oldest, size_t newest, const float* scores,
                    Element* out, float* state, float* weights) {
     float& largest = largest_of(state, a.cache);
+    const bool all_visible = oldest <= tile.start && newest + 1 >= tile.start + kKVTile;
     Ints lanes;
     for (size_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<int32_t>(l);
     Floats score[kTileVectors];
     Floats top = splat(kNever);
     for (size_t v = 0; v < kTileVectors; ++v) {
-        const Ints position = lanes + static_cast<int32_t>(tile.start + v * kLanes);
-        Floats s = load(scores + v * kLanes) * a.scale;
-        if constexpr (SCALED) s *= load(tile.scales[v / kGroupVectors] + v % kGroupVectors * kLanes);
-        if (a.softcap != 0.0f) s = a.softcap * tanh(s / a.softcap);
-        const Ints visible =
-            (position <= static_cast<int32_t>(newest)) & (position >= static_cast<int32_t>(oldest));
-        score[v] = visible ? s : splat(kNever);
+        score[v] = load(scores + v * kLanes) * a.scale;
+        if constexpr (SCALED) score[v] *= load(tile.scales[v / kGroupVectors] + v % kGroupVectors * kLanes);
+        if (a.softcap != 0.0f) score[v] = a.softcap * tanh(score[v] / a.softcap);
+        if (!all_visible) {
+            const Ints position = lanes + static_cast<int32_t>(tile.start + v * kLanes);
+            const Ints visible =
+                (position <= static_cast<int32_t>(newest)) & (position >= static_cast<int32_t>(oldest));
+            score[v] = visible ? score[v] : splat(kNever);
+        }
         top = max(score[v], top);
     }
     const float tile_top = max_lane(top);
@@ -225,17 +253,18 @@ inline void soften(const AttentionArgs& a, const KVTile& tile, size_t oldest, si
     }
     Floats sums = load(weights);
     if (new_top != largest) {
-        const Floats shrink = exp(splat(largest) - new_top);
+        const Floats shrink = exp_below(splat(largest) - new_top);
         for (size_t c = 0; c < a.cache.value_width; c += kLanes) store(state + c, load(state + c) * shrink);
         sums *= shrink;
         largest = new_top;
     }
     for (size_t v = 0; v < kTileVectors; ++v) {
-        Floats weight = exp(score[v] - new_top);
+        Floats weight = exp_below(score[v] - new_top);
         sums += weight;
-        if constexpr (SCALED) {  // the scale of a position that is not visible may be anything
-            const Floats scale = load(tile.scales[v / kGroupVectors] + kGroup + v % kGroupVectors * kLanes);
-            weight = score[v] > splat(kNever) ? weight * scale : Floats{};
+        if constexpr (SCALED) {
+            weight *= load(tile.scales[v / kGroupVectors] + kGroup + v % kGroupVectors * kLanes);
+            // The scale of a position that is not visible may be anything.
+            if (!all_visible) weight = score[v] > splat(kNever) ? weight : Floats{};
         }
         put_weight(out + v * kLanes, weight);
     }
@@ -248,20 +277,41 @@ inline const float* query(const AttentionArgs& a, const QueryTile& t, size_t row
     return a.q + (token * a.num_heads + head) * a.cache.head_dim;
 }
 
+// Positions [first, last) of the KV tile, relative to its start, that some of the rows see.
+struct Seen {
+    size_t first, last;
+};
+
+inline Seen seen_by(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, size_t num_rows) {
+    const size_t share = a.num_heads / a.cache.num_kv_heads;
+    const size_t first_position = t.first_position + row / share;
+    const size_t last_position = t.first_position + (row + num_rows - 1) / share;
+    const size_t oldest = a.window != 0 && first_position + 1 > a.window ? first_position + 1 - a.window : 0;
+    if (last_position < tile.start || oldest >= tile.start + kKVTile) return {0, 0};
+    const size_t last = last_position + 1 - tile.start;
+    return {oldest > tile.start ? oldest - tile.start : 0, last < kKVTile ? last : kKVTile};
+}
+
+template <bool SCALED, class Element>
+void soften_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, size_t num_rows,
+                 const Scratch& s, Element* weights) {
+    const size_t share = a.num_heads / a.cache.num_kv_heads;
+    for (size_t r = 0; r < num_rows; ++r) {
+        const size_t newest = t.first_position + (row + r) / share;
+        const size_t oldest = a.window != 0 && newest + 1 > a.window ? newest + 1 - a.window : 0;
+        soften<SCALED>(a, tile, oldest, newest, s.scores + r * kKVTile, weights + r * kKVTile,
+                       s.range + (row + r) * state_width(a.cache), s.weights + (row + r) * kLanes);
+    }
+}
+
 template <class KV, bool SCALED, size_t ROWS>
 void visit(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, const Scratch& s) {
-    const size_t share = a.num_heads / a.cache.num_kv_heads, width = a.cache.value_width;
-    const size_t stride = state_width(a.cache);
-    const size_t first_position = t.first_position + row / share;
-    const size_t last_position = t.first_position + (row + ROWS - 1) / share;
-    const size_t oldest = a.window != 0 && first_position + 1 > a.window ? first_position + 1 - a.window : 0;
-    if (last_position < tile.start || oldest >= tile.start + kKVTile) return;
-
+    const Seen seen = seen_by(a, t, tile, row, ROWS);
+    if (seen.last == 0) return;
     using Element = typename KV::Element;
-    constexpr bool rounds = KV::kDepth == 2;
     const Element* q[ROWS];
     Element* weights;
-    if constexpr (rounds) {
+    if constexpr (KV::kDepth == 2) {
         for (size_t r = 0; r < ROWS; ++r) q[r] = s.q + (row + r) * a.cache.key_dim;
         weights = s.rounded;
     } else {
@@ -270,21 +320,14 @@ void visit(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_
     }
     for (size_t vector = 0; vector < tile.num_groups * kGroupVectors; vector += kVectors)
         score<KV, ROWS>(q, tile, vector, a.cache.key_dim / KV::kDepth, s.scores);
-
-    for (size_t r = 0; r < ROWS; ++r) {
-        const size_t newest = t.first_position + (row + r) / share;
-        const size_t from = a.window != 0 && newest + 1 > a.window ? newest + 1 - a.window : 0;
-        soften<SCALED>(a, tile, from, newest, s.scores + r * kKVTile, weights + r * kKVTile,
-                       s.range + (row + r) * stride, s.weights + (row + r) * kLanes);
-    }
-
-    const size_t first = oldest > tile.start ? oldest - tile.start : 0;
-    const size_t last = last_position + 1 - tile.start < kKVTile ? last_position + 1 - tile.start : kKVTile;
-    float* total = s.range + row * stride;
+    soften_rows<SCALED>(a, t, tile, row, ROWS, s, weights);
+    const size_t width = a.cache.value_width;
+    float* total = s.range + row * state_width(a.cache);
     size_t column = 0;
     for (; column + kVectors * kLanes <= width; column += kVectors * kLanes)
-        mix<KV, ROWS, kVectors>(weights, tile, first, last, column, a.cache, total);
-    for (; column < width; column += kLanes) mix<KV, ROWS, 1>(weights, tile, first, last, column, a.cache, total);
+        mix<KV, ROWS, kVectors>(weights, tile, seen.first, seen.last, column, a.cache, total);
+    for (; column < width; column += kLanes)
+        mix<KV, ROWS, 1>(weights, tile, seen.first, seen.last, column, a.cache, total);
 }
 
 template <class KV, bool SCALED>
@@ -298,7 +341,103 @@ void visit_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, 
     }
 }
 
+#if defined(__AMX_BF16__)
+// Tiles 0 to 3: sums. 4: queries, 5: K. 6: weights of 16 positions, 7: their V.
+void configure(size_t rows) {
+    TileConfig config;
+    const size_t short_rows = rows < kTileMaxRows ? rows : kTileMaxRows;
+    for (size_t tile = 0; tile < 5; ++tile) config.set(tile, short_rows);
+    config.set(5, kTileMaxRows);
+    config.set(6, short_rows, kGroup * sizeof(uint16_t));
+    config.set(7, kGroup / 2);
+    configure_tiles(config);
+}
+
+inline void fetch(const uint8_t* from, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+}
+
+// scores[., 64 positions] of up to 16 rows; those of groups that are not there repeat the last.
+void score_with_tiles(const KVCache& c, const KVTile& tile, const uint16_t* q, float* scores) {
+    static_assert(kTileGroups == 4);
+    constexpr size_t step_bytes = kTileMaxRows * kTileRowBytes;
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    for (size_t step = 0; step < c.key_dim / 32; ++step) {
+        load_tile<4>(q + step * 32, c.key_dim * sizeof(uint16_t));
+        load_tile<5>(tile.k[0] + step * step_bytes, kTileRowBytes);
+        multiply_tiles<0, 4, 5>();
+        load_tile<5>(tile.k[1] + step * step_bytes, kTileRowBytes);
+        multiply_tiles<1, 4, 5>();
+        load_tile<5>(tile.k[2] + step * step_bytes, kTileRowBytes);
+        multiply_tiles<2, 4, 5>();
+        load_tile<5>(tile.k[3] + step * step_bytes, kTileRowBytes);
+        multiply_tiles<3, 4, 5>();
+    }
+    constexpr size_t stride = kKVTile * sizeof(float);
+    store_tile<0>(scores, stride);
+    store_tile<1>(scores + kGroup, stride);
+    store_tile<2>(scores + 2 * kGroup, stride);
+    store_tile<3>(scores + 3 * kGroup, stride);
+}
+
+// total[., COUNT x 16 columns] += weights of the groups [first, last) times their V.
+template <size_t COUNT>
+void mix_with_tiles(const KVCache& c, const KVTile& tile, const uint16_t* weights, size_t first, size_t last,
+                    size_t column, float* total) {
+    const size_t stride = state_width(c) * sizeof(float), row_bytes = c.value_width * 4;
+    total += column;
+    load_tile<0>(total, stride);
+    if constexpr (COUNT > 1) load_tile<1>(total + kGroup, stride);
+    if constexpr (COUNT > 2) load_tile<2>(total + 2 * kGroup, stride);
+    if constexpr (COUNT > 3) load_tile<3>(total + 3 * kGroup, stride);
+    for (size_t group = first; group < last; ++group) {
+        const uint8_t* v = tile.v[group] + column * 4;
+        load_tile<6>(weights + group * kGroup, kKVTile * sizeof(uint16_t));
+        load_tile<7>(v, row_bytes);
+        multiply_tiles<0, 6, 7>();
+        if constexpr (COUNT > 1) load_tile<7>(v + 64, row_bytes), multiply_tiles<1, 6, 7>();
+        if constexpr (COUNT > 2) load_tile<7>(v + 128, row_bytes), multiply_tiles<2, 6, 7>();
+        if constexpr (COUNT > 3) load_tile<7>(v + 192, row_bytes), multiply_tiles<3, 6, 7>();
+    }
+    store_tile<0>(total, stride);
+    if constexpr (COUNT > 1) store_tile<1>(total + kGroup, stride);
+    if constexpr (COUNT > 2) store_tile<2>(total + 2 * kGroup, stride);
+    if constexpr (COUNT > 3) store_tile<3>(total + 3 * kGroup, stride);
+}
+
+template <bool SCALED>
+void visit_with_tiles(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t rows, const Scratch& s) {
+    for (size_t row = 0; row < rows; row += kTileMaxRows) {
+        const size_t num_rows = rows - row < kTileMaxRows ? rows - row : kTileMaxRows;
+        const Seen seen = seen_by(a, t, tile, row, num_rows);
+        if (seen.last == 0) continue;
+        for (const uint8_t* next : tile.next) fetch(next, a.cache.v_offset);
+        score_with_tiles(a.cache, tile, s.q + row * a.cache.key_dim, s.scores);
+        for (const uint8_t* next : tile.next) fetch(next + a.cache.v_offset, a.cache.piece_bytes - a.cache.v_offset);
+        soften_rows<SCALED>(a, t, tile, row, num_rows, s, s.rounded);
+        const size_t first = seen.first / kGroup, last = (seen.last + kGroup - 1) / kGroup;
+        float* total = s.range + row * state_width(a.cache);
+        const size_t width = a.cache.value_width;
+        size_t column = 0;
+        for (; column + 4 * kGroup <= width; column += 4 * kGroup)
+            mix_with_tiles<4>(a.cache, tile, s.rounded, first, last, column, total);
+        for (; column < width; column += 2 * kGroup)  // width is a multiple of 32 here
+            mix_with_tiles<2>(a.cache, tile, s.rounded, first, last, column, total);
+    }
+}
+#endif
+
 void visit_tile(const AttentionArgs& a, const QueryTile& t, KVTile& tile, size_t rows, const Scratch& s) {
+#if defined(__AMX_BF16__)
+    if (has_tiles(a.cache)) {
+        if (a.cache.type == OCTAVO_KV_BFLOAT16) return visit_with_tiles<false>(a, t, tile, rows, s);
+        widen(a.cache, s, tile);
+        return visit_with_tiles<true>(a, t, tile, rows, s);
+    }
+#endif
     switch (a.cache.type) {
         case OCTAVO_KV_FLOAT32: return visit_rows<FloatKV, false>(a, t, tile, rows, s);
         case OCTAVO_KV_BFLOAT16: return visit_rows<BFloat16KV, false>(a, t, tile, rows, s);
@@ -318,7 +457,7 @@ void merge(const KVCache& c, float* range, float* merged) {
         return;
     }
     const float new_top = range_top > top ? range_top : top;
-    const Floats keep = exp(splat(top) - new_top), take = exp(splat(range_top) - new_top);
+    const Floats keep = exp_below(splat(top) - new_top), take = exp_below(splat(range_top) - new_top);
     for (size_t i = 0; i < c.value_width; i += kLanes) store(merged + i, load(range + i) * take + load(merged + i) * keep);
     weight_of(merged, c) = weight_of(range, c) * take[0] + weight_of(merged, c) * keep[0];
     largest_of(merged, c) = new_top;
@@ -332,7 +471,7 @@ void write_out(const AttentionArgs& a, const QueryTile& t, size_t row, float* me
 
 void round_queries(const AttentionArgs& a, const QueryTile& t, size_t rows, const Scratch& s) {
     const size_t dim = a.cache.head_dim;
-    std::memset(s.q, 0, rows * a.cache.key_dim * sizeof(uint16_t));
+    std::memset(s.q, 0, padded_rows(rows) * a.cache.key_dim * sizeof(uint16_t));
     for (size_t row = 0; row < rows; ++row) {
         const float* q = query(a, t, row);
         for (size_t d = 0; d < dim; d += kLanes) {
@@ -347,7 +486,7 @@ void round_queries(const AttentionArgs& a, const QueryTile& t, size_t rows, cons
 void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_t range_end, const Visit& whole,
                  size_t rows, const Scratch& s) {
     const size_t stride = state_width(a.cache);
-    std::memset(s.range, 0, rows * stride * sizeof(float));
+    std::memset(s.range, 0, padded_rows(rows) * stride * sizeof(float));
     std::memset(s.weights, 0, rows * kLanes * sizeof(float));
     for (size_t row = 0; row < rows; ++row) largest_of(s.range + row * stride, a.cache) = kNever;
     KVTile tile;
@@ -366,7 +505,7 @@ void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_
 
 const KVKernels kv = {rope_kv_write, copy_slot, attention, attention_merge, attention_scratch, attention_state};
 
-size_t attention_state(size_t rows, const KVCache& cache) { return rows * state_width(cache); }
+size_t attention_state(size_t rows, const KVCache& cache) { return padded_rows(rows) * state_width(cache); }
 
 size_t attention_scratch(size_t rows, const KVCache& cache) {
     uint8_t* const start = nullptr;
@@ -378,18 +517,24 @@ void attention(const AttentionArgs& a, const QueryTile& t, size_t first_range, s
     const size_t rows = t.num_tokens * (a.num_heads / a.cache.num_kv_heads), stride = state_width(a.cache);
     Scratch s(scratch, rows, a.cache);
     if (a.cache.type != OCTAVO_KV_FLOAT32) round_queries(a, t, rows, s);
+#if defined(__AMX_BF16__)
+    if (has_tiles(a.cache)) configure(rows);
+#endif
     for (size_t row = 0; row < rows; ++row) largest_of(s.merged + row * stride, a.cache) = kNever;
     const size_t end = t.first_position + t.num_tokens;
     const size_t oldest = a.window != 0 && t.first_position + 1 > a.window ? t.first_position + 1 - a.window : 0;
     const size_t first = first_range * kKVRange > oldest ? first_range * kKVRange : oldest;
     const Visit visit = {first / kKVTile * kKVTile, last_range * kKVRange < end ? last_range * kKVRange : end};
     for (size_t range = first_range; range < last_range; ++range) {
-        if (states != nullptr) s.range = states + (range - first_range) * rows * stride;
+        if (states != nullptr) s.range = states + (range - first_range) * padded_rows(rows) * stride;
         const size_t begin = range == first_range ? visit.begin : range * kKVRange;
         visit_range(a, t, begin, (range + 1) * kKVRange < end ? (range + 1) * kKVRange : end, visit, rows, s);
         if (states == nullptr)
             for (size_t row = 0; row < rows; ++row) merge(a.cache, s.range + row * stride, s.merged + row * stride);
     }
+#if defined(__AMX_BF16__)
+    if (has_tiles(a.cache)) release_tiles();
+#endif
     if (states == nullptr)
         for (size_t row = 0; row < rows; ++row) write_out(a, t, row, s.merged + row * stride);
 }
@@ -399,7 +544,7 @@ void attention_merge(const AttentionArgs& a, const QueryTile& t, size_t num_rang
     for (size_t row = 0; row < rows; ++row) {
         float* merged = states + row * stride;
         for (size_t range = 1; range < num_ranges; ++range)
-            merge(a.cache, states + (range * rows + row) * stride, merged);
+            merge(a.cache, states + (range * padded_rows(rows) + row) * stride, merged);
         write_out(a, t, row, merged);
     }
 }

@@ -97,7 +97,6 @@ struct FloatKV {
     using Operand = Floats;
 
     static void load(const uint8_t* at, Operand (&out)[kSteps]) { out[0] = (Floats)load_words(at); }
-    static Operand behind_last(Operand v) { return v; }
     static Operand factor(const Element* row, size_t step) { return splat(row[step]); }
     static Floats add(Operand factor, Operand kv, Floats sum) { return fma(factor, kv, sum); }
 };
@@ -116,14 +115,12 @@ struct PairKV {
 };
 
 struct BFloat16KV : PairKV {
-    static Operand behind_last(Operand v) { return pairs_of(bits_of(v) & 0xffffu); }  // the second may be NaN
     static constexpr size_t kSteps = 1;
 
     static void load(const uint8_t* at, Operand (&out)[kSteps]) { out[0] = pairs_of(load_words(at)); }
 };
 
 struct Int8KV : PairKV {
-    static Operand behind_last(Operand v) { return v; }  // integers, weighed with 0
     static constexpr size_t kSteps = 2;
 
     static void load(const uint8_t* at, Operand (&out)[kSteps]) { pairs_of_int8(load_words(at), out); }

@@ -145,6 +145,25 @@ inline Floats exp(Floats x) {
     return x < -87.3f ? Floats{} : y * power;
 }
 
+// e^x for x <= 0 within 2 ulp, the same way; 0 below -104.
+inline Floats exp_below(Floats x) {
+#if defined(__AVX512F__)
+    const Floats clamped = max(x, splat(-104.0f));  // where the result rounds to 0
+    const Floats n = (Floats)_mm512_roundscale_ps((__m512)(clamped * 1.44269504088896341f), 0);
+    Floats r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    Floats p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    return (Floats)_mm512_scalef_ps((__m512)(fma(p, r * r, r) + 1.0f), (__m512)n);
+#else
+    return exp(x);
+#endif
+}
+
 // tanh within 2 ulp: odd polynomial near 0 (Cephes), else by exp.
 inline Floats tanh(Floats x) {
     const Floats magnitude = x < 0.0f ? -x : x;

@@ -1,4 +1,4 @@
-// AMX tiles: the few instructions that packed_tiles.cpp needs, by tile number.
+// AMX tiles: the few instructions that Linear and attention need, by tile number.
 //
 // Written as asm that names memory: the intrinsics of some compilers do not tell what they read, and stores before
 // them are then moved or dropped. With -DOCTAVO_EMULATE_TILES, plain code does the same in the order of the hardware
@@ -22,9 +22,9 @@ struct alignas(64) TileConfig {
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 
-    void set(size_t tile, size_t num_rows) {
+    void set(size_t tile, size_t num_rows, size_t bytes = kTileRowBytes) {
         rows[tile] = static_cast<uint8_t>(num_rows);
-        row_bytes[tile] = num_rows == 0 ? 0 : kTileRowBytes;
+        row_bytes[tile] = static_cast<uint16_t>(num_rows == 0 ? 0 : bytes);
     }
 };
 
@@ -51,13 +51,15 @@ template <int TILE>
 inline void load_tile(const void* from, size_t stride) {
     zero_tile<TILE>();
     for (size_t row = 0; row < emulated.config.rows[TILE]; ++row)
-        std::memcpy(emulated.bytes[TILE][row], static_cast<const char*>(from) + row * stride, kTileRowBytes);
+        std::memcpy(emulated.bytes[TILE][row], static_cast<const char*>(from) + row * stride,
+                    emulated.config.row_bytes[TILE]);
 }
 
 template <int TILE>
 inline void store_tile(void* to, size_t stride) {
     for (size_t row = 0; row < emulated.config.rows[TILE]; ++row)
-        std::memcpy(static_cast<char*>(to) + row * stride, emulated.bytes[TILE][row], kTileRowBytes);
+        std::memcpy(static_cast<char*>(to) + row * stride, emulated.bytes[TILE][row],
+                    emulated.config.row_bytes[TILE]);
 }
 
 template <int C, int A, int B>
@@ -72,7 +74,7 @@ inline void multiply_tiles() {
     for (size_t row = 0; row < emulated.config.rows[C]; ++row) {
         for (size_t column = 0; column < kTileRowBytes / 4; ++column) {
             float even = 0.0f, odd = 0.0f, total;
-            for (size_t k = 0; k < kTileMaxRows; ++k) {
+            for (size_t k = 0; k < emulated.config.rows[B]; ++k) {
                 even = fmaf(number(A, row, 2 * k), number(B, k, 2 * column), even);
                 odd = fmaf(number(A, row, 2 * k + 1), number(B, k, 2 * column + 1), odd);
             }

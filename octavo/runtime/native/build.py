@@ -32,7 +32,10 @@ _X86_LEVELS = {
     "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
 # The files of native/levels that make a level; the last two are avx512 but for theirs.
-_LEVEL_FILES = {"avx512bf16": {"attention", "cache", "packed", "probe"}, "amx": {"packed_tiles", "probe"}}
+_LEVEL_FILES = {
+    "avx512bf16": {"attention", "cache", "packed", "probe"},
+    "amx": {"attention", "cache", "packed_tiles", "probe"},
+}
 
 
 class BuildError(Exception):
