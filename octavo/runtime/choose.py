@@ -8,11 +8,15 @@ from octavo.runtime.cuda import missing
 
 # What each runtime computes in; what it has fast kernels for; what `--dtype auto` takes for everything else.
 DTYPES = {
-    "native": ("float32", "bfloat16", "quantized"),
-    "reference": ("float32", "bfloat16", "quantized"),
+    "native": ("float32", "bfloat16", "float16", "quantized"),
+    "reference": ("float32", "bfloat16", "float16", "quantized"),
     "cuda": ("float32", "bfloat16"),
 }
-FAST = {**DTYPES, "reference": ("float32", "bfloat16")}
+FAST = {
+    "native": ("float32", "bfloat16", "quantized"),
+    "reference": ("float32", "bfloat16"),
+    "cuda": ("float32", "bfloat16"),
+}
 FALLBACK = {"native": "float32", "reference": "float32", "cuda": "bfloat16"}
 
 
@@ -39,7 +43,7 @@ def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
     """Resolves `--kv-cache-dtype`: "auto" keeps what the weights are computed in."""
     if kv_cache_dtype != "auto":
         return kv_cache_dtype
-    return "float32" if dtype == "float32" else "bfloat16"
+    return "float32" if dtype in ("float32", "float16") else "bfloat16"
 
 
 def _choose_runtime(runtime: str) -> Choice:

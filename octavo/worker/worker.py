@@ -14,6 +14,7 @@ from octavo.models.weights import open_weights
 from octavo.program.program import Program
 from octavo.runtime.base import Runtime, WeightSource
 from octavo.runtime.choose import choose, choose_kv, create
+from octavo.runtime.half import HalfWeights
 from octavo.sampling_params import SamplingParams
 from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput
 from octavo.worker.memory import MemoryPlan, free_memory, plan_memory
@@ -52,9 +53,12 @@ class Worker:
         choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype)
         runtime = self._runtime = create(choice, config.threads(), dtype, enforce_eager=config.enforce_eager)
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
+        computed = dtype
+        if dtype == "float16":  # no runtime here has float16 kernels
+            computed, weights = "float32", HalfWeights(weights)
         program = record(spec)
         kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
-        plan = self._plan(spec, program, runtime, weights, dtype, kv_dtype)
+        plan = self._plan(spec, program, runtime, weights, computed, kv_dtype)
         if plan.max_model_len < spec.max_model_len:  # RoPE is fixed for the length that is really served
             spec = read_spec(self._files, max_model_len=plan.max_model_len)
             program = record(spec)
@@ -62,7 +66,7 @@ class Worker:
         report = runtime.load(
             program,
             weights,
-            dtype=dtype,
+            dtype=computed,
             max_num_tokens=config.max_num_batched_tokens,
             max_num_logits=config.max_num_seqs,
             max_num_requests=config.max_num_seqs,

@@ -42,7 +42,7 @@ def files(tmp_path_factory):
 
 def make_core(files, **settings):
     config = EngineConfig(
-        model="tiny", load_format="dummy", runtime="reference", **{"num_gpu_blocks_override": 64, **settings}
+        model="tiny", load_format="dummy", **{"runtime": "reference", "num_gpu_blocks_override": 64, **settings}
     )
     executor = LocalExecutor(config, files)
     return EngineCore(config, executor, executor.start())
