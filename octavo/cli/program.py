@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command(cls=Verb, epilog=_EXAMPLES)(program)
 
 
-@engine_flags(only=("dtype", "runtime", "max_model_len", "load_format", "revision", "download_dir"))
+@engine_flags(only=("dtype", "kv_cache_dtype", "runtime", "max_model_len", "load_format", "revision", "download_dir"))
 def program(
     config: EngineConfig,
     num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1, metavar="N")] = 1,
@@ -46,7 +46,7 @@ def program(
     from octavo.models.weights import open_weights
     from octavo.program.ops import Sizes
     from octavo.program.printer import describe
-    from octavo.runtime.choose import choose
+    from octavo.runtime.choose import choose, choose_kv
     from octavo.runtime.native.packing import kept_bytes
 
     files = resolve_model(
@@ -55,12 +55,16 @@ def program(
     spec = read_spec(files, max_model_len=config.max_model_len)
     choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype)
     recorded = record(spec)
+    kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
+    kv_bytes = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / spec.head_dim}[kv_dtype]
     kept: dict[tuple[str, ...], int] = {}  # the reference keeps float32 whatever it rounds to
+    if choice.runtime == "reference":
+        kv_bytes = 4.0
     if choice.runtime == "native":
         kept = kept_bytes(recorded, open_weights(files, spec, load_format=config.load_format), dtype)
 
     def resident_bytes(weight: Weight) -> int:
         return kept.get(weight.parts, 4 * math.prod(weight.shape))
 
-    say(f"{config.model}: {spec.architecture}, {choice.runtime} runtime, {dtype} weights", style="bold")
-    typer.echo(describe(recorded, Sizes(num_tokens, 1, context), resident_bytes), nl=False)
+    say(f"{config.model}: {spec.architecture}, {choice.runtime} runtime, {dtype} weights, {kv_dtype} KV", style="bold")
+    typer.echo(describe(recorded, Sizes(num_tokens, 1, context), resident_bytes, kv_bytes=kv_bytes), nl=False)
