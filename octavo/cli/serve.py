@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -26,7 +27,10 @@ from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
+    from octavo.server.keys import Keyring
+    from octavo.server.loop import Tls
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXAMPLE_TEMPERATURE = 0.3  # the default model is small: at 1 it rambles
 _EXAMPLES = (
     "octavo serve                                        the default model\n\n"
@@ -88,23 +92,75 @@ class HttpFlags:
             raise ConfigError(f"--metrics-compat must be octavo or vllm, not {self.metrics_compat!r}")
 
 
+@dataclass(frozen=True)
+class AccessFlags:
+    """Who may ask, and over what."""
+
+    panel: ClassVar[str] = "Access"
+    api_key: Annotated[
+        list[str] | None,
+        Option(help="A key that clients send; may be repeated.", metavar="KEY", envvar="OCTAVO_API_KEY"),
+    ] = None
+    admin_api_key: Annotated[
+        list[str] | None,
+        Option(help="A key that may read /metrics too.", metavar="KEY", envvar="OCTAVO_ADMIN_API_KEY"),
+    ] = None
+    api_key_file: Annotated[
+        Path | None, Option(help="Keys with tenants, weights and limits, as .toml or .json.", metavar="FILE")
+    ] = None
+    public_health: Annotated[bool, Option("--public-health", help="/health answers without a key.")] = False
+    allowed_origins: Annotated[
+        list[str] | None,
+        Option(help="A web page whose scripts may ask (CORS), or *; may be repeated.", metavar="ORIGIN"),
+    ] = None
+    ssl_certfile: Annotated[Path | None, Option(help="TLS: the certificate chain, PEM.", metavar="FILE")] = None
+    ssl_keyfile: Annotated[Path | None, Option(help="TLS: its private key, PEM.", metavar="FILE")] = None
+
+    def __post_init__(self) -> None:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("--ssl-certfile and --ssl-keyfile go together: give both")
+
+    @cached_property
+    def tls(self) -> Tls | None:
+        """The certificate, checked; None where it is plain HTTP."""
+        if self.ssl_certfile is None or self.ssl_keyfile is None:
+            return None
+        from octavo.server.loop import Tls
+
+        return Tls(self.ssl_certfile, self.ssl_keyfile)
+
+    @cached_property
+    def keyring(self) -> Keyring | None:
+        """The keys of the flags, the environment and the file; None where everybody may ask."""
+        if not (self.api_key or self.admin_api_key or self.api_key_file):
+            return None
+        from octavo.server.keys import read_keys
+
+        keys, admins = self.api_key or (), self.admin_api_key or ()
+        return read_keys(keys, admins, self.api_key_file, public_probes=self.public_health)
+
+
 @engine_flags()
-def serve(config: EngineConfig, http: HttpFlags) -> None:
+def serve(config: EngineConfig, http: HttpFlags, access: AccessFlags) -> None:
     """Serve a model over HTTP, the way OpenAI's API does.
 
-    Ctrl-C or SIGTERM stops it: running requests get --shutdown-timeout seconds to end.
+    It listens on this machine only unless --host says otherwise; give --api-key then. Ctrl-C or SIGTERM stops it:
+    running requests get --shutdown-timeout seconds to end.
     """
     startup = Startup()
     startup.close_phase("command line")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is a Ctrl-C
     template = read_template(http.chat_template)
     check_port(http.host, http.port)
+    access.keyring, access.tls  # noqa: B018  # what is wrong with them is said now, not after loading a model
     say(f"Octavo {__version__}", style="bold")
+    if access.keyring is None and http.host not in LOOPBACK:
+        say("Anybody who reaches this address may ask: give --api-key.", style="yellow")
     find_model(config)
     startup.close_phase("find model")
     # with a timeout of 0 uvicorn complains that it cancels, which is what was asked for
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.getMessage().startswith("Cancel "))
-    asyncio.run(_serve(config, http, template, startup))
+    asyncio.run(_serve(config, http, access, template, startup))
     say("Stopped.")
 
 
@@ -143,7 +199,7 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def curl_lines(engine: AsyncEngine, url: str) -> str:
+def curl_lines(engine: AsyncEngine, url: str, *, with_key: bool = False) -> str:
     """A request that works with this model, ready to paste into a shell."""
     prompts: dict[str, object] = {"prompt": [1, 2, 3]}
     if engine.chat_template is not None:
@@ -153,35 +209,45 @@ def curl_lines(engine: AsyncEngine, url: str) -> str:
     path = "chat/completions" if "messages" in prompts else "completions"
     settings = {"model": engine.model_name, "stream": True, "max_tokens": 64, "temperature": EXAMPLE_TEMPERATURE}
     body = f"{json.dumps(settings)[:-1]},\n         {json.dumps(prompts)[1:]}"
-    return f"curl -N {url}/{path} \\\n    -H 'Content-Type: application/json' \\\n    -d {shlex.quote(body)}"
+    key = "-H 'Authorization: Bearer KEY' " if with_key else ""
+    return f"curl -N {url}/{path} \\\n    {key}-H 'Content-Type: application/json' \\\n    -d {shlex.quote(body)}"
 
 
-async def _serve(config: EngineConfig, http: HttpFlags, template: str | None, startup: Startup) -> None:
+async def _serve(
+    config: EngineConfig, http: HttpFlags, access: AccessFlags, template: str | None, startup: Startup
+) -> None:
     from octavo.engine.async_engine import AsyncEngine
 
     startup.close_phase("engine imports")
     with console().status(f"Loading {config.model} ..."):
-        engine, app_module = await asyncio.gather(
+        engine, app_module, loop_module = await asyncio.gather(
             AsyncEngine.start(config, chat_template=template, metrics_compat=http.metrics_compat),
             asyncio.to_thread(import_module, "octavo.server.app"),  # while the engine process loads the model
+            asyncio.to_thread(import_module, "octavo.server.loop"),
         )
     startup.add_engine(engine.timings)
 
     def ready(real_port: int) -> None:
         startup.close_phase("server")
         shown = f"[{http.host}]" if ":" in http.host else http.host
-        print_ready(engine, startup, f"http://{shown}:{real_port}/v1")
+        url = f"http{'s' if access.tls else ''}://{shown}:{real_port}/v1"
+        print_ready(engine, startup, url, with_key=access.keyring is not None)
 
     try:
-        app = app_module.create_app(engine, served_model_names=[engine.model_name])
-        await app_module.run_server(
-            app, host=http.host, port=http.port, ready=ready, drain_seconds=http.shutdown_timeout
+        app = app_module.create_app(
+            engine,
+            served_model_names=[engine.model_name],
+            keyring=access.keyring,
+            allowed_origins=access.allowed_origins or (),
+        )
+        await loop_module.run_server(
+            app, host=http.host, port=http.port, ready=ready, drain_seconds=http.shutdown_timeout, tls=access.tls
         )
     finally:
         await engine.shutdown()
 
 
-def print_ready(engine: AsyncEngine, startup: Startup, url: str) -> None:
+def print_ready(engine: AsyncEngine, startup: Startup, url: str, *, with_key: bool) -> None:
     """What whoever started the server wants to know: what runs, where memory and time went, where to send requests."""
     ready = engine.ready
     say(f"Runtime  {ready.runtime}")
@@ -194,7 +260,7 @@ def print_ready(engine: AsyncEngine, startup: Startup, url: str) -> None:
     say()
     say(f"Ready in {startup.total:.2f} s: {url}", style="bold green")
     say()
-    say(f"  {curl_lines(engine, url)}")
+    say(f"  {curl_lines(engine, url, with_key=with_key)}")
     say()
     if console().is_terminal:
         say("Ctrl-C stops it.", style="dim")

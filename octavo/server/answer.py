@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from fastapi import Response
@@ -23,11 +23,14 @@ MERGED_AHEAD = 64  # outputs of several prompts that may wait for a slow client
 
 
 class Answer(Response):
-    """A JSON document (the generator's one part) or, with `stream`, server-sent events."""
+    """A JSON document (the generator's one part) or, with `stream`, server-sent events. `ended` is called last."""
 
-    def __init__(self, parts: AsyncGenerator[bytes, None], *, request_id: str, stream: bool) -> None:
+    def __init__(
+        self, parts: AsyncGenerator[bytes, None], *, request_id: str, stream: bool, ended: Callable[[], None]
+    ) -> None:
         super().__init__()
         self.parts = parts
+        self.ended = ended
         self.request_id = request_id
         self.stream = stream
 
@@ -41,6 +44,7 @@ class Answer(Response):
             for task in (work, gone):
                 task.cancel()
             await asyncio.wait((work, gone))
+            self.ended()
         with contextlib.suppress(asyncio.CancelledError):
             work.result()
 

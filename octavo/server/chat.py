@@ -7,7 +7,7 @@ from typing import Any
 from octavo.outputs import CompletionOutput
 from octavo.server.answer import Answer
 from octavo.server.chunks import ChunkWriter
-from octavo.server.front import Front
+from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
 from octavo.server.logprobs import LogprobsWriter
 from octavo.server.protocol import ChatRequest
@@ -39,7 +39,7 @@ class Chat(Generation):
         return writer.chat(output)
 
 
-async def chat(front: Front, body: ChatRequest, request_id: str) -> Answer:
+async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
     """Checks a chat request and begins to answer it. max_tokens defaults to the rest of the context."""
     front.model(body.model)
     text = await front.render(body)
@@ -49,4 +49,4 @@ async def chat(front: Front, body: ChatRequest, request_id: str) -> Answer:
     max_tokens = front.max_tokens(len(ids), asked, default=None, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
-    return Chat(front, body, [ids], params, f"chatcmpl-{body.request_id or request_id}").answer(request_id)
+    return Chat(front, caller, body, [ids], params, f"chatcmpl-{body.request_id or caller.request_id}").answer()

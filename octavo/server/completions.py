@@ -7,7 +7,7 @@ from typing import Any, cast
 from octavo.outputs import CompletionOutput
 from octavo.server.answer import Answer
 from octavo.server.chunks import ChunkWriter
-from octavo.server.front import Front
+from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
 from octavo.server.logprobs import LogprobsWriter
 from octavo.server.protocol import CompletionRequest
@@ -42,7 +42,7 @@ class Completion(Generation):
         return writer.completion(output)
 
 
-async def complete(front: Front, body: CompletionRequest, request_id: str) -> Answer:
+async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Answer:
     """Checks a completion request and begins to answer it. max_tokens defaults to 16, as OpenAI's."""
     front.model(body.model)
     texts = _prompts(body)
@@ -57,9 +57,9 @@ async def complete(front: Front, body: CompletionRequest, request_id: str) -> An
     longest = max(map(len, prompts))
     max_tokens = front.max_tokens(longest, body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
-    job = Completion(front, body, prompts, params, f"cmpl-{body.request_id or request_id}")
+    job = Completion(front, caller, body, prompts, params, f"cmpl-{body.request_id or caller.request_id}")
     job.echoes = [_echo(front, prompt) if body.echo else "" for prompt in texts]
-    return job.answer(request_id)
+    return job.answer()
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

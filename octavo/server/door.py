@@ -1,10 +1,11 @@
-"""The outermost layer: request ids, the size and type of bodies, HTTP metrics, and the last catch.
+"""The outermost layers. Door: request ids, the size and type of bodies, HTTP metrics, the last catch. Gate: keys.
 
 Plain ASGI, so that a streamed token passes through one extra function call and nothing else.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -17,9 +18,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.observe.metrics import Metrics
 from octavo.server.errors import Failure, failure_of
+from octavo.server.keys import Key, Keyring
 from octavo.server.protocol import REQUEST_ID
 
 MAX_BODY_BYTES = 16 << 20
+BODY_SECONDS = 60.0  # between two pieces of a body
 CLIENT_LEFT = 499  # nginx's number; never on the wire
 _REQUEST_ID = re.compile(REQUEST_ID)
 
@@ -38,18 +41,13 @@ class Door:
             await self.app(scope, receive, send)
             return
         began = time.monotonic()
-        headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
+        request_id = Headers(scope=scope).get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         exchange = _Exchange(receive, send, request_id, self.max_body_bytes)
         try:
-            refusal = self._refusal(scope, headers)
-            if refusal is not None:
-                await refusal.response()(scope, exchange.receive, exchange.send)
-            else:
-                await self.app(scope, exchange.receive, exchange.send)
+            await self.app(scope, exchange.receive, exchange.send)
         except Exception as error:
             failure = failure_of(error, request_id)
             if exchange.status is None:
@@ -58,7 +56,29 @@ class Door:
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.on_http(route, _method(scope), exchange.status or CLIENT_LEFT, time.monotonic() - began)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> Failure | None:
+
+class Gate:
+    """Asks for a key before anything else is done, then for a body that can be read, and holds to the allowance."""
+
+    def __init__(self, app: ASGIApp, *, keyring: Keyring, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self.app = app
+        self.keyring = keyring
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One HTTP exchange; what is none is refused, whatever it asks."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"this server does not speak {scope['type']}")
+        headers = Headers(scope=scope)
+        key = self.keyring.check(scope["path"], headers)
+        refusal = key if isinstance(key, Failure) else self._refusal(scope, headers, key)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send)
+            return
+        scope["state"]["key"] = key
+        await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope, headers: Headers, key: Key) -> Failure | None:
         """What can be told from the headers alone."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
@@ -69,23 +89,30 @@ class Door:
         if kind != "application/json":
             message = f"Content-Type is {kind[:80] or 'missing'}: send JSON with 'Content-Type: application/json'"
             return Failure(400, message, code="invalid_content_type")
-        return None
+        return key.admit()
 
 
 class _Exchange:
     """The two channels of one exchange: counts what comes in, marks what goes out."""
 
-    __slots__ = ("_limit", "_num_bytes", "_receive", "_request_id", "_send", "status")
+    __slots__ = ("_ended", "_limit", "_num_bytes", "_receive", "_request_id", "_send", "status")
 
     def __init__(self, receive: Receive, send: Send, request_id: str, limit: int) -> None:
         self._receive, self._send = receive, send
         self._request_id = (b"x-request-id", request_id.encode())
         self._limit = limit
         self._num_bytes = 0
+        self._ended = False  # the body
         self.status: int | None = None
 
     async def receive(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
+        if self._ended:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
+        except TimeoutError:
+            raise HTTPException(408, f"nothing of the body arrived for {BODY_SECONDS:g} s: send it again") from None
+        self._ended = not message.get("more_body", False)
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
             if self._num_bytes > self._limit:

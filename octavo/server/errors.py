@@ -22,8 +22,8 @@ from octavo.errors import EngineDeadError, EngineError, QueueFullError, RequestE
 log = logging.getLogger("octavo.server")
 
 RETRY_DEAD_SECONDS = 5
-TYPES = {404: "not_found_error", 413: "request_too_large", 503: "service_unavailable"}
-CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
+TYPES = {408: "timeout", 404: "not_found_error", 413: "request_too_large", 503: "service_unavailable"}
+CODES = {408: "timeout", 404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
 PYDANTIC_CODES = {"extra_forbidden": "unsupported_parameter", "missing": "missing_required_parameter"}
 
 

@@ -11,10 +11,13 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastapi import Request
+
 from octavo.engine.frontend import MODEL_DEFAULTS, default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.server.keys import Key
 from octavo.server.protocol import ChatRequest, GenerationRequest, TokenizeRequest
 from octavo.text.chat import cut_after_last_message, missing_template, plain_message
 from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
@@ -24,6 +27,19 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and under which id."""
+
+    request_id: str
+    key: Key
+
+    @classmethod
+    def of(cls, request: Request) -> Caller:
+        """What Door and Gate found out about a request."""
+        return cls(request.state.request_id, request.state.key)
 
 
 @dataclass(slots=True)
@@ -54,10 +70,12 @@ class Front:
         return self.engine.tokenizer
 
     def generate(
-        self, ids: list[int], params: SamplingParams, body: GenerationRequest, request_id: str
+        self, ids: list[int], params: SamplingParams, body: GenerationRequest, request_id: str, key: Key
     ) -> AsyncGenerator[RequestOutput, None]:
         """Hands a prompt to the engine. Clients may repeat their ids; the engine's get a number behind."""
-        return self.engine.generate(ids, params, f"{request_id}-{next(self._numbers)}", cache_salt=body.cache_salt)
+        key.spend(len(ids))
+        salt = key.salt(body.cache_salt)
+        return self.engine.generate(ids, params, f"{request_id}-{next(self._numbers)}", cache_salt=salt)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; a long one is tokenised off the event loop, which goes on meanwhile."""

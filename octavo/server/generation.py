@@ -15,7 +15,7 @@ from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.server.answer import Answer, merge
 from octavo.server.chunks import ChunkWriter, Usage, encode
-from octavo.server.front import Front
+from octavo.server.front import Caller, Front
 from octavo.server.logprobs import LogprobsWriter
 from octavo.server.protocol import GenerationRequest
 
@@ -32,14 +32,22 @@ class Generation(ABC):
     is_chat: bool
 
     def __init__(
-        self, front: Front, body: GenerationRequest, prompts: list[list[int]], params: SamplingParams, id: str
+        self,
+        front: Front,
+        caller: Caller,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        id: str,
     ) -> None:
         self.front = front
+        self.caller = caller
         self.body = body
         self.prompts = prompts
         self.params = params
         self.id = id
         self.num_choices = len(prompts) * params.n
+        self.usage = Usage()
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
         self._logprobs: list[LogprobsWriter] | None = None
         if params.logprobs is not None:
@@ -63,16 +71,22 @@ class Generation(ABC):
     def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
         """The logprobs of an output, as this endpoint shows them."""
 
-    def answer(self, request_id: str) -> Answer:
+    def answer(self) -> Answer:
         """The HTTP response."""
         stream = bool(self.body.stream)
-        return Answer(self._events() if stream else self._whole(), request_id=request_id, stream=stream)
+        parts = self._events() if stream else self._whole()
+        return Answer(parts, request_id=self.caller.request_id, stream=stream, ended=self._book)
+
+    def _book(self) -> None:
+        """Books what was generated on the caller's key, however the answer ended."""
+        self.caller.key.spend(self.usage.completion_tokens)
 
     def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        return merge([self.front.generate(ids, self.params, self.body, self.id) for ids in self.prompts])
+        generate, key = self.front.generate, self.caller.key
+        return merge([generate(ids, self.params, self.body, self.id, key) for ids in self.prompts])
 
     async def _whole(self) -> AsyncGenerator[bytes, None]:
-        usage = Usage()
+        usage = self.usage
         choices = []
         async with aclosing(self._outputs()) as outputs:
             async for number, output in outputs:
@@ -84,7 +98,7 @@ class Generation(ABC):
         yield encode({**self._head, "object": self.object, "choices": choices, "usage": usage.as_dict()})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        body, usage = self.body, Usage()
+        body, usage = self.body, self.usage
         writer = ChunkWriter(
             {**self._head, "object": self.chunk_object},
             self.num_choices,

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from fake_engine import FakeEngine
 
 from octavo.outputs import CompletionOutput, RequestOutput
-from octavo.server.app import create_app, run_server
+from octavo.server.app import create_app
+from octavo.server.loop import run_server
 
 CLIENT = """
 import asyncio, sys

@@ -9,11 +9,12 @@ import httpx
 import openai
 from fake_engine import FakeEngine
 
-from octavo.server.app import create_app, run_server
+from octavo.server.app import create_app
+from octavo.server.loop import run_server
 
 
 class Server:
-    """The application under uvicorn, in a thread of its own."""
+    """The application under uvicorn, in a thread of its own; `loop` has further arguments of run_server."""
 
     def __init__(self, engine: FakeEngine, **kwargs: object) -> None:
         self.engine = engine
@@ -30,8 +31,9 @@ class Server:
 
     async def _serve(self, kwargs: dict[str, object]) -> None:
         self._loop = asyncio.get_running_loop()
+        loop = {"drain_seconds": 1, **kwargs.pop("loop", {})}
         app = create_app(self.engine, served_model_names=["fake", "alias"], **kwargs)
-        self._task = asyncio.create_task(run_server(app, port=0, ready=self._on_ready, drain_seconds=1))
+        self._task = asyncio.create_task(run_server(app, port=0, ready=self._on_ready, **loop))
         await asyncio.wait([self._task])
 
     def _on_ready(self, port: int) -> None:

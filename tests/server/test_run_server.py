@@ -14,7 +14,8 @@ import pytest
 from fake_engine import FakeEngine
 
 from octavo.errors import ConfigError
-from octavo.server.app import create_app, run_server
+from octavo.server.app import create_app
+from octavo.server.loop import run_server
 
 
 def make_app():

@@ -1,0 +1,180 @@
+"""The loop that serves the application: the address, TLS, slow connections, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.engine.async_engine import AsyncEngine
+
+KEEP_ALIVE_SECONDS = 75
+DRAIN_SECONDS = 30
+DRAIN_POLL_SECONDS = 0.05
+CLOSE_SECONDS = 5  # for the last bytes, when nothing is generated any more
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """A certificate chain and its key, as PEM files.
+
+    Raises ConfigError when they cannot be read or do not belong together.
+    """
+
+    certfile: Path
+    keyfile: Path
+
+    def __post_init__(self) -> None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.certfile, self.keyfile)
+        except OSError as error:  # ssl's errors are OSErrors
+            raise ConfigError(f"--ssl-certfile {self.certfile} --ssl-keyfile {self.keyfile}: {error}") from error
+
+
+async def run_server(
+    app: FastAPI,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    ready: Callable[[int], None] | None = None,
+    drain_seconds: int = DRAIN_SECONDS,
+    tls: Tls | None = None,
+    head_seconds: float = KEEP_ALIVE_SECONDS,
+) -> None:
+    """Serves until SIGINT or SIGTERM, then gives open answers `drain_seconds` to end; a second signal gives none.
+
+    What is open after that ends with the error that the engine was shut down. Port 0 takes a free one; `ready` is
+    called with the real port once connections are accepted. A connection on which no request arrives for twice
+    `head_seconds` is closed, however slowly it sends.
+
+    Raises ConfigError when the address cannot be bound. Prints nothing.
+    """
+    listener = _bind(host, port)
+    config = uvicorn.Config(
+        app,
+        # h11 bounds the head of a request (64 KiB), which httptools, if installed, would not
+        http=type("Connection", (_Connection,), {"head_seconds": head_seconds}),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        server_header=False,
+        lifespan="off",
+        ssl_certfile=tls.certfile if tls else None,
+        ssl_keyfile=tls.keyfile if tls else None,
+    )
+    with listener:
+        await _Server(config, app.state.engine, drain_seconds, ready).serve(sockets=[listener])
+
+
+class _Connection(H11Protocol):
+    """uvicorn's, which waits for ever for the rest of a head; this one looks twice and hangs up."""
+
+    head_seconds: float = KEEP_ALIVE_SECONDS
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts to look."""
+        super().connection_made(transport)
+        self._seen_waiting = False
+        self._look = self.loop.call_later(self.head_seconds, self._is_anybody_there)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends it."""
+        self._look.cancel()
+        super().connection_lost(exc)
+
+    def _is_anybody_there(self) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        if waiting and self._seen_waiting:
+            self.transport.abort()
+            return
+        self._seen_waiting = waiting
+        self._look = self.loop.call_later(self.head_seconds, self._is_anybody_there)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening address of our own, so that a port in use is one clear sentence."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port must be from 0 (any free one) to 65535, not {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} on {host} is in use: choose another with --port, or --port 0") from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with word when it is ready, a drain that ends answers properly, and signals that only end the loop: who
+    called us cleans up afterwards."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float, ready: Callable[[int], None] | None
+    ) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Calls `ready` once connections are accepted."""
+        await super().startup(sockets)
+        if self._ready and sockets:
+            self._ready(sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts no more, lets open answers end in time, ends the others by ending the engine."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        deadline = time.monotonic() + self._drain_seconds
+        while self.server_state.tasks and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        if self.server_state.tasks:
+            await self._engine.shutdown()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second does not wait."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Like uvicorn's, but the signals are not raised again at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
