@@ -51,6 +51,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     prefix_caching_hash_key: str | None = None  # default: random per engine
     scheduling_policy: str = "fcfs"
+    async_scheduling: bool = True  # read on a GPU only: a step is launched while the one before it runs
 
     block_size: int = BLOCK_SIZE
     kv_cache_dtype: KVCacheDType = "auto"  # auto: float32 beside float32 weights, else bfloat16

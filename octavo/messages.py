@@ -92,7 +92,8 @@ class StepRecord:
     step: int
     time: float  # at the start of schedule()
     schedule_seconds: float = 0.0
-    execute_seconds: float = 0.0
+    execute_seconds: float = 0.0  # launching, and waiting for the result
+    launch_seconds: float = 0.0  # of these, until everything was launched; all of them where nothing runs behind
     update_seconds: float = 0.0
     num_running: int = 0  # requests in this step
     num_waiting: int = 0  # requests left waiting

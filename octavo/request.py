@@ -50,6 +50,7 @@ class Request:
     row: int = -1  # its fixed index in the runtime's buffers while it runs
     token_ids: list[int] = field(default_factory=list)  # prompt + generated
     num_computed_tokens: int = 0  # tokens whose KV is in the cache (or is being computed by a step in flight)
+    num_pending: int = 0  # tokens behind token_ids that steps in flight sample: counted, not known yet
     num_cached_tokens: int = 0  # prompt tokens served by the prefix cache at first admission
     num_preemptions: int = 0
     num_lost_tokens: int = 0  # the most it had computed when its KV was taken: up to there it computes again
@@ -68,6 +69,11 @@ class Request:
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt_token_ids)
+
+    @property
+    def needs_host_token(self) -> bool:
+        """True when its next step cannot be decided before its last token is known here: it is not run ahead."""
+        return self.params.has_penalties  # they count tokens on the host
 
     @property
     def num_output_tokens(self) -> int:

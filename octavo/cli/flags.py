@@ -72,6 +72,9 @@ FLAGS: dict[str, Flag] = {
     "enable_chunked_prefill": Flag("Scheduler", "Cut long prompts to the step's budget; cannot be switched off."),
     "long_prefill_token_threshold": Flag("Scheduler", "Most tokens of one prompt in a step; 0: no cap.", is_size=True),
     "scheduling_policy": Flag("Scheduler", "Who runs first: fcfs, first come, first served.", "POLICY"),
+    "async_scheduling": Flag(
+        "Scheduler", "Launch a step while the one before it runs, tokens staying on the device; read on a GPU only."
+    ),
     "max_logprobs": Flag("Scheduler", "Most alternatives a request may ask for per token."),
     "runtime": Flag(
         "Execution", "native: compiled for the CPU; cuda: a GPU; reference: numpy, the definition of every op."

@@ -1,5 +1,8 @@
 """The engine's loop: drain the inbox, schedule, launch, sample, update, publish. One step at a time, `depth` in flight.
 
+Depth 1 is one step after the other. At depth 2 (a GPU) a step is scheduled and launched while the one before it runs;
+the tokens between them stay on the device.
+
 The same loop runs in the engine process (process.py) and in the caller's own (client.py); only the way messages come
 and go differs.
 """
@@ -9,11 +12,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
-from octavo.executor.base import Executor
+from octavo.executor.base import Executor, StepResult
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import (
     AbortRequests,
@@ -28,7 +30,7 @@ from octavo.messages import (
 from octavo.observe.step_log import StepLog
 from octavo.request import FinishReason, Request
 from octavo.scheduler.scheduler import Scheduler
-from octavo.step import ModelRunnerOutput, SchedulerOutput
+from octavo.step import SchedulerOutput
 from octavo.worker.worker import WorkerInfo
 
 
@@ -36,18 +38,19 @@ from octavo.worker.worker import WorkerInfo
 class _InFlight:
     output: SchedulerOutput
     record: StepRecord
-    result: Future[ModelRunnerOutput]
+    result: StepResult
 
 
 class EngineCore:
     """Scheduler and executor, joined. `handle` takes messages, `step` makes progress and returns what to publish."""
 
-    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo, *, depth: int = 1) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo, *, depth: int | None = None) -> None:
+        """`depth`: most steps in flight; by default what the workers can, and 1 without --async-scheduling."""
         self.config = config
         self.info = info
         self.log = StepLog()
         self._executor = executor
-        self._depth = depth
+        self._depth = depth or (info.max_depth if config.async_scheduling else 1)
         self._in_flight: deque[_InFlight] = deque()
         self._pending: list[RequestDelta] = []  # of requests that ended outside a step
         self._eos_ids = frozenset(info.spec.eos_token_ids)
@@ -65,6 +68,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=info.spec.max_model_len,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
+            max_run_ahead=self._depth - 1,
         )
 
     def ready(self) -> EngineReady:
@@ -102,7 +106,7 @@ class EngineCore:
         launched = len(self._in_flight) < self._depth and self._launch()
         records: list[StepRecord] = []
         if self._in_flight and (len(self._in_flight) == self._depth or not launched):
-            records.append(self._finish_oldest())
+            records += self._finish_oldest()
         deltas, self._pending = self._pending, []
         return StepOutputs(deltas, records)
 
@@ -140,30 +144,40 @@ class EngineCore:
         calls = self._executor.num_foreign_calls
         self._executor.execute(output)
         result = self._executor.sample()
-        record.execute_seconds = time.monotonic() - scheduled_at
+        record.launch_seconds = record.execute_seconds = time.monotonic() - scheduled_at
         record.num_foreign_calls = self._executor.num_foreign_calls - calls
         self._in_flight.append(_InFlight(output, record, result))
         return True
 
-    def _finish_oldest(self) -> StepRecord:
+    def _finish_oldest(self) -> list[StepRecord]:
         oldest = self._in_flight.popleft()
         record = oldest.record
         waiting_since = time.monotonic()
         try:
             result = oldest.result.result()
         except Exception as error:
-            record.num_failed = len(oldest.output.scheduled)
-            self._pending.extend(self.scheduler.fail(oldest.output, f"{type(error).__name__}: {error}"))
-        else:
-            done_at = time.monotonic()
-            record.execute_seconds += done_at - waiting_since
-            deltas = self.scheduler.update(oldest.output, result)
-            record.num_sampled = sum(len(tokens) for tokens in result.token_ids)
-            record.num_finished = sum(d.finish_reason is not None for d in deltas)
-            record.update_seconds = time.monotonic() - done_at
-            self._pending.extend(deltas)
+            return self._fail_all(oldest, f"{type(error).__name__}: {error}")
+        done_at = time.monotonic()
+        record.execute_seconds += done_at - waiting_since
+        deltas = self.scheduler.update(oldest.output, result)
+        record.num_sampled = sum(len(tokens) for tokens in result.token_ids)
+        record.num_finished = sum(d.finish_reason is not None for d in deltas)
+        record.update_seconds = time.monotonic() - done_at
+        self._pending.extend(deltas)
         self.log.append(record)
-        return record
+        return [record]
+
+    def _fail_all(self, failed: _InFlight, error: str) -> list[StepRecord]:
+        """The step failed, and so does every later one, whatever became of it: it was computed from this one's."""
+        steps = [failed, *self._in_flight]
+        self._in_flight.clear()
+        for later in steps[1:]:
+            later.result.exception()  # waits, so that nothing is in flight when the Requests start over
+        for step in steps:
+            step.record.num_failed = len(step.output.scheduled)
+            self._pending.extend(self.scheduler.fail(step.output, error))
+            self.log.append(step.record)
+        return [step.record for step in steps]
 
 
 def _failed(request_id: str, message: str) -> RequestDelta:

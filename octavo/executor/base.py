@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Protocol
 
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 from octavo.worker.worker import WorkerInfo
+
+
+class StepResult(Protocol):
+    """A step's result, to come; a concurrent.futures.Future is one. Asked for once, in the order of the steps."""
+
+    def result(self) -> ModelRunnerOutput:
+        """Waits for it. Raises what the step failed with."""
+        ...
+
+    def exception(self) -> BaseException | None:
+        """Waits for it; what the step failed with, None where it did not."""
+        ...
 
 
 class Executor(Protocol):
@@ -21,8 +32,8 @@ class Executor(Protocol):
         """Publishes a step: from here on it always executes."""
         ...
 
-    def sample(self) -> Future[ModelRunnerOutput]:
-        """The result of the oldest published step, to come. An exception in it is that step's failure."""
+    def sample(self) -> StepResult:
+        """The result of the step just published. An exception in it is that step's failure."""
         ...
 
     @property

@@ -1,11 +1,11 @@
-"""One worker in this process and this thread. Depth 1: on a CPU the step and the host would share the cores."""
+"""One worker in this process and this thread: when `sample` returns, a CPU has run the step, a GPU was given it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from octavo.config import EngineConfig
+from octavo.executor.base import StepResult
 from octavo.models.spec import ModelFiles
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 from octavo.worker.worker import Worker, WorkerInfo
@@ -16,27 +16,30 @@ class LocalExecutor:
 
     def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
         self.worker = Worker(config, files)
-        self._failure: Exception | None = None
+        self._failure: Exception | None = None  # of the step that execute() could not launch
+        self._failed: _Failed | None = None  # the last step that was not launched
 
     def start(self, progress: Callable[[int], None] | None = None) -> WorkerInfo:
         return self.worker.start(progress)
 
     def execute(self, output: SchedulerOutput) -> None:
+        if self._failed is not None and not self._failed.is_told:
+            self._failure = self._failed.failure  # it would compute from what that step did not leave
+            return
         try:
             self.worker.execute(output)
-        except Exception as error:  # the step's failure, wherever it happens, is reported by its future
+        except Exception as error:  # the step's failure, wherever it happens, is reported by its result
             self._failure = error
 
-    def sample(self) -> Future[ModelRunnerOutput]:
-        future: Future[ModelRunnerOutput] = Future()
+    def sample(self) -> StepResult:
         failure, self._failure = self._failure, None
-        try:
-            if failure is not None:
-                raise failure
-            future.set_result(self.worker.sample())
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        if failure is None:
+            try:
+                return _Launched(self.worker.sample())
+            except Exception as error:
+                failure = error
+        self._failed = _Failed(failure)
+        return self._failed
 
     @property
     def num_foreign_calls(self) -> int:
@@ -44,3 +47,36 @@ class LocalExecutor:
 
     def close(self) -> None:
         self.worker.close()
+
+
+class _Launched:
+    """A step that the worker finishes when it is asked for."""
+
+    def __init__(self, finish: Callable[[], ModelRunnerOutput]) -> None:
+        self._finish = finish
+
+    def result(self) -> ModelRunnerOutput:
+        return self._finish()
+
+    def exception(self) -> BaseException | None:
+        try:
+            self._finish()
+        except Exception as error:
+            return error
+        return None
+
+
+class _Failed:
+    """A step that could not be launched. Until that was told, no later one is."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+        self.is_told = False
+
+    def result(self) -> ModelRunnerOutput:
+        self.is_told = True
+        raise self.failure
+
+    def exception(self) -> BaseException | None:
+        self.is_told = True
+        return self.failure

@@ -76,7 +76,7 @@ class RandomSource(WeightSource, Protocol):
 class StepInputs:
     """One step for the program. C-contiguous. T tokens, B requests, R positions to sample, G KV groups."""
 
-    token_ids: Int32  # [T]
+    token_ids: Int32  # [T]; -1 - row: what that row sampled last, in a step that may still run
     positions: Int32  # [T]
     slots: Int64  # [G, T]: where each token's K and V are written
     query_start_loc: Int32  # [B + 1]
@@ -109,6 +109,7 @@ class SamplingInputs:
     seen_start: Int32  # [R + 1]: distinct tokens seen, for rows with penalties only
     seen_ids: Int32
     seen_counts: Int32  # how often generated; 0 means in the prompt only
+    rows: Int32 | None = None  # [R]: where the tokens are kept for later steps; None: nowhere
 
 
 @dataclass(slots=True)
@@ -136,6 +137,7 @@ class Runtime(Protocol):
 
     name: str
     num_foreign_calls: int  # calls into compiled code so far; one per step
+    max_depth: int  # steps in flight: results may be asked for so many steps late. 1: no token_ids below 0
 
     def load(
         self,
@@ -189,6 +191,10 @@ class Runtime(Protocol):
 
     def sample(self, sampling: SamplingInputs) -> SamplerOutput:
         """Chooses one token for each of the R positions of the last execute(). R may be 0; the step still runs."""
+        ...
+
+    def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
+        """Like sample(), but nothing waits: what it returns does, once, in the order of the steps."""
         ...
 
     def logits(self) -> Float32:

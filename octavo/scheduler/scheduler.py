@@ -1,8 +1,10 @@
 """Who runs in the next step. No phases: each Request's `num_computed_tokens` tries to catch up with its tokens.
 
-`schedule()` decides a step, `update()` or `fail()` takes its result; other steps may be scheduled in between (a
-Request whose next token is still to come just has nothing to compute). A Request is WAITING or PREEMPTED in the queue,
-or RUNNING with a row and blocks; one whose step failed is a *suspect* and runs its next step alone.
+`schedule()` decides a step, `update()` or `fail()` takes its result; other steps may be scheduled in between. A token
+that a step in flight samples is *pending*: counted, though not known yet. Its Request may run ahead, since the worker
+finds the token where that step leaves it; where it may not, it has nothing to compute until the token is here. A
+Request is WAITING or PREEMPTED in the queue, or RUNNING with a row and blocks; one whose step failed is a *suspect* and
+runs its next step alone.
 
 Two rules keep it free of livelock: the oldest running Request can take blocks from everybody else, and a Request that
 an empty pool could not finish is refused at the door.
@@ -53,6 +55,7 @@ class Scheduler:
         max_num_batched_tokens: the token budget of one step, prompts and single tokens alike.
         max_model_len: most tokens of a Request, prompt and generated.
         long_prefill_token_threshold: most tokens of one Request in a step; 0 for no cap.
+        max_run_ahead: most tokens of a Request that may be pending when its next one is scheduled; 0 for none.
         waiting: the queue, in its policy's order; first come, first served by default.
         clock: seconds, the clock of Request.arrival_time.
 
@@ -68,6 +71,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         long_prefill_token_threshold: int = 0,
+        max_run_ahead: int = 0,
         waiting: WaitingQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,6 +86,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self._budget = max_num_batched_tokens
         self._max_share = long_prefill_token_threshold or max_num_batched_tokens
+        self._max_run_ahead = max_run_ahead
         self._clock = clock
         self._free_rows = list(range(max_num_seqs))  # a heap: the lowest is taken first
         self._requests: dict[str, Request] = {}
@@ -186,7 +191,10 @@ class Scheduler:
             self._schedule_running(output, step)  # no row or blocks yet: those that hold them go on, and end
 
     def _schedule_running(self, output: SchedulerOutput, step: _Step) -> None:
-        """Gives each running Request its share, oldest first; for its blocks the newest are preempted."""
+        """Gives each running Request its share, oldest first; for its blocks the newest are preempted.
+
+        One that would run ahead takes no blocks from anybody: it waits until its token is here.
+        """
         for request in list(self._running.values()):
             if output.num_tokens == self._budget:
                 break
@@ -196,7 +204,7 @@ class Scheduler:
             if not share:
                 continue
             end = request.num_computed_tokens + share
-            while (blocks := self.kv.try_allocate(request, end)) is None:
+            while (blocks := self.kv.try_allocate(request, end)) is None and not request.num_pending:
                 victim = next(reversed(self._running.values()))
                 self._preempt(victim)
                 if victim is request:
@@ -237,8 +245,24 @@ class Scheduler:
 
     def _share(self, output: SchedulerOutput, request: Request) -> int:
         """How many tokens the Request computes in this step: what it lacks, cut by the budget and the cap."""
-        lacking = len(request.token_ids) - request.num_computed_tokens
+        if request.num_pending and not self._can_run_ahead(request):
+            return 0
+        lacking = len(request.token_ids) + request.num_pending - request.num_computed_tokens
         return min(lacking, self._max_share, self._budget - output.num_tokens)
+
+    def _can_run_ahead(self, request: Request) -> bool:
+        """Whether its next token may be computed before the pending ones are known.
+
+        Not where they use up its length. Where one of them may be a stop token, a single one is the limit: what was
+        computed behind it is thrown away.
+        """
+        most = min(self._max_run_ahead, 1) if request.stop_ids else self._max_run_ahead
+        return (
+            request.num_pending <= most
+            and not request.needs_host_token
+            and request.num_output_tokens + request.num_pending < request.max_tokens
+            and len(request.token_ids) + request.num_pending < self.max_model_len
+        )
 
     def _schedule_row(
         self, output: SchedulerOutput, step: _Step, request: Request, share: int, blocks: list[int]
@@ -246,7 +270,8 @@ class Scheduler:
         """Puts a running Request's share, with the blocks it needed, into the step."""
         start = request.num_computed_tokens
         end = start + share
-        samples = end == len(request.token_ids)
+        samples = end == len(request.token_ids) + request.num_pending
+        request.num_pending += samples
         row = ScheduledRow(request.row, request.request_id, request.epoch, start, share, samples)
         if blocks:
             row.new_block_ids = (blocks,)
@@ -291,6 +316,7 @@ class Scheduler:
                 continue
             self.kv.hash_full(request, item.start + item.num_tokens)
             if tokens:
+                request.num_pending -= 1
                 deltas.append(self._append(request, tokens, logprobs))
         return deltas
 
@@ -362,7 +388,7 @@ class Scheduler:
         request.row = -1
         request.epoch += 1
         request.num_lost_tokens = max(request.num_lost_tokens, request.num_computed_tokens)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_pending = 0
 
     def _end(self, request: Request) -> None:
         """Forgets a Request, wherever it is."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from octavo.runtime.base import SamplingInputs, StepInputs
 from octavo.step import ScheduledRow
-from octavo.worker.rows import Rows
+from octavo.worker.rows import Rows, RowTokens
 
 
 @dataclass(slots=True)
@@ -18,7 +18,8 @@ class Batch:
 
     inputs: StepInputs
     sampling: SamplingInputs
-    sampled: list[ScheduledRow]  # R of them, in the order of logits_indices
+    samples: list[bool]  # per scheduled row
+    tokens_of: RowTokens  # R of them, in the order of logits_indices
 
 
 def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
@@ -38,11 +39,11 @@ def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     seq_lens = start + count
     num_blocks = -(-int(seq_lens.max(initial=1)) // rows.block_size)
 
-    sampled = [s for s in scheduled if s.samples]
     ends = query_start_loc[1:]
-    samples = np.fromiter((s.samples for s in scheduled), np.bool_, num_reqs)
+    does_sample = [s.samples for s in scheduled]
+    samples = np.array(does_sample, np.bool_)
     inputs = StepInputs(
-        token_ids=rows.token_ids[token_row, positions],
+        token_ids=rows.tokens_at(token_row, positions),
         positions=positions,
         slots=np.ascontiguousarray(slots),
         query_start_loc=query_start_loc,
@@ -50,7 +51,8 @@ def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
         block_tables=np.ascontiguousarray(rows.block_tables[:, row, :num_blocks]),
         logits_indices=np.ascontiguousarray(ends[samples] - 1),
     )
-    return Batch(inputs, _sampling(rows, row[samples], seq_lens[samples]), sampled)
+    sampled, lengths = row[samples], seq_lens[samples]
+    return Batch(inputs, _sampling(rows, sampled, lengths), does_sample, rows.expect(sampled, lengths))
 
 
 def _sampling(rows: Rows, row: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int32]) -> SamplingInputs:
@@ -75,4 +77,5 @@ def _sampling(rows: Rows, row: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.i
         seen_start=seen_start,
         seen_ids=seen_ids,
         seen_counts=seen_counts,
+        rows=row,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from octavo.errors import StepError
 from octavo.runtime.base import Runtime, SamplerOutput
-from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
+from octavo.step import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.batch import Batch, build_batch
 from octavo.worker.rows import Rows
 
@@ -16,7 +18,6 @@ class ModelRunner:
         self._runtime = runtime
         self._rows = rows
         self._batch: Batch | None = None
-        self._scheduled: list[ScheduledRow] = []
 
     def execute(self, output: SchedulerOutput) -> None:
         """Starts the step. A runtime may defer the work to sample()."""
@@ -25,21 +26,26 @@ class ModelRunner:
         self._rows.extend_tables(output.scheduled)
         if output.copy_blocks:
             self._runtime.copy_blocks(output.copy_blocks)
-        self._scheduled = output.scheduled
         self._batch = build_batch(output.scheduled, self._rows)
         self._runtime.execute(self._batch.inputs)
 
-    def sample(self) -> ModelRunnerOutput:
-        """Ends the step: one new token for every scheduled row that reached its last known token."""
+    def sample(self) -> Callable[[], ModelRunnerOutput]:
+        """Launches the rest of the step. What it returns, called in the order of the steps, waits for the result:
+
+        one new token for every scheduled row that reached its last known or pending token.
+        """
         batch = self._batch
         if batch is None:
             raise StepError("sample() without execute()")
         self._batch = None
-        out = self._runtime.sample(batch.sampling)
-        tokens = out.token_ids.tolist()
-        for item, token in zip(batch.sampled, tokens, strict=True):
-            self._rows.append(item.row, item.start + item.num_tokens, token)
-        return _spread(self._scheduled, tokens, _logprobs(batch, out))
+        wait = self._runtime.sample_later(batch.sampling)
+
+        def finish() -> ModelRunnerOutput:
+            out = wait()
+            self._rows.append(batch.tokens_of, out.token_ids)
+            return _spread(batch.samples, out.token_ids.tolist(), _logprobs(batch, out))
+
+        return finish
 
 
 def _logprobs(batch: Batch, out: SamplerOutput) -> list[TokenLogprobs | None]:
@@ -59,14 +65,12 @@ def _logprobs(batch: Batch, out: SamplerOutput) -> list[TokenLogprobs | None]:
     ]
 
 
-def _spread(
-    scheduled: list[ScheduledRow], tokens: list[int], logprobs: list[TokenLogprobs | None]
-) -> ModelRunnerOutput:
+def _spread(samples: list[bool], tokens: list[int], logprobs: list[TokenLogprobs | None]) -> ModelRunnerOutput:
     """Per sampled position -> per scheduled row."""
     result = ModelRunnerOutput(token_ids=[], logprobs=[])
     sampled = iter(zip(tokens, logprobs, strict=True))
-    for item in scheduled:
-        token, logprob = next(sampled) if item.samples else (None, None)
+    for does in samples:
+        token, logprob = next(sampled) if does else (None, None)
         result.token_ids.append([] if token is None else [token])
         result.logprobs.append(None if logprob is None else [logprob])
     return result

@@ -6,15 +6,25 @@ A Request keeps its row from admission to finish or preemption, so a step costs 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from octavo.runtime.base import Float32, Int32
+from octavo.runtime.base import Float32, Int32, Int64
 from octavo.step import NewRow, ScheduledRow
 
 Value = TypeVar("Value", np.float32, np.int32)
+
+
+@dataclass(slots=True)
+class RowTokens:
+    """Tokens that a step samples: whose they are, and where they go, for when they are known."""
+
+    rows: Int32  # [R]
+    positions: Int32  # [R]
+    admissions: Int64  # [R]: of each row, so that a token is not given to the row's next Request
 
 
 class Rows:
@@ -30,6 +40,8 @@ class Rows:
         self.token_ids = np.zeros((num_rows, max_model_len + 1), np.int32)
         self.block_tables = np.zeros((num_groups, num_rows, max_blocks), np.int32)
         self.num_blocks = np.zeros((num_groups, num_rows), np.int32)
+        self.num_tokens = np.zeros(num_rows, np.int32)  # known here; later ones are still on the device
+        self.num_admissions = np.zeros(num_rows, np.int64)
         self.num_prompt_tokens = np.zeros(num_rows, np.int32)
         self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.zeros(num_rows, np.int32)
@@ -47,6 +59,8 @@ class Rows:
         """Writes a row whole: a Request was admitted, or came back after a preemption."""
         row, params = new.row, new.params
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
+        self.num_tokens[row] = len(new.token_ids)
+        self.num_admissions[row] += 1
         self.num_prompt_tokens[row] = new.num_prompt_tokens
         for group, ids in enumerate(new.block_ids):
             self.block_tables[group, row, : len(ids)] = ids
@@ -79,11 +93,30 @@ class Rows:
                     self.block_tables[group, item.row, start : start + len(ids)] = ids
                     self.num_blocks[group, item.row] = start + len(ids)
 
-    def append(self, row: int, position: int, token: int) -> None:
-        """Writes the token just sampled at `position`, where the row's next step reads it."""
-        self.token_ids[row, position] = token
-        if (seen := self._seen.get(row)) is not None:
-            seen[token] = seen.get(token, 0) + 1
+    def tokens_at(self, rows: Int32, positions: Int32) -> Int32:
+        """Token ids at these positions of these rows; -1 - row where a step in flight has yet to sample it."""
+        token_ids: Int32 = self.token_ids[rows, positions]
+        pending = positions >= self.num_tokens[rows]
+        if pending.any():
+            token_ids[pending] = -1 - rows[pending]
+        return token_ids
+
+    def expect(self, rows: Int32, positions: Int32) -> RowTokens:
+        """What a step will sample for these rows."""
+        return RowTokens(rows, positions, self.num_admissions[rows])
+
+    def append(self, of: RowTokens, token_ids: Int32) -> None:
+        """Writes the tokens that became known, where the rows' next steps read them; not into rows given away since."""
+        own = of.admissions == self.num_admissions[of.rows]
+        rows, positions = of.rows, of.positions
+        if not own.all():
+            rows, positions, token_ids = rows[own], positions[own], token_ids[own]
+        self.token_ids[rows, positions] = token_ids
+        self.num_tokens[rows] = positions + 1
+        if self._seen:
+            for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
+                if (seen := self._seen.get(row)) is not None:
+                    seen[token] = seen.get(token, 0) + 1
 
     def biases(self, rows: list[int], drawn: list[int]) -> tuple[Int32, Int32, Float32]:
         """Logit biases of these rows as (start [R + 1], ids, values); `drawn`: tokens generated so far."""

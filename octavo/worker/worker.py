@@ -31,6 +31,7 @@ class WorkerInfo:
     runtime: str
     dtype: str
     num_kv_groups: int
+    max_depth: int = 1  # steps that may be in flight
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
 
 
@@ -79,7 +80,9 @@ class Worker:
         clock.ends("kv cache")
         self._warm_up(program.num_kv_groups)
         clock.ends("warm-up")
-        return WorkerInfo(spec, plan, report.description, dtype, program.num_kv_groups, clock.seconds)
+        return WorkerInfo(
+            spec, plan, report.description, dtype, program.num_kv_groups, runtime.max_depth, clock.seconds
+        )
 
     @property
     def num_foreign_calls(self) -> int:
@@ -97,8 +100,8 @@ class Worker:
         assert self._runner is not None, "start() first"
         self._runner.execute(output)
 
-    def sample(self) -> ModelRunnerOutput:
-        """Ends it."""
+    def sample(self) -> Callable[[], ModelRunnerOutput]:
+        """Launches the rest of it; what this returns waits for the result."""
         assert self._runner is not None, "start() first"
         return self._runner.sample()
 
@@ -134,7 +137,7 @@ class Worker:
         step = SchedulerOutput(step=0, new_rows=[new], scheduled=[ScheduledRow(0, "warm-up", 0, 0, 1, True)])
         step.num_tokens = 1
         self.execute(step)
-        self.sample()
+        self.sample()()
 
 
 class _PhaseClock:

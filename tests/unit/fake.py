@@ -67,12 +67,18 @@ def make_request(
     stop_token_ids: list[int] | None = None,
     cache_salt: str | None = None,
     adapter_id: int = 0,
+    needs_host_token: bool = False,
 ) -> Request:
     """A Request without a client."""
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,
-        params=SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids),
+        params=SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop_token_ids=stop_token_ids,
+            presence_penalty=0.5 if needs_host_token else 0.0,
+        ),
         stop_ids=stop_ids | frozenset(stop_token_ids or ()),
         max_tokens=max_tokens,
         arrival_time=0.0,
@@ -118,7 +124,7 @@ class FakeExecutor:
         fails = self.fail_next or self.failing or any(item.request_id in self.guilty for item in output.scheduled)
         self.fail_next = False
         self._write(output.scheduled, garbage=fails)
-        self.results.append((output, None if fails else self._read(output.scheduled)))
+        self.results.append((output, self._lose(output.scheduled) if fails else self._read(output.scheduled)))
 
     def _admit(self, new: NewRow) -> None:
         assert len(new.block_ids[0]) * self.block_size >= new.num_computed_tokens
@@ -147,6 +153,12 @@ class FakeExecutor:
                 assert slot not in written, f"two Requests write slot {slot} in one step"
                 written.add(slot)
                 self.slots[slot] = GARBAGE if garbage else values[position]
+
+    def _lose(self, scheduled: list[ScheduledRow]) -> None:
+        """A failed step leaves garbage where its tokens belong, and later steps in flight compute on from that."""
+        for item in scheduled:
+            if item.samples:
+                self._rows[item.row].token_ids.append(GARBAGE)
 
     def _read(self, scheduled: list[ScheduledRow]) -> ModelRunnerOutput:
         result = ModelRunnerOutput(token_ids=[], logprobs=[])

@@ -26,6 +26,7 @@ class Engine:
         max_model_len: int = 128,
         long_prefill_token_threshold: int = 0,
         enable_prefix_caching: bool = True,
+        max_run_ahead: int = 0,
     ) -> None:
         self.kv = KVCacheManager(num_blocks, block_size, 1, enable_prefix_caching, b"key")
         self.now = 0.0
@@ -35,6 +36,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             long_prefill_token_threshold=long_prefill_token_threshold,
+            max_run_ahead=max_run_ahead,
             clock=lambda: self.now,
         )
         self.executor = FakeExecutor(num_blocks, block_size)

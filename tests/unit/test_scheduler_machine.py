@@ -43,7 +43,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_len=st.integers(-3, 5),
         threshold=st.sampled_from([0, 0, 0, 1, 3, 5]),
         caching=st.sampled_from([True, True, True, False]),
-        depth=st.integers(1, 3),
+        depth=st.integers(1, 4),
+        runs_ahead=st.booleans(),
     )
     def start(
         self,
@@ -55,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         threshold: int,
         caching: bool,
         depth: int,
+        runs_ahead: bool,
     ) -> None:
         self.kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching, hash_key=KEY)
         self.max_num_seqs = max_num_seqs
@@ -68,6 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=self.budget,
             max_model_len=max_model_len,
             long_prefill_token_threshold=threshold,
+            max_run_ahead=depth - 1 if runs_ahead else 0,
         )
         self.executor = FakeExecutor(num_blocks, block_size)
         self.live: dict[str, Request] = {}
@@ -85,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 16),
         min_tokens=st.integers(0, 4),
         stops=st.booleans(),
+        waits=st.booleans(),
         salt=st.sampled_from([None, None, "tenant"]),
     )
     def add(
@@ -96,17 +100,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens: int,
         min_tokens: int,
         stops: bool,
+        waits: bool,
         salt: str | None,
     ) -> MultipleResults[str]:
         """One prompt for all these names. An id that has ended may come back while old steps are in flight."""
         prompt = ([family] * shared + tail or [family])[: self.max_model_len]
         for name in names:
             if name not in self.live:
-                self.add_one(name, prompt, max_tokens, min_tokens, stops, salt)
+                self.add_one(name, prompt, max_tokens, min_tokens, stops, waits, salt)
         return multiple(*names)
 
     def add_one(
-        self, name: str, prompt: list[int], max_tokens: int, min_tokens: int, stops: bool, salt: str | None
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        stops: bool,
+        waits: bool,
+        salt: str | None,
     ) -> None:
         request = make_request(
             name,
@@ -115,6 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             stop_ids=STOP_IDS if stops else frozenset(),
             min_tokens=min(min_tokens, max_tokens),
             cache_salt=salt,
+            needs_host_token=waits,
         )
         positions = min(len(prompt) + max_tokens, self.max_model_len) - 1
         fits = -(-positions // self.kv.block_size) <= self.kv.pool.num_blocks
@@ -193,7 +206,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for item in output.scheduled:
             assert 0 <= item.row < self.max_num_seqs
             assert 0 < item.num_tokens <= (self.threshold or self.budget)
-            if self.live[item.request_id].retry_alone:
+            request = self.live[item.request_id]
+            ahead = request.num_pending - item.samples
+            assert ahead <= (min(self.depth - 1, 1) if request.stop_ids else self.depth - 1)
+            assert not (ahead and request.needs_host_token)
+            assert item.start + item.num_tokens < len(request.prompt_token_ids) + request.max_tokens
+            if request.retry_alone:
                 assert len(output.scheduled) == 1
                 assert not self.executor.results
         self.executor.execute(output)
@@ -250,6 +268,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(pool.digest(block) is None for block in free)
         assert {b: d for d, b in pool._holders.items()} == {b: d for b, d in enumerate(pool._digests) if d is not None}
         assert set(cached) <= set(pool._holders.values())
+
+    @invariant()
+    def pending_tokens_are_in_flight(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        coming = Counter(
+            item.request_id
+            for output, _ in self.executor.results
+            for item in output.scheduled
+            if item.samples and item.request_id in self.live and item.epoch == self.live[item.request_id].epoch
+        )
+        # an id that came back has the old one's epoch 0, and only its own steps count
+        for name, request in self.live.items():
+            own = sum(request in step.requests for step in self.scheduler._in_flight.values())
+            assert request.num_pending <= min(coming[name], own)
+            assert request.num_pending == 0 or request.status is RequestStatus.RUNNING
 
     @invariant()
     def rows_are_unique(self) -> None:

@@ -42,6 +42,7 @@ class CudaRuntime:
         self._dtype = _torch_dtype(dtype)
         self._device = torch.device(device)
         self.num_foreign_calls = 0
+        self.max_depth = 1
         self.num_replays = 0  # steps that ran as a graph
         self._graphs = Graphs() if use_graphs and self._device.type == "cuda" else None
         self._program: Program | None = None
@@ -179,6 +180,11 @@ class CudaRuntime:
         with torch.inference_mode():
             tokens = self._sampler.choose(logits, sampling)
             return self._sampler.with_logprobs(logits, tokens, sampling)
+
+    def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
+        """sample(), and its result."""
+        output = self.sample(sampling)
+        return lambda: output
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""

@@ -55,6 +55,7 @@ class NativeRuntime:
         self.level = lib.resolve_level(level)
         self.num_threads = num_threads
         self.num_foreign_calls = 0
+        self.max_depth = 1
         self._library = lib.load_library()
         self._engine = ctypes.c_void_p()
         code = self._library.octavo_create(num_threads, self.level.encode(), ctypes.byref(self._engine))
@@ -155,6 +156,11 @@ class NativeRuntime:
         else:
             self._measured_step(self._profile, inputs)
         return output
+
+    def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
+        """sample(), and its result: the step has run."""
+        output = self.sample(sampling)
+        return lambda: output
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""

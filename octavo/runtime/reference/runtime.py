@@ -45,6 +45,7 @@ class ReferenceRuntime:
 
     def __init__(self) -> None:
         self.num_foreign_calls = 0
+        self.max_depth = 1
         self._weights: dict[tuple[str, ...], Float32] = {}  # by parts: a tied weight is there once
         self._keys: list[Float32] = []  # per KV layer: [slots, KV heads, head_dim]
         self._values: list[Float32] = []
@@ -127,6 +128,11 @@ class ReferenceRuntime:
     def sample(self, sampling: SamplingInputs) -> SamplerOutput:
         """Chooses one token for each of the R positions of the last execute()."""
         return sample(self._read(self._program.logits), sampling)
+
+    def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
+        """sample(), and its result."""
+        output = self.sample(sampling)
+        return lambda: output
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
