@@ -49,6 +49,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0  # 0: no cap on one request's share of a step
     enable_prefix_caching: bool = True
+    enable_copy_on_write: bool = True  # n answers fork one prefill; off, each is a request that may hit the cache
     prefix_caching_hash_key: str | None = None  # default: random per engine
     scheduling_policy: str = "fcfs"
     async_scheduling: bool = True  # read on a GPU only: a step is launched while the one before it runs

@@ -22,6 +22,7 @@ class AddRequest:
     seed: int
     priority: int = 0
     cache_salt: str | None = None
+    fork_of: str | None = None  # another request with the same prompt and salt, added before: one prefill for both
 
 
 @dataclass(slots=True)
@@ -107,6 +108,8 @@ class StepRecord:
     num_recomputed_tokens: int = 0  # computed again after a preemption
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
+    num_forked: int = 0  # requests that began with the KV of another one's prompt, blocks shared
+    num_copied_blocks: int = 0  # shared blocks copied on write
     num_evicted_blocks: int = 0
     num_free_blocks: int = 0  # never used or unhashed
     num_cached_blocks: int = 0  # free for the taking, but still holding a hashed prefix

@@ -44,6 +44,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     adapter_id: int = 0
+    fork_of: str | None = None  # the Request, with the same prompt, whose prefill serves this one too
 
     status: RequestStatus = RequestStatus.WAITING
     epoch: int = 0  # how often it was (re)admitted; stamps work in flight

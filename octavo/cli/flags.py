@@ -63,6 +63,9 @@ FLAGS: dict[str, Flag] = {
         "Memory", "Number type of the KV cache; auto: float32 beside float32 weights, else bfloat16."
     ),
     "enable_prefix_caching": Flag("Memory", "Keep the KV of finished prefixes and share it."),
+    "enable_copy_on_write": Flag(
+        "Memory", "Compute the prompt of n answers once; they share its KV and copy on write."
+    ),
     "prefix_caching_hash_key": Flag("Memory", "Key of the prefix hash; default: random for each engine.", "TEXT"),
     "gpu_memory_utilization": Flag("Memory", "Share of a GPU's memory to use; read on a GPU only."),
     "max_num_seqs": Flag("Scheduler", "Requests that run at once.", is_size=True),

@@ -127,6 +127,7 @@ class EngineCore:
             seed=message.seed,
             priority=message.priority,
             cache_salt=message.cache_salt,
+            fork_of=message.fork_of if self.config.enable_copy_on_write else None,
         )
         try:
             self.scheduler.add(request)

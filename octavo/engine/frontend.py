@@ -146,7 +146,7 @@ class Frontend:
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         base_seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         group = Group(request_id, text, ids, params, RequestMetrics(arrival_time=time.monotonic()))
-        requests = []
+        requests: list[AddRequest] = []
         for index in range(params.n):
             child_id = request_id if params.n == 1 else f"{request_id}#{index}"
             if child_id in self._children:
@@ -156,7 +156,9 @@ class Frontend:
             if params.logprobs is not None:
                 output.cumulative_logprob = 0.0
             group.children.append(Child(group, child_id, output, stream))
-            requests.append(AddRequest(child_id, ids, params, max_tokens, base_seed + index, priority, cache_salt))
+            fork_of = requests[0].request_id if requests else None
+            seed = base_seed + index
+            requests.append(AddRequest(child_id, ids, params, max_tokens, seed, priority, cache_salt, fork_of))
         self._children.update((child.request_id, child) for child in group.children)
         return group, requests
 

@@ -112,6 +112,10 @@ class BlockPool:
         """The digest under which a touched block can be found; None when it is unhashed."""
         return self._digests[block]
 
+    def is_private(self, block: int) -> bool:
+        """Whether a used block is in one table only and can be hit by nobody: its owner may write anywhere in it."""
+        return self._ref_counts[block] == 1 and self._digests[block] is None
+
     def ref_count(self, block: int) -> int:
         """How many tables a block is in."""
         return self._ref_counts[block] if block < len(self._ref_counts) else 0

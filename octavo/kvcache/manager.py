@@ -20,6 +20,7 @@ class _Table:
     block_ids: list[int] = field(default_factory=list)  # position p lies in block_ids[p // block_size]
     digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as needed yet
     num_hashed: int = 0  # leading blocks of block_ids that were offered to the pool under their digest
+    borrowed: int | None = None  # the block behind block_ids: its first positions are shared, so it is copied on write
 
 
 class KVCacheManager:
@@ -54,6 +55,7 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self._hasher = BlockHasher(block_size, hash_key if hash_key is not None else secrets.token_bytes(32))
         self._tables: dict[str, _Table] = {}
+        self._copies: list[tuple[int, int]] = []
 
     def add(self, request: Request) -> None:
         """Begins an empty table."""
@@ -82,22 +84,54 @@ class KVCacheManager:
     def try_allocate(self, request: Request, num_tokens: int, hits: Sequence[int] = ()) -> list[int] | None:
         """Makes the table long enough for positions 0 to `num_tokens`, beginning with `hits` when it is empty.
 
-        Returns the blocks added after the hits; None, with nothing changed, when the pool cannot give them.
+        Returns the blocks added after the hits; None, with nothing changed, when the pool cannot give them. A borrowed
+        block becomes a copy of it, which take_copies() tells; who borrows it last keeps it as it is.
         """
         table = self._tables[request.request_id]
         missing = -(-num_tokens // self.block_size) - len(table.block_ids) - len(hits)
         if missing <= 0 and not hits:
             return []
+        borrowed = table.borrowed
+        keeps = borrowed is not None and self.pool.is_private(borrowed)
         num_idle_hits = sum(1 for block in hits if self.pool.ref_count(block) == 0)
-        if missing > self.pool.num_available - num_idle_hits:
+        if missing - keeps > self.pool.num_available - num_idle_hits:
             return None
         if hits:
             self.pool.touch(hits)
             table.block_ids.extend(hits)
             table.num_hashed = len(hits)
-        blocks = self.pool.allocate(missing)
+        blocks = self.pool.allocate(missing - keeps)
+        if borrowed is not None:
+            table.borrowed = None
+            if keeps:
+                blocks.insert(0, borrowed)
+            else:
+                self._copies.append((borrowed, blocks[0]))
+                self.pool.free([borrowed])
         table.block_ids.extend(blocks)
         return blocks
+
+    def fork(self, parent: Request, child: Request, num_tokens: int) -> None:
+        """Gives `child`, whose table is empty, the KV of the parent's first `num_tokens` positions; they are equal.
+
+        Full blocks are shared. One that is full in part is borrowed: the parent goes on writing behind those positions.
+        """
+        source, table = self._tables[parent.request_id], self._tables[child.request_id]
+        num_full = num_tokens // self.block_size
+        table.block_ids = source.block_ids[:num_full]
+        table.digests = source.digests[:num_full]
+        table.num_hashed = min(source.num_hashed, num_full)
+        self.pool.touch(table.block_ids)
+        if num_tokens % self.block_size:
+            is_owner = num_full < len(source.block_ids)
+            table.borrowed = source.block_ids[num_full] if is_owner else source.borrowed
+            assert table.borrowed is not None, f"{parent.request_id} does not hold {num_tokens} positions"
+            self.pool.touch([table.borrowed])
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Block copies (from, to) to make before anything else is written, since the last call."""
+        copies, self._copies = self._copies, []
+        return copies
 
     def hash_full(self, request: Request, num_tokens: int) -> list[tuple[int, bytes]]:
         """Makes the full blocks among the first `num_tokens` positions findable; their ids must be final.
@@ -123,8 +157,8 @@ class KVCacheManager:
     def free(self, request: Request) -> None:
         """Gives the Request's blocks back; what is hashed can still be hit, also by itself when it resumes."""
         table = self._tables[request.request_id]
-        self.pool.free(table.block_ids)
-        table.block_ids = []
+        self.pool.free(table.block_ids if table.borrowed is None else [*table.block_ids, table.borrowed])
+        table.block_ids, table.borrowed = [], None
         table.num_hashed = 0
 
     def forget(self, request: Request) -> None:

@@ -21,6 +21,7 @@ from octavo.errors import ConfigError, ContextLengthError, InvalidValueError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
+from octavo.scheduler.forks import Forks
 from octavo.scheduler.policies import FcfsQueue, WaitingQueue
 from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput, TokenLogprobs
 
@@ -44,6 +45,7 @@ class _Counts:
     num_recomputed_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    num_forked: int = 0
 
 
 class Scheduler:
@@ -92,6 +94,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: WaitingQueue = waiting if waiting is not None else FcfsQueue()
         self._running: dict[str, Request] = {}  # in the order of admission
+        self._forks = Forks()
+        self._ready: list[Request] = []  # parents whose prompt the step being decided completes
         self._suspects: dict[str, Request] = {}  # waiting or running, to be tried alone, in this order
         self._in_flight: dict[int, _Step] = {}
         self._next_step = 0
@@ -140,8 +144,10 @@ class Scheduler:
                 param="max_tokens",
             )
         self.kv.add(request)
+        parent = self._requests.get(request.fork_of or "")
         self._requests[request.request_id] = request
-        self._waiting.push(request)
+        if parent is None or not self._forks.try_hold(request, parent):
+            self._waiting.push(request)
 
     def abort(self, request_id: str) -> list[RequestDelta]:
         """Ends a Request nobody wants any more, at once: its last delta, or nothing if it has ended already."""
@@ -172,10 +178,12 @@ class Scheduler:
         output, step = SchedulerOutput(step=self._next_step), _Step()
         if self._suspects:
             self._schedule_suspect(output, step)
+            self._fork(output, step, 0)
         else:
             self._schedule_running(output, step)
             self._schedule_waiting(output, step)
         if output.scheduled:
+            output.copy_blocks = self.kv.take_copies()
             self._in_flight[output.step] = step
             self._next_step += 1
         return output
@@ -213,9 +221,31 @@ class Scheduler:
                 self._schedule_row(output, step, request, share, blocks)
 
     def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
-        """Admits the queue's first, again and again, until something is used up."""
+        """Forks what can be forked, then admits the queue's first, again and again, until something is used up."""
+        self._fork(output, step, len(self._free_rows))
         while (request := self._waiting.first()) is not None and self._try_admit(output, step, request):
             self._waiting.remove(request)
+            self._fork(output, step, len(self._free_rows))
+
+    def _fork(self, output: SchedulerOutput, step: _Step, limit: int) -> None:
+        """Children of a Request whose prompt this step completes sample from its logits; those over the limit queue up.
+
+        Only once nobody is preempted in this step any more: whoever is in it has its row to itself.
+        """
+        ready, self._ready = self._ready, []
+        for parent in ready:
+            children = self._forks.take(parent)
+            for child in children[:limit]:
+                num_tokens = parent.num_computed_tokens
+                self.kv.fork(parent, child, num_tokens)
+                child.num_cached_tokens = parent.num_cached_tokens
+                self._start(output, child, num_tokens)
+                self._schedule_row(output, step, child, 0, [])
+                output.scheduled[-1].fork_of = parent.row
+            self._counts.num_forked += len(children[:limit])
+            for child in children[limit:]:
+                self._waiting.push(child)
+            limit = max(0, limit - len(children))
 
     def _try_admit(self, output: SchedulerOutput, step: _Step, request: Request) -> bool:
         """Look up, count, allocate: a waiting Request gets a row and the blocks of all its known tokens.
@@ -230,18 +260,23 @@ class Scheduler:
             return False
         num_hit = len(hits) * self.kv.block_size
         if request.first_scheduled_time is None:
-            request.first_scheduled_time = self._clock()
             request.num_cached_tokens = num_hit
             if self.kv.enable_prefix_caching:
                 self._counts.prefix_queries += request.num_tokens
                 self._counts.prefix_hits += num_hit
-        request.num_computed_tokens = num_hit
+        self._start(output, request, num_hit)
+        self._schedule_row(output, step, request, self._share(output, request), [])
+        return True
+
+    def _start(self, output: SchedulerOutput, request: Request, num_computed_tokens: int) -> None:
+        """Gives a Request that has its blocks a row: it runs."""
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+        request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
         request.row = heapq.heappop(self._free_rows)
         self._running[request.request_id] = request
         output.new_rows.append(self._new_row(request))
-        self._schedule_row(output, step, request, self._share(output, request), [])
-        return True
 
     def _share(self, output: SchedulerOutput, request: Request) -> int:
         """How many tokens the Request computes in this step: what it lacks, cut by the budget and the cap."""
@@ -282,8 +317,10 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         if start < num_prompt:  # Requests of this very step may hit them: every layer writes KV before it attends
             step.hashed += self.kv.hash_full(request, min(end, num_prompt))
+        if samples and request in self._forks:
+            self._ready.append(request)
         counts = self._counts
-        counts.num_prefill_tokens += share - samples
+        counts.num_prefill_tokens += max(share - samples, 0)
         counts.num_chunked += not samples
         if start < request.num_lost_tokens:
             counts.num_recomputed_tokens += min(end, request.num_lost_tokens) - start
@@ -394,8 +431,10 @@ class Scheduler:
         """Forgets a Request, wherever it is."""
         if request.status is RequestStatus.RUNNING:
             self._release(request)
-        elif not request.retry_alone:
+        elif not request.retry_alone and not self._forks.drop(request):
             self._waiting.remove(request)
+        if (heir := self._forks.heir(request)) is not None:
+            self._waiting.push(heir)
         self._suspects.pop(request.request_id, None)
         self.kv.forget(request)
         del self._requests[request.request_id]
@@ -415,6 +454,8 @@ class Scheduler:
         record.num_recomputed_tokens = counts.num_recomputed_tokens
         record.prefix_queries = counts.prefix_queries
         record.prefix_hits = counts.prefix_hits
+        record.num_forked = counts.num_forked
+        record.num_copied_blocks = len(output.copy_blocks)
         record.num_evicted_blocks = pool.num_evictions - self._evictions_told
         self._evictions_told = pool.num_evictions
         record.num_free_blocks = pool.num_free

@@ -24,6 +24,9 @@ class Batch:
 
 def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     """Gathers the step's tokens, positions, slots and tables; T tokens over B requests, R of which sample."""
+    does_sample = [s.samples for s in scheduled]
+    sampled = [s for s in scheduled if s.samples]
+    scheduled = [s for s in scheduled if s.num_tokens]  # a fork computes nothing: it samples from another row's logits
     num_reqs = len(scheduled)
     row = np.fromiter((s.row for s in scheduled), np.int32, num_reqs)
     start = np.fromiter((s.start for s in scheduled), np.int32, num_reqs)
@@ -39,9 +42,11 @@ def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     seq_lens = start + count
     num_blocks = -(-int(seq_lens.max(initial=1)) // rows.block_size)
 
-    ends = query_start_loc[1:]
-    does_sample = [s.samples for s in scheduled]
-    samples = np.array(does_sample, np.bool_)
+    logits_row = np.fromiter((s.row if s.fork_of < 0 else s.fork_of for s in sampled), np.int32, len(sampled))
+    end_of_row = np.zeros(len(rows.token_ids), np.int32)
+    end_of_row[row] = query_start_loc[1:]
+    sampled_row = np.fromiter((s.row for s in sampled), np.int32, len(sampled))
+    sampled_len = np.fromiter((s.start + s.num_tokens for s in sampled), np.int32, len(sampled))
     inputs = StepInputs(
         token_ids=rows.tokens_at(token_row, positions),
         positions=positions,
@@ -49,10 +54,14 @@ def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_tables=np.ascontiguousarray(rows.block_tables[:, row, :num_blocks]),
-        logits_indices=np.ascontiguousarray(ends[samples] - 1),
+        logits_indices=end_of_row[logits_row] - 1,
     )
-    sampled, lengths = row[samples], seq_lens[samples]
-    return Batch(inputs, _sampling(rows, sampled, lengths), does_sample, rows.expect(sampled, lengths))
+    return Batch(
+        inputs,
+        _sampling(rows, sampled_row, sampled_len),
+        does_sample,
+        rows.expect(sampled_row, sampled_len),
+    )
 
 
 def _sampling(rows: Rows, row: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int32]) -> SamplingInputs:

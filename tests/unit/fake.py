@@ -68,6 +68,7 @@ def make_request(
     cache_salt: str | None = None,
     adapter_id: int = 0,
     needs_host_token: bool = False,
+    fork_of: str | None = None,
 ) -> Request:
     """A Request without a client."""
     return Request(
@@ -84,6 +85,7 @@ def make_request(
         arrival_time=0.0,
         cache_salt=cache_salt,
         adapter_id=adapter_id,
+        fork_of=fork_of,
     )
 
 
@@ -117,6 +119,9 @@ class FakeExecutor:
         """Runs a step; its result, None for a failure, joins the queue."""
         assert output.num_tokens == sum(item.num_tokens for item in output.scheduled)
         assert len({item.row for item in output.scheduled}) == len(output.scheduled), "two Requests share a row"
+        for source, target in output.copy_blocks:
+            size = self.block_size
+            self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
         for new in output.new_rows:
             self._admit(new)
         for item in output.scheduled:
@@ -127,7 +132,8 @@ class FakeExecutor:
         self.results.append((output, self._lose(output.scheduled) if fails else self._read(output.scheduled)))
 
     def _admit(self, new: NewRow) -> None:
-        assert len(new.block_ids[0]) * self.block_size >= new.num_computed_tokens
+        held = len(new.block_ids[0]) * self.block_size
+        assert held > new.num_computed_tokens - self.block_size, "only a borrowed block may be missing"
         self._rows[new.row] = _Row(
             new.request_id, new.epoch, list(new.token_ids), list(new.block_ids[0]), new.num_computed_tokens
         )
@@ -165,7 +171,9 @@ class FakeExecutor:
         for item in scheduled:
             row = self._rows[item.row]
             end = item.start + item.num_tokens
-            seen = [self.slots[self._slot(row, position)] for position in range(end)]
+            assert (item.fork_of >= 0) == (item.num_tokens == 0)
+            read = row if item.fork_of < 0 else self._rows[item.fork_of]  # a fork samples from another row's logits
+            seen = [self.slots[self._slot(read, position)] for position in range(end)]
             assert seen == kv_of(row.token_ids)[:end], f"{item.request_id} attends to KV that is not its own prefix"
             token = next_token(seen[-1])
             if item.samples:

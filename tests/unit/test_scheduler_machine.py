@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from invariants import check_kv
 
 from octavo.errors import ContextLengthError
 from octavo.kvcache.block_hash import BlockHasher
@@ -90,6 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stops=st.booleans(),
         waits=st.booleans(),
         salt=st.sampled_from([None, None, "tenant"]),
+        forks=st.booleans(),
     )
     def add(
         self,
@@ -102,12 +104,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         stops: bool,
         waits: bool,
         salt: str | None,
+        forks: bool,
     ) -> MultipleResults[str]:
         """One prompt for all these names. An id that has ended may come back while old steps are in flight."""
         prompt = ([family] * shared + tail or [family])[: self.max_model_len]
         for name in names:
             if name not in self.live:
-                self.add_one(name, prompt, max_tokens, min_tokens, stops, waits, salt)
+                fork_of = names[0] if forks and name != names[0] else None
+                self.add_one(name, prompt, max_tokens, min_tokens, stops, waits, salt, fork_of)
         return multiple(*names)
 
     def add_one(
@@ -119,6 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stops: bool,
         waits: bool,
         salt: str | None,
+        fork_of: str | None,
     ) -> None:
         request = make_request(
             name,
@@ -128,6 +133,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             min_tokens=min(min_tokens, max_tokens),
             cache_salt=salt,
             needs_host_token=waits,
+            fork_of=fork_of,
         )
         positions = min(len(prompt) + max_tokens, self.max_model_len) - 1
         fits = -(-positions // self.kv.block_size) <= self.kv.pool.num_blocks
@@ -201,11 +207,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         record = StepRecord(step=output.step, time=0.0)
         self.scheduler.fill(record, output)
         assert record.num_tokens <= self.budget
-        assert record.num_prefill_tokens + sum(i.samples for i in output.scheduled) == record.num_tokens
+        assert (
+            record.num_prefill_tokens + sum(i.samples and i.fork_of < 0 for i in output.scheduled) == record.num_tokens
+        )
         assert record.num_free_blocks + record.num_cached_blocks + record.num_used_blocks == self.kv.pool.num_blocks
         for item in output.scheduled:
             assert 0 <= item.row < self.max_num_seqs
-            assert 0 < item.num_tokens <= (self.threshold or self.budget)
+            assert (item.fork_of < 0) <= item.num_tokens <= (self.threshold or self.budget)
             request = self.live[item.request_id]
             ahead = request.num_pending - item.samples
             assert ahead <= (min(self.depth - 1, 1) if request.stop_ids else self.depth - 1)
@@ -252,22 +260,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_counts(self) -> None:
         """Every block is in one place, and reference counts equal the tables."""
-        pool, tables = self.kv.pool, self.kv._tables
-        assert set(tables) == set(self.live) == set(self.scheduler._requests)
-        refs = Counter(block for table in tables.values() for block in table.block_ids)
-        for table in tables.values():
-            assert len(set(table.block_ids)) == len(table.block_ids)
-        assert {b: pool.ref_count(b) for b in range(pool.num_blocks) if pool.ref_count(b)} == dict(refs)
-        free, cached = pool._free, pool._cached
-        assert len(set(free)) == len(free)
-        assert not set(free) & set(cached)
-        assert not set(refs) & (set(free) | set(cached))
-        never_touched = pool.num_blocks - len(pool._ref_counts)
-        assert len(refs) + len(free) + len(cached) + never_touched == pool.num_blocks
-        assert (pool.num_used, pool.num_cached, pool.num_free) == (len(refs), len(cached), len(free) + never_touched)
-        assert all(pool.digest(block) is None for block in free)
-        assert {b: d for d, b in pool._holders.items()} == {b: d for b, d in enumerate(pool._digests) if d is not None}
-        assert set(cached) <= set(pool._holders.values())
+        assert set(self.live) == set(self.scheduler._requests)
+        check_kv(self.kv, set(self.live))
 
     @invariant()
     def pending_tokens_are_in_flight(self) -> None:
