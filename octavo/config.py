@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from octavo.errors import ConfigError, UnsupportedError
 
 DEFAULT_MODEL = "smollm2"
 BLOCK_SIZE = 16
+DEFAULT_QUEUE = 1024  # requests that may wait behind a server
 
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
+SchedulingPolicy = Literal["fcfs", "priority", "fair", "slo"]
 RuntimeName = Literal["auto", "native", "cuda", "reference"]
 
 
@@ -51,7 +53,12 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_copy_on_write: bool = True  # n answers fork one prefill; off, each is a request that may hit the cache
     prefix_caching_hash_key: str | None = None  # default: random per engine
-    scheduling_policy: str = "fcfs"
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    priority_ageing: float = 10.0  # seconds of waiting that count as one step of priority
+    slo_ttft_ms: int = 1000  # what policy slo aims at: a first token, and the gaps between later ones
+    slo_itl_ms: int = 100
+    max_num_queued_reqs: int | None = None  # default: DEFAULT_QUEUE behind a server, 0 (no bound) offline
+    max_num_queued_tokens: int = 0  # prompt tokens; 0: no bound
     async_scheduling: bool = True  # read on a GPU only: a step is launched while the one before it runs
 
     block_size: int = BLOCK_SIZE
@@ -72,7 +79,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "quantized", "float16"))
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
-        _one_of("scheduling_policy", self.scheduling_policy, ("fcfs",))
+        _one_of("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
         _range("max_num_seqs", self.max_num_seqs, 1, 4096)
@@ -84,6 +91,12 @@ class EngineConfig:
         _range("max_logprobs", self.max_logprobs, 0, 20)
         _range("num_threads", self.num_threads, 1, 1024)
         _range("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        _range("slo_ttft_ms", self.slo_ttft_ms, 1, 3_600_000)
+        _range("slo_itl_ms", self.slo_itl_ms, 1, 3_600_000)
+        _range("max_num_queued_reqs", self.max_num_queued_reqs, 0, 1 << 20)
+        _range("max_num_queued_tokens", self.max_num_queued_tokens, 0, 1 << 40)
+        if not 0.001 <= self.priority_ageing <= 1e6:
+            raise ConfigError(f"priority_ageing must be from 0.001 to 1e6 seconds, not {self.priority_ageing}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"

@@ -14,7 +14,8 @@ OctavoError
 |   |-- UnsupportedParameterError  a parameter that is not honoured here
 |   |-- ContextLengthError   prompt (+ max_tokens) longer than the context
 |   |-- UnknownModelError    404
-|   `-- QueueFullError       429, with the predicted wait
+|   |-- QueueFullError       429, with the predicted wait
+|   `-- TimeLimitError       408: the request's own timeout passed before its answer was complete
 |-- EngineError              our fault
 |   |-- StepError            a step failed; the requests that failed alone carry it
 |   `-- EngineDeadError      the engine process is gone; 503
@@ -108,6 +109,14 @@ class QueueFullError(RequestError):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class TimeLimitError(RequestError):
+    """The request's own `timeout` passed before its answer was complete."""
+
+    status = 408
+    type = "timeout"
+    code = "timeout"
 
 
 class EngineError(OctavoError):

@@ -20,9 +20,12 @@ class AddRequest:
     params: SamplingParams
     max_tokens: int  # resolved against the context
     seed: int
-    priority: int = 0
+    priority: int = 0  # lower runs first
     cache_salt: str | None = None
     fork_of: str | None = None  # another request with the same prompt and salt, added before: one prefill for both
+    tenant: str = ""  # whose fair share it uses
+    weight: float = 1.0  # of that tenant
+    timeout: float | None = None  # seconds from arrival; then it is ended
 
 
 @dataclass(slots=True)
@@ -83,6 +86,8 @@ class RequestDelta:
     num_cached_tokens: int = 0
     queue_time: float = 0.0  # seconds from arrival to first scheduling
     error: str | None = None
+    error_kind: str | None = None  # class name in errors.py, where the error is the request's own
+    retry_after: float = 0.0  # seconds, of a QueueFullError
 
 
 @dataclass(slots=True)
@@ -101,6 +106,8 @@ class StepRecord:
     num_tokens: int = 0  # computed in this step
     num_prefill_tokens: int = 0  # of these, positions before a request's last known token
     num_sampled: int = 0  # new tokens
+    num_kv_read: int = 0  # positions attended to by the last token of each request, summed
+    num_prefill_pairs: int = 0  # query-key pairs of requests with more than one token in this step
     num_finished: int = 0  # requests
     num_chunked: int = 0  # requests whose prompt was cut by the budget in this step
     num_preempted: int = 0  # requests

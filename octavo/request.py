@@ -41,7 +41,10 @@ class Request:
     max_tokens: int  # resolved: never past the context
     arrival_time: float  # engine's monotonic clock, seconds
     seed: int = 0  # resolved: the request's own, or drawn once by the front
-    priority: int = 0
+    priority: int = 0  # lower runs first, under the policy of that name
+    tenant: str = ""  # whose fair share it uses
+    weight: float = 1.0  # of that tenant
+    deadline: float | None = None  # on the clock of arrival_time: ended when it passes
     cache_salt: str | None = None
     adapter_id: int = 0
     fork_of: str | None = None  # the Request, with the same prompt, whose prefill serves this one too

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from octavo.cli.sizes import parse_size
-from octavo.config import DEFAULT_MODEL, EngineConfig
+from octavo.config import DEFAULT_MODEL, DEFAULT_QUEUE, EngineConfig
 from octavo.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -74,10 +74,25 @@ FLAGS: dict[str, Flag] = {
     ),
     "enable_chunked_prefill": Flag("Scheduler", "Cut long prompts to the step's budget; cannot be switched off."),
     "long_prefill_token_threshold": Flag("Scheduler", "Most tokens of one prompt in a step; 0: no cap.", is_size=True),
-    "scheduling_policy": Flag("Scheduler", "Who runs first: fcfs, first come, first served.", "POLICY"),
     "async_scheduling": Flag(
         "Scheduler", "Launch a step while the one before it runs, tokens staying on the device; read on a GPU only."
     ),
+    "scheduling_policy": Flag(
+        "Scheduler",
+        "Who is admitted first. fcfs: first come, first served; priority: the lowest `priority` of a request, with "
+        "ageing; fair: shares by the weights of API keys, or equal ones per `user` where there are no keys; slo: "
+        "whoever can still meet the targets, shortest first.",
+    ),
+    "priority_ageing": Flag("Scheduler", "Policy priority: seconds of waiting that count as one step.", "SECONDS"),
+    "slo_ttft_ms": Flag("Scheduler", "Policy slo: milliseconds to a first token.", "MS"),
+    "slo_itl_ms": Flag("Scheduler", "Policy slo: milliseconds between later tokens; sizes prefill chunks.", "MS"),
+    "max_num_queued_reqs": Flag(
+        "Scheduler",
+        "Requests that may wait; more are refused with 429 and a predicted wait. 0: no bound. Default: "
+        f"{DEFAULT_QUEUE} behind a server, no bound offline.",
+        is_size=True,
+    ),
+    "max_num_queued_tokens": Flag("Scheduler", "Prompt tokens that may wait; 0: no bound.", is_size=True),
     "max_logprobs": Flag("Scheduler", "Most alternatives a request may ask for per token."),
     "runtime": Flag(
         "Execution", "native: compiled for the CPU; cuda: a GPU; reference: numpy, the definition of every op."

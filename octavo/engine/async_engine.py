@@ -22,7 +22,7 @@ from octavo.config import EngineConfig
 from octavo.engine.channel import FrontChannel, StartEngine
 from octavo.engine.frontend import Frontend, Group, Prompt
 from octavo.engine.outbox import Outbox
-from octavo.errors import EngineDeadError, StepError
+from octavo.errors import EngineDeadError
 from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
@@ -116,20 +116,42 @@ class AsyncEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams the answer; `params.output_kind` decides whether outputs are cumulative, deltas, or one at the end.
+
+        Args:
+            prompt, params, request_id: as in vLLM.
+            priority: lower is admitted first, under the policy `priority`.
+            cache_salt: only requests with the same one share cached prefixes.
+            tenant, weight: whose share it uses, and how large that is, under the policy `fair`.
+            timeout: seconds after which the request is ended with TimeLimitError.
 
         Leaving the iterator (break, aclose, cancellation) aborts the request at the next step boundary.
 
         Raises:
             RequestError: before the first output, when the request is wrong.
+            QueueFullError: too many wait; carries the predicted wait.
+            TimeLimitError: `timeout` passed.
             StepError: the engine failed on this request alone.
             EngineDeadError: the engine process is gone.
         """
         text, ids = await self.tokenize(prompt)
         if self.dead:  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
             raise EngineDeadError(self.dead)
-        group, requests = self._frontend.add(request_id, text, ids, params, priority=priority, cache_salt=cache_salt)
+        group, requests = self._frontend.add(
+            request_id,
+            text,
+            ids,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            weight=weight,
+            timeout=timeout,
+        )
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind)
         try:
             for request in requests:
@@ -237,7 +259,7 @@ class AsyncEngine:
             if outbox is None:
                 continue
             if group.error:
-                outbox.put(StepError(group.error))
+                outbox.put(group.error)
             elif update.output is not None:
                 outbox.put(update.output)
         self.metrics.on_steps(outputs.records)

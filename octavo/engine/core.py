@@ -15,6 +15,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
+from octavo.errors import QueueFullError
 from octavo.executor.base import Executor, StepResult
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import (
@@ -29,6 +30,7 @@ from octavo.messages import (
 )
 from octavo.observe.step_log import StepLog
 from octavo.request import FinishReason, Request
+from octavo.scheduler.choose import make_policy
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import SchedulerOutput
 from octavo.worker.worker import WorkerInfo
@@ -44,8 +46,20 @@ class _InFlight:
 class EngineCore:
     """Scheduler and executor, joined. `handle` takes messages, `step` makes progress and returns what to publish."""
 
-    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo, *, depth: int | None = None) -> None:
-        """`depth`: most steps in flight; by default what the workers can, and 1 without --async-scheduling."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        info: WorkerInfo,
+        *,
+        depth: int | None = None,
+        default_queue: int = 0,
+    ) -> None:
+        """
+        Args:
+            depth: most steps in flight; by default what the workers can, and 1 without --async-scheduling.
+            default_queue: requests that may wait where the config does not say; 0 for no bound.
+        """
         self.config = config
         self.info = info
         self.log = StepLog()
@@ -69,6 +83,9 @@ class EngineCore:
             max_model_len=info.spec.max_model_len,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             max_run_ahead=self._depth - 1,
+            policy=make_policy(config),
+            max_num_queued_reqs=default_queue if config.max_num_queued_reqs is None else config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
         )
 
     def ready(self) -> EngineReady:
@@ -103,6 +120,7 @@ class EngineCore:
 
     def step(self) -> StepOutputs:
         """Launches a step if there is room in flight, else waits for the oldest; returns what happened since."""
+        self._pending.extend(self.scheduler.expire())
         launched = len(self._in_flight) < self._depth and self._launch()
         records: list[StepRecord] = []
         if self._in_flight and (len(self._in_flight) == self._depth or not launched):
@@ -117,20 +135,28 @@ class EngineCore:
     def _add(self, message: AddRequest) -> None:
         params = message.params
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+        now = time.monotonic()
         request = Request(
             request_id=message.request_id,
             prompt_token_ids=message.prompt_token_ids,
             params=params,
             stop_ids=eos_ids | frozenset(params.stop_token_ids or ()),
             max_tokens=message.max_tokens,
-            arrival_time=time.monotonic(),
+            arrival_time=now,
             seed=message.seed,
             priority=message.priority,
+            tenant=message.tenant,
+            weight=message.weight,
+            deadline=None if message.timeout is None else now + message.timeout,
             cache_salt=message.cache_salt,
             fork_of=message.fork_of if self.config.enable_copy_on_write else None,
         )
         try:
             self.scheduler.add(request)
+        except QueueFullError as error:
+            refusal = _failed(request.request_id, str(error))
+            refusal.error_kind, refusal.retry_after = type(error).__name__, error.retry_after
+            self._pending.append(refusal)
         except Exception as error:  # the front checked it; whatever is left ends this request and no other
             self._pending.append(_failed(request.request_id, str(error)))
 

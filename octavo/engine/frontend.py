@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from octavo.config import EngineConfig
-from octavo.errors import ContextLengthError, InvalidValueError
+from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, StepError, TimeLimitError
 from octavo.messages import AddRequest, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -37,7 +37,7 @@ class Child:
     stream: TextStream | None
     first_token_time: float | None = None
     last_token_time: float | None = None
-    error: str | None = None
+    error: Exception | None = None
 
     @property
     def finished(self) -> bool:
@@ -62,7 +62,7 @@ class Group:
         return all(child.finished for child in self.children)
 
     @property
-    def error(self) -> str | None:
+    def error(self) -> Exception | None:
         return next((child.error for child in self.children if child.error), None)
 
 
@@ -117,8 +117,11 @@ class Frontend:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: str = "",
+        weight: float = 1.0,
+        timeout: float | None = None,
     ) -> tuple[Group, list[AddRequest]]:
-        """Registers a group and makes its engine requests.
+        """Registers a group and makes its engine requests. `timeout` is in seconds from arrival at the engine.
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token.
@@ -158,7 +161,9 @@ class Frontend:
             group.children.append(Child(group, child_id, output, stream))
             fork_of = requests[0].request_id if requests else None
             seed = base_seed + index
-            requests.append(AddRequest(child_id, ids, params, max_tokens, seed, priority, cache_salt, fork_of))
+            add = AddRequest(child_id, ids, params, max_tokens, seed, priority, cache_salt, fork_of)
+            add.tenant, add.weight, add.timeout = tenant, weight, timeout
+            requests.append(add)
         self._children.update((child.request_id, child) for child in group.children)
         return group, requests
 
@@ -238,7 +243,7 @@ class Frontend:
             return stopped
         if delta.finish_reason is not None:
             output.finish_reason, output.stop_reason = str(delta.finish_reason), delta.stop_reason
-            child.error = delta.error
+            child.error = _error(delta)
         return None
 
     def _add_text(self, child: Child, delta: RequestDelta) -> FinishRequest | None:
@@ -303,6 +308,17 @@ class Frontend:
             finished=False,
             num_cached_tokens=group.num_cached_tokens,
         )
+
+
+def _error(delta: RequestDelta) -> Exception | None:
+    """What a failed request's caller gets: its own error where the engine says which, else a StepError."""
+    if delta.error is None:
+        return None
+    if delta.error_kind == QueueFullError.__name__:
+        return QueueFullError(delta.error, retry_after=delta.retry_after)
+    if delta.error_kind == TimeLimitError.__name__:
+        return TimeLimitError(delta.error, param="timeout")
+    return StepError(delta.error)
 
 
 def default_sampling(spec: ModelSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.config import EngineConfig
+from octavo.engine.calibrate import prepare
 from octavo.engine.core import EngineCore
 from octavo.engine.frontend import Frontend, Group, Prompt, default_sampling
 from octavo.errors import ConfigError, InvalidValueError, StepError
@@ -47,6 +48,7 @@ class LLM:
         )
         self._executor = LocalExecutor(config, files)
         self.core = EngineCore(config, self._executor, self._executor.start())
+        prepare(self.core)
         self.config = config
         self._text = load_text(config, files)
         self._frontend = Frontend(
@@ -60,6 +62,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         prompt_token_ids: Sequence[Sequence[int]] | Sequence[int] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, in order. A prompt is a string or `{"prompt_token_ids": [...]}` or `{"prompt": "..."}`.
 
@@ -68,6 +71,7 @@ class LLM:
             sampling_params: one for all, or one per prompt; default: what the model recommends.
             prompt_token_ids: instead of prompts (the older vLLM spelling).
             use_tqdm: show a progress bar with tokens per second.
+            priority: one per prompt, lower first; needs scheduling_policy="priority".
 
         Raises:
             RequestError: a prompt or its parameters are wrong; nothing was started.
@@ -76,7 +80,7 @@ class LLM:
         todo = _prompt_list(prompts, prompt_token_ids)
         params = self._params_list(sampling_params, len(todo))
         tokenized = [self._frontend.tokenize(prompt) for prompt in todo]
-        return self._run(tokenized, params, use_tqdm)
+        return self._run(tokenized, params, use_tqdm, self._priorities(priority, len(todo)))
 
     def chat(
         self,
@@ -159,6 +163,15 @@ class LLM:
             raise InvalidValueError(f"{count} prompts, but {len(params)} sampling_params", param="sampling_params")
         return list(params)
 
+    def _priorities(self, priority: Sequence[int] | None, count: int) -> list[int]:
+        if priority is None:
+            return [0] * count
+        if self.config.scheduling_policy != "priority":
+            raise InvalidValueError('priority needs scheduling_policy="priority"', param="priority")
+        if len(priority) != count:
+            raise InvalidValueError(f"{count} prompts, but {len(priority)} priorities", param="priority")
+        return list(priority)
+
     def _template(self, source: str | None) -> ChatTemplate:
         if source is not None:
             return ChatTemplate(source, self.get_tokenizer())
@@ -171,13 +184,14 @@ class LLM:
         tokenized: list[TextAndIds],
         params: list[SamplingParams],
         use_tqdm: bool | Callable[..., Any],
+        priorities: Sequence[int] = (),
     ) -> list[RequestOutput]:
         groups: list[Group] = []
         requests = []
         try:
-            for (text, ids), p in zip(tokenized, params, strict=True):
+            for (text, ids), p, priority in zip(tokenized, params, priorities or [0] * len(params), strict=True):
                 wanted = replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
-                group, added = self._frontend.add(str(next(self._numbers)), text, ids, wanted)
+                group, added = self._frontend.add(str(next(self._numbers)), text, ids, wanted, priority=priority)
                 groups.append(group)
                 requests.extend(added)
             for request in requests:
@@ -196,7 +210,7 @@ class LLM:
                     self.core.handle(finish)
                 for update in updates:
                     if update.group.error:
-                        raise StepError(f"request {update.group.request_id} failed: {update.group.error}")
+                        raise _named(update.group.error, update.group.request_id)
                     if update.output is not None:
                         done[update.group.request_id] = update.output
                         progress.finished(update.output)
@@ -208,6 +222,11 @@ class LLM:
         self.core.handle(AbortRequests(running))
         while self.core.has_work:
             self.core.step()
+
+
+def _named(error: Exception, request_id: str) -> Exception:
+    """The error of one of many requests says which."""
+    return StepError(f"request {request_id} failed: {error}") if isinstance(error, StepError) else error
 
 
 class _Progress:

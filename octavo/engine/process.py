@@ -10,6 +10,8 @@ import socket
 import sys
 from pathlib import Path
 
+from octavo.config import DEFAULT_QUEUE
+from octavo.engine.calibrate import prepare
 from octavo.engine.channel import EngineChannel, StartEngine
 from octavo.engine.core import EngineCore
 from octavo.errors import OctavoError
@@ -51,7 +53,9 @@ def main(fd: int) -> int:
 def _build(start: StartEngine) -> EngineCore:
     files = ModelFiles(start.model_name, "gguf" if start.model_format == "gguf" else "hf", Path(start.model_path))
     executor = LocalExecutor(start.config, files)
-    return EngineCore(start.config, executor, executor.start())
+    core = EngineCore(start.config, executor, executor.start(), default_queue=DEFAULT_QUEUE)
+    prepare(core)
+    return core
 
 
 if __name__ == "__main__":

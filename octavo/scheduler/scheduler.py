@@ -6,8 +6,9 @@ finds the token where that step leaves it; where it may not, it has nothing to c
 Request is WAITING or PREEMPTED in the queue, or RUNNING with a row and blocks; one whose step failed is a *suspect* and
 runs its next step alone.
 
-Two rules keep it free of livelock: the oldest running Request can take blocks from everybody else, and a Request that
-an empty pool could not finish is refused at the door.
+Who is admitted first and who is preempted first is a policy's to say (policies.py). Two rules keep it free of livelock
+whatever a policy says: the oldest running Request can take blocks from everybody else, and a Request that an empty pool
+could not finish is refused at the door.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.errors import ConfigError, ContextLengthError, InvalidValueError
+from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, TimeLimitError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
+from octavo.scheduler.door import Door
 from octavo.scheduler.forks import Forks
-from octavo.scheduler.policies import FcfsQueue, WaitingQueue
+from octavo.scheduler.policies import NO_CAP, FcfsPolicy, Policy
 from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput, TokenLogprobs
 
 
@@ -46,6 +48,8 @@ class _Counts:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_forked: int = 0
+    num_kv_read: int = 0
+    num_prefill_pairs: int = 0
 
 
 class Scheduler:
@@ -58,7 +62,8 @@ class Scheduler:
         max_model_len: most tokens of a Request, prompt and generated.
         long_prefill_token_threshold: most tokens of one Request in a step; 0 for no cap.
         max_run_ahead: most tokens of a Request that may be pending when its next one is scheduled; 0 for none.
-        waiting: the queue, in its policy's order; first come, first served by default.
+        policy: the queue's order, and who yields; first come, first served by default.
+        max_num_queued_reqs, max_num_queued_tokens: Requests, and prompt tokens, that may wait; 0 for no bound.
         clock: seconds, the clock of Request.arrival_time.
 
     Raises:
@@ -74,7 +79,9 @@ class Scheduler:
         max_model_len: int,
         long_prefill_token_threshold: int = 0,
         max_run_ahead: int = 0,
-        waiting: WaitingQueue | None = None,
+        policy: Policy | None = None,
+        max_num_queued_reqs: int = 0,
+        max_num_queued_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (
@@ -92,7 +99,10 @@ class Scheduler:
         self._clock = clock
         self._free_rows = list(range(max_num_seqs))  # a heap: the lowest is taken first
         self._requests: dict[str, Request] = {}
-        self._waiting: WaitingQueue = waiting if waiting is not None else FcfsQueue()
+        self.policy: Policy = policy if policy is not None else FcfsPolicy()
+        self._door = Door(max_num_queued_reqs, max_num_queued_tokens)
+        self._now = clock()  # read once per call: what a recorded run needs to be replayed
+        self._prefill_left = NO_CAP  # prompt tokens that the policy still allows in this step
         self._running: dict[str, Request] = {}  # in the order of admission
         self._forks = Forks()
         self._ready: list[Request] = []  # parents whose prompt the step being decided completes
@@ -123,6 +133,7 @@ class Scheduler:
         Raises:
             InvalidValueError: an empty prompt, or an id that is in use.
             ContextLengthError: too long for the context, or for the whole KV pool.
+            QueueFullError: as many wait as may.
         """
         num_prompt = request.num_prompt_tokens
         if request.request_id in self._requests:
@@ -143,11 +154,13 @@ class Scheduler:
                 f"{self.kv.block_size}, but the whole pool has {total}: lower max_tokens, or give more KV memory",
                 param="max_tokens",
             )
+        self._door.enter(request, self.num_waiting, self._clock())
         self.kv.add(request)
         parent = self._requests.get(request.fork_of or "")
         self._requests[request.request_id] = request
+        self.policy.arrived(request)
         if parent is None or not self._forks.try_hold(request, parent):
-            self._waiting.push(request)
+            self.policy.push(request)
 
     def abort(self, request_id: str) -> list[RequestDelta]:
         """Ends a Request nobody wants any more, at once: its last delta, or nothing if it has ended already."""
@@ -156,6 +169,19 @@ class Scheduler:
             return []
         self._end(request)
         return [_delta(request, finish_reason=FinishReason.ABORT)]
+
+    def expire(self) -> list[RequestDelta]:
+        """Ends the Requests whose deadline has passed: their last deltas."""
+        deltas = []
+        for deadline, request_id in self._door.expired(self._clock()):
+            request = self._requests.get(request_id)
+            if request is not None and request.deadline == deadline:  # else it has ended; a namesake may run
+                allowed = deadline - request.arrival_time
+                self._end(request)
+                error = f"the request's timeout of {allowed:g} s has passed: allow more, or ask for fewer tokens"
+                deltas.append(_delta(request, finish_reason=FinishReason.ERROR, error=error))
+                deltas[-1].error_kind = TimeLimitError.__name__
+        return deltas
 
     def finish(self, request_id: str, num_kept: int) -> None:
         """Ends a Request after `num_kept` generated tokens, because the front saw a stop string in them.
@@ -176,6 +202,8 @@ class Scheduler:
         come back, in order, through update() or fail().
         """
         output, step = SchedulerOutput(step=self._next_step), _Step()
+        self._now = self._clock()
+        self._prefill_left = self.policy.prefill_cap(self._running.values())
         if self._suspects:
             self._schedule_suspect(output, step)
             self._fork(output, step, 0)
@@ -199,32 +227,39 @@ class Scheduler:
             self._schedule_running(output, step)  # no row or blocks yet: those that hold them go on, and end
 
     def _schedule_running(self, output: SchedulerOutput, step: _Step) -> None:
-        """Gives each running Request its share, oldest first; for its blocks the newest are preempted.
+        """Gives each running Request its share; for its blocks the last in the policy's order are preempted.
 
         One that would run ahead takes no blocks from anybody: it waits until its token is here.
         """
-        for request in list(self._running.values()):
+        order = self._visit_order()
+        for request in order:
             if output.num_tokens == self._budget:
                 break
-            if request.status is not RequestStatus.RUNNING:  # preempted a moment ago, for an older one
-                continue
             share = self._share(output, request)
             if not share:
                 continue
             end = request.num_computed_tokens + share
             while (blocks := self.kv.try_allocate(request, end)) is None and not request.num_pending:
-                victim = next(reversed(self._running.values()))
+                victim = order.pop()
                 self._preempt(victim)
                 if victim is request:
                     break
             if blocks is not None:
                 self._schedule_row(output, step, request, share, blocks)
 
+    def _visit_order(self) -> list[Request]:
+        """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
+        oldest, which nobody preempts."""
+        order = list(self._running.values())
+        if len(order) > 2 and self.kv.pool.num_available < len(order):
+            order[1:] = self.policy.ranked(order[1:])
+        return order
+
     def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
         """Forks what can be forked, then admits the queue's first, again and again, until something is used up."""
         self._fork(output, step, len(self._free_rows))
-        while (request := self._waiting.first()) is not None and self._try_admit(output, step, request):
-            self._waiting.remove(request)
+        while (request := self.policy.first(self._now)) is not None and self._try_admit(output, step, request):
+            self.policy.remove(request)
             self._fork(output, step, len(self._free_rows))
 
     def _fork(self, output: SchedulerOutput, step: _Step, limit: int) -> None:
@@ -244,7 +279,7 @@ class Scheduler:
                 output.scheduled[-1].fork_of = parent.row
             self._counts.num_forked += len(children[:limit])
             for child in children[limit:]:
-                self._waiting.push(child)
+                self.policy.push(child)
             limit = max(0, limit - len(children))
 
     def _try_admit(self, output: SchedulerOutput, step: _Step, request: Request) -> bool:
@@ -253,7 +288,7 @@ class Scheduler:
         All of them at once, although its first chunk may be shorter: so a prefill never preempts anybody, nor starts
         what the pool cannot hold.
         """
-        if not self._free_rows or output.num_tokens == self._budget:
+        if not self._free_rows or output.num_tokens == self._budget or not self._prefill_left:
             return False
         hits = self.kv.lookup(request)
         if self.kv.try_allocate(request, request.num_tokens, hits) is None:
@@ -271,7 +306,8 @@ class Scheduler:
     def _start(self, output: SchedulerOutput, request: Request, num_computed_tokens: int) -> None:
         """Gives a Request that has its blocks a row: it runs."""
         if request.first_scheduled_time is None:
-            request.first_scheduled_time = self._clock()
+            self._door.admitted(request, self._now)
+            request.first_scheduled_time = self._now
         request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
         request.row = heapq.heappop(self._free_rows)
@@ -283,7 +319,8 @@ class Scheduler:
         if request.num_pending and not self._can_run_ahead(request):
             return 0
         lacking = len(request.token_ids) + request.num_pending - request.num_computed_tokens
-        return min(lacking, self._max_share, self._budget - output.num_tokens)
+        share = min(lacking, self._max_share, self._budget - output.num_tokens)
+        return share if lacking <= 1 else min(share, self._prefill_left)
 
     def _can_run_ahead(self, request: Request) -> bool:
         """Whether its next token may be computed before the pending ones are known.
@@ -320,10 +357,18 @@ class Scheduler:
         if samples and request in self._forks:
             self._ready.append(request)
         counts = self._counts
+        counts.num_kv_read += end
+        if share > 1:
+            counts.num_prefill_pairs += share * (start + end + 1) // 2
+            self._prefill_left -= share
         counts.num_prefill_tokens += max(share - samples, 0)
         counts.num_chunked += not samples
         if start < request.num_lost_tokens:
             counts.num_recomputed_tokens += min(end, request.num_lost_tokens) - start
+        if self.policy.charges:
+            fresh = max(start, request.num_lost_tokens)
+            prompt_end = min(max(fresh, num_prompt), end)
+            self.policy.charge(request, max(prompt_end - fresh, 0), max(end - max(fresh, num_prompt), 0))
 
     def _new_row(self, request: Request) -> NewRow:
         return NewRow(
@@ -415,7 +460,7 @@ class Scheduler:
         request.num_preemptions += 1
         self._release(request)
         request.status = RequestStatus.PREEMPTED
-        self._waiting.put_back(request)
+        self.policy.put_back(request)
 
     def _release(self, request: Request) -> None:
         """Takes row and blocks, and raises the epoch: results in flight are stale from here on."""
@@ -432,10 +477,12 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._release(request)
         elif not request.retry_alone and not self._forks.drop(request):
-            self._waiting.remove(request)
+            self.policy.remove(request)
         if (heir := self._forks.heir(request)) is not None:
-            self._waiting.push(heir)
+            self.policy.push(heir)
         self._suspects.pop(request.request_id, None)
+        self.policy.ended(request)
+        self._door.left(request)
         self.kv.forget(request)
         del self._requests[request.request_id]
         request.status = RequestStatus.FINISHED
@@ -456,6 +503,8 @@ class Scheduler:
         record.prefix_hits = counts.prefix_hits
         record.num_forked = counts.num_forked
         record.num_copied_blocks = len(output.copy_blocks)
+        record.num_kv_read = counts.num_kv_read
+        record.num_prefill_pairs = counts.num_prefill_pairs
         record.num_evicted_blocks = pool.num_evictions - self._evictions_told
         self._evictions_told = pool.num_evictions
         record.num_free_blocks = pool.num_free

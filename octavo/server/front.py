@@ -74,8 +74,16 @@ class Front:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Hands a prompt to the engine. Clients may repeat their ids; the engine's get a number behind."""
         key.spend(len(ids))
-        salt = key.salt(body.cache_salt)
-        return self.engine.generate(ids, params, f"{request_id}-{next(self._numbers)}", cache_salt=salt)
+        return self.engine.generate(
+            ids,
+            params,
+            f"{request_id}-{next(self._numbers)}",
+            priority=body.priority or 0,
+            cache_salt=key.salt(body.cache_salt),
+            tenant=key.tenant or body.user or "",
+            weight=key.weight,
+            timeout=body.timeout,
+        )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; a long one is tokenised off the event loop, which goes on meanwhile."""
@@ -148,6 +156,12 @@ class Front:
             raise InvalidValueError(
                 f"{logprobs} logprobs were asked for; this server gives at most {engine.config.max_logprobs}",
                 param="top_logprobs" if isinstance(body, ChatRequest) else "logprobs",
+            )
+        if body.priority and engine.config.scheduling_policy != "priority":
+            raise UnsupportedParameterError(
+                f"this server runs --scheduling-policy {engine.config.scheduling_policy}, which knows no priority: "
+                "leave it out",
+                param="priority",
             )
         if body.stop and engine.tokenizer is None:
             raise UnsupportedParameterError("stop strings need a tokenizer: use stop_token_ids", param="stop")

@@ -2,7 +2,7 @@
 
 A field is honoured, or refused with 400 naming it; none is swallowed. Known fields that are not built stand in the
 `refused` table of their model with the values that ask for nothing (null always is one). Bookkeeping fields of OpenAI
-(`user`, `metadata`, `store`, `service_tier`) are accepted and have no effect. Strict means that "1" is not 1.
+(`metadata`, `store`, `service_tier`) are accepted and have no effect. Strict means that "1" is not 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "logits_processors": ([],),
-    "priority": (0,),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
 }
@@ -215,8 +214,10 @@ class GenerationRequest(Strict):
     return_tokens_as_token_ids: bool | None = None
     request_id: Annotated[str, Field(max_length=128, pattern=REQUEST_ID)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)] | None = None  # lower runs first
+    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds; then the request is ended with 408
+    user: Annotated[str, Field(max_length=512)] | None = None  # whose share it uses, where no API key says
     # Bookkeeping: accepted, without effect.
-    user: Annotated[str, Field(max_length=512)] | None = None
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)

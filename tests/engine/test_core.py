@@ -6,12 +6,14 @@ import random
 import pytest
 
 from octavo.config import EngineConfig
+from octavo.engine.calibrate import prepare
 from octavo.engine.core import EngineCore
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests, AddRequest, FinishRequest
 from octavo.models.spec import ModelFiles
 from octavo.runtime.reference import ReferenceRuntime
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.cost import StepWork
 from tests.engine.naive import NaiveLoop
 
 VOCAB = 97
@@ -207,3 +209,36 @@ def test_the_oracle_is_not_degenerate(naive):
     assert len({tuple(a) for a in answers}) == len(prompts)
     sampled = [naive(p, 12, temperature=1.0, seed=i) for i, p in enumerate(prompts)]
     assert all(len(set(s)) > 6 for s in sampled)
+
+
+@pytest.mark.parametrize("policy", ["priority", "fair", "slo"])
+def test_no_policy_changes_a_token(files, naive, policy):
+    core = make_core(
+        files, num_gpu_blocks_override=12, max_model_len=192, enable_prefix_caching=False, scheduling_policy=policy
+    )
+    prepare(core)
+    prompts = prompts_with_shared_prefixes()
+    assert run(core, prompts) == [naive(p, 20) for p in prompts]
+    assert core.log.total("num_preempted") > 0
+
+
+def test_slo_is_calibrated_and_calibration_leaves_nothing_behind(files):
+    core = make_core(files, scheduling_policy="slo")
+    prepare(core)
+    assert core.scheduler.policy.cost.seconds(StepWork(100, 1, 100, 5000)) > 0
+    assert "calibrate policy" in core.ready().timings
+    assert len(core.log) == core.scheduler.kv.pool.num_used == core.scheduler.kv.pool.num_cached == 0
+    assert core.scheduler.kv.enable_prefix_caching
+    assert not core.has_work
+
+
+def test_a_full_queue_and_a_passed_deadline_are_told_apart(files):
+    core = make_core(files, max_num_queued_reqs=2, max_num_seqs=1)
+    options = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=50)
+    for i in range(3):
+        core.handle(AddRequest(str(i), [5 + i, 6, 7], options, 50, seed=0, timeout=1e-9 if i == 1 else None))
+    deltas = {d.request_id: d for d in core.step().deltas if d.error}
+    assert {(d.request_id, d.error_kind) for d in deltas.values()} == {("1", "TimeLimitError"), ("2", "QueueFullError")}
+    assert deltas["2"].retry_after >= 1.0
+    while core.has_work:
+        core.step()

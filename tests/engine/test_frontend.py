@@ -6,7 +6,7 @@ from tokenizers import decoders, models
 
 from octavo.config import EngineConfig
 from octavo.engine.frontend import Frontend
-from octavo.errors import ContextLengthError, InvalidValueError
+from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, StepError, TimeLimitError
 from octavo.messages import FinishRequest, RequestDelta
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.step import TokenLogprobs
@@ -160,3 +160,17 @@ def test_parameters_are_held_against_the_model_and_the_engine(front):
 def test_max_tokens_is_cut_to_the_context(front):
     assert add(front, max_tokens=None)[1][0].max_tokens == 30
     assert front.add("s", None, [1] * 30, SamplingParams(max_tokens=16))[1][0].max_tokens == 2
+
+
+def test_a_refusal_and_a_timeout_are_errors_of_their_own(front):
+    group, [request] = front.add("a", None, [5, 6], SamplingParams(max_tokens=4), tenant="t", timeout=1.5)
+    assert (request.tenant, request.timeout) == ("t", 1.5)
+    full = RequestDelta("a", finish_reason="error", error="full", error_kind="QueueFullError", retry_after=7.0)
+    front.process([full])
+    assert isinstance(group.error, QueueFullError)
+    assert group.error.retry_after == 7.0
+    for kind, expected in (("TimeLimitError", TimeLimitError), (None, StepError)):
+        group, _ = front.add("b", None, [5, 6], SamplingParams(max_tokens=4))
+        front.process([RequestDelta("b", finish_reason="error", error="why", error_kind=kind)])
+        assert type(group.error) is expected
+        assert str(group.error) == "why"

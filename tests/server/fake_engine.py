@@ -70,20 +70,21 @@ class FakeEngine:
     has_text: bool = True
     generation_defaults: dict[str, float] = field(default_factory=dict)
     compat: str = "octavo"
+    policy: str = "fcfs"
 
     def __post_init__(self) -> None:
         self.dead: str | None = None
         self.tokenizer = FakeTokenizer() if self.has_text else None
         self.chat_template = FakeTemplate() if self.has_text else None
         self.spec = SimpleNamespace(vocab_size=VOCAB_SIZE, generation_defaults=self.generation_defaults)
-        self.config = SimpleNamespace(max_logprobs=10)
+        self.config = SimpleNamespace(max_logprobs=10, scheduling_policy=self.policy)
         self.metrics = Metrics(self.model_name, cache_config={"block_size": "16"}, compat=self.compat)
         self.seen: list[SimpleNamespace] = []  # every call of generate
         self.running: set[str] = set()
         self.aborted: list[str] = []
 
-    async def generate(self, prompt, params: SamplingParams, request_id: str, *, priority=0, cache_salt=None):
-        self.seen.append(SimpleNamespace(prompt=prompt, params=params, request_id=request_id, cache_salt=cache_salt))
+    async def generate(self, prompt, params: SamplingParams, request_id: str, **options):
+        self.seen.append(SimpleNamespace(prompt=prompt, params=params, request_id=request_id, **options))
         if self.dead:
             raise EngineDeadError(self.dead)
         assert request_id not in self.running

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine
 from live_server import Server
 
-from octavo.errors import EngineDeadError, QueueFullError, StepError
+from octavo.errors import EngineDeadError, QueueFullError, StepError, TimeLimitError
 
 COMPLETION = {"prompt": "ab", "max_tokens": 8}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -111,6 +111,7 @@ def test_unfit_request_ids_are_replaced(shared: Server, sent: str) -> None:
     ("failure", "status", "code"),
     [
         (QueueFullError("the queue is full", retry_after=2.5), 429, "queue_full"),
+        (TimeLimitError("the timeout has passed"), 408, "timeout"),
         (EngineDeadError("killed"), 503, "engine_dead"),
         (StepError("secret"), 500, None),
         (ZeroDivisionError("secret"), 500, None),

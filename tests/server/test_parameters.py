@@ -16,7 +16,7 @@ from octavo.server.protocol import ChatRequest, CompletionRequest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 COMPLETION = {"prompt": "ab", "max_tokens": 8}
-BOOKKEEPING = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+BOOKKEEPING = {"metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
 
 # parameter, value, what SamplingParams must hold then: name -> value
 ENGINE_ROWS = [
@@ -160,6 +160,24 @@ def test_equal_request_ids_do_not_meet_in_the_engine(server: Server) -> None:
     assert server.engine.seen[-1].request_id != server.engine.seen[-2].request_id
 
 
+def test_tenant_and_timeout_reach_the_engine(server: Server) -> None:
+    post(server, "/v1/completions", **COMPLETION, user="alice", timeout=2.5)
+    seen = server.engine.seen[-1]
+    assert (seen.tenant, seen.timeout, seen.priority) == ("alice", 2.5, 0)
+    post(server, "/v1/completions", **COMPLETION)
+    assert (server.engine.seen[-1].tenant, server.engine.seen[-1].timeout) == ("", None)
+
+
+def test_priority_is_honoured_or_refused(serve) -> None:
+    server = serve(FakeEngine(policy="priority"))
+    post(server, "/v1/chat/completions", **CHAT, priority=-3)
+    assert server.engine.seen[-1].priority == -3
+    for policy in ("fcfs", "fair", "slo"):
+        answer = serve(FakeEngine(policy=policy)).http.post("/v1/completions", json={**COMPLETION, "priority": 1})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "priority"
+
+
 def test_cache_salt_reaches_the_engine(server: Server) -> None:
     post(server, "/v1/completions", **COMPLETION, cache_salt="tenant")
     assert server.engine.seen[-1].cache_salt == "tenant"
@@ -222,5 +240,14 @@ def test_without_model_defaults_openai_s_hold(server: Server) -> None:
 def test_every_field_has_a_row() -> None:
     tested = {row[0] for row in [*ENGINE_ROWS, *CHAT_ROWS, *COMPLETION_ROWS, *TEXT_ROWS]} | set(BOOKKEEPING)
     tested |= {"model", "stream_options", "messages", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids"}
-    tested |= {"request_id", "cache_salt", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
+    tested |= {
+        "user",
+        "priority",
+        "timeout",
+        "request_id",
+        "cache_salt",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template_kwargs",
+    }
     assert {*ChatRequest.model_fields, *CompletionRequest.model_fields} == tested

@@ -22,7 +22,6 @@ REFUSED = {
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a"},
     "logits_processors": ["x"],
-    "priority": 1,
     "kv_transfer_params": {},
     "vllm_xargs": {"a": 1},
 }

@@ -69,6 +69,11 @@ def make_request(
     adapter_id: int = 0,
     needs_host_token: bool = False,
     fork_of: str | None = None,
+    priority: int = 0,
+    tenant: str = "",
+    weight: float = 1.0,
+    arrival: float = 0.0,
+    timeout: float | None = None,
 ) -> Request:
     """A Request without a client."""
     return Request(
@@ -82,7 +87,11 @@ def make_request(
         ),
         stop_ids=stop_ids | frozenset(stop_token_ids or ()),
         max_tokens=max_tokens,
-        arrival_time=0.0,
+        arrival_time=arrival,
+        priority=priority,
+        tenant=tenant,
+        weight=weight,
+        deadline=None if timeout is None else arrival + timeout,
         cache_salt=cache_salt,
         adapter_id=adapter_id,
         fork_of=fork_of,

@@ -9,6 +9,7 @@ from octavo.errors import ConfigError, ContextLengthError, InvalidValueError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import Request, RequestStatus
+from octavo.scheduler.policies import Policy
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 
@@ -27,6 +28,9 @@ class Engine:
         long_prefill_token_threshold: int = 0,
         enable_prefix_caching: bool = True,
         max_run_ahead: int = 0,
+        policy: Policy | None = None,
+        max_num_queued_reqs: int = 0,
+        max_num_queued_tokens: int = 0,
     ) -> None:
         self.kv = KVCacheManager(num_blocks, block_size, 1, enable_prefix_caching, b"key")
         self.now = 0.0
@@ -37,6 +41,9 @@ class Engine:
             max_model_len=max_model_len,
             long_prefill_token_threshold=long_prefill_token_threshold,
             max_run_ahead=max_run_ahead,
+            policy=policy,
+            max_num_queued_reqs=max_num_queued_reqs,
+            max_num_queued_tokens=max_num_queued_tokens,
             clock=lambda: self.now,
         )
         self.executor = FakeExecutor(num_blocks, block_size)

@@ -4,6 +4,7 @@ step. The fake executor checks what each Request attends to; here: the counts, a
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 from fake import FakeExecutor, kv_of, make_request, naive
@@ -20,15 +21,26 @@ from hypothesis.stateful import (
 )
 from invariants import check_kv
 
-from octavo.errors import ContextLengthError
+from octavo.errors import ContextLengthError, QueueFullError, TimeLimitError
 from octavo.kvcache.block_hash import BlockHasher
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import Request, RequestStatus
+from octavo.scheduler.cost import CostModel
+from octavo.scheduler.fair import FairPolicy
+from octavo.scheduler.policies import FcfsPolicy, Policy, PriorityPolicy
 from octavo.scheduler.scheduler import Scheduler
+from octavo.scheduler.slo import SloPolicy
 
 KEY = b"machine"
 STOP_IDS = frozenset({3})
+STEP_COST = CostModel(fixed=1.0, per_token=0.5, per_row=0.1, per_position=0.01, per_pair=0.01)
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "fcfs": FcfsPolicy,
+    "priority": lambda: PriorityPolicy(ageing_seconds=5.0),
+    "fair": FairPolicy,
+    "slo": lambda: SloPolicy(ttft=20.0, itl=4.0, cost=STEP_COST),
+}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -46,6 +58,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, True, False]),
         depth=st.integers(1, 4),
         runs_ahead=st.booleans(),
+        policy=st.sampled_from(list(POLICIES)),
+        max_queued=st.sampled_from([0, 0, 0, 1, 5]),
     )
     def start(
         self,
@@ -58,6 +72,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching: bool,
         depth: int,
         runs_ahead: bool,
+        policy: str,
+        max_queued: int,
     ) -> None:
         self.kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching, hash_key=KEY)
         self.max_num_seqs = max_num_seqs
@@ -65,6 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.threshold = threshold
         self.max_model_len = max_model_len = max(2, num_blocks * block_size + 1 + spare_len)
         self.depth = depth
+        self.now = 0.0
         self.scheduler = Scheduler(
             self.kv,
             max_num_seqs=max_num_seqs,
@@ -72,7 +89,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=max_model_len,
             long_prefill_token_threshold=threshold,
             max_run_ahead=depth - 1 if runs_ahead else 0,
+            policy=POLICIES[policy](),
+            max_num_queued_reqs=max_queued,
+            clock=lambda: self.now,
         )
+        self.max_queued = max_queued
         self.executor = FakeExecutor(num_blocks, block_size)
         self.live: dict[str, Request] = {}
         self.received: dict[str, list[int]] = {}
@@ -92,6 +113,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         waits=st.booleans(),
         salt=st.sampled_from([None, None, "tenant"]),
         forks=st.booleans(),
+        priority=st.integers(-2, 2),
+        tenant=st.sampled_from("abc"),
+        timeout=st.sampled_from([None, None, None, 3.0, 30.0]),
     )
     def add(
         self,
@@ -105,36 +129,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         waits: bool,
         salt: str | None,
         forks: bool,
+        priority: int,
+        tenant: str,
+        timeout: float | None,
     ) -> MultipleResults[str]:
         """One prompt for all these names. An id that has ended may come back while old steps are in flight."""
         prompt = ([family] * shared + tail or [family])[: self.max_model_len]
         for name in names:
             if name not in self.live:
-                fork_of = names[0] if forks and name != names[0] else None
-                self.add_one(name, prompt, max_tokens, min_tokens, stops, waits, salt, fork_of)
+                request = make_request(
+                    name,
+                    prompt,
+                    max_tokens,
+                    stop_ids=STOP_IDS if stops else frozenset(),
+                    min_tokens=min(min_tokens, max_tokens),
+                    cache_salt=salt,
+                    needs_host_token=waits,
+                    fork_of=names[0] if forks and name != names[0] else None,
+                    priority=priority,
+                    tenant=tenant,
+                    weight=2.0 if tenant == "b" else 1.0,
+                    arrival=self.now,
+                    timeout=timeout,
+                )
+                self.add_one(request)
         return multiple(*names)
 
-    def add_one(
-        self,
-        name: str,
-        prompt: list[int],
-        max_tokens: int,
-        min_tokens: int,
-        stops: bool,
-        waits: bool,
-        salt: str | None,
-        fork_of: str | None,
-    ) -> None:
-        request = make_request(
-            name,
-            prompt,
-            max_tokens,
-            stop_ids=STOP_IDS if stops else frozenset(),
-            min_tokens=min(min_tokens, max_tokens),
-            cache_salt=salt,
-            needs_host_token=waits,
-            fork_of=fork_of,
-        )
+    def add_one(self, request: Request) -> None:
+        name, prompt, max_tokens = request.request_id, request.prompt_token_ids, request.max_tokens
         positions = min(len(prompt) + max_tokens, self.max_model_len) - 1
         fits = -(-positions // self.kv.block_size) <= self.kv.pool.num_blocks
         try:
@@ -142,6 +164,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         except ContextLengthError:
             assert len(prompt) >= self.max_model_len or not fits
             return
+        except QueueFullError:
+            assert self.scheduler.num_waiting >= self.max_queued > 0
+            return
+        assert not self.max_queued or self.scheduler.num_waiting <= self.max_queued
         assert len(prompt) < self.max_model_len
         assert fits
         self.live[name] = request
@@ -193,7 +219,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     # ---------------------------------------------------------------------------------------------- engine, checked
 
     def engine_step(self) -> None:
-        """EngineCore.step() without its clocks."""
+        """EngineCore.step(), a second later."""
+        self.now += 1.0
+        for delta in self.scheduler.expire():
+            self.take_delta(delta)
         launched = len(self.executor.results) < self.depth and self.launch()
         if self.executor.results and (len(self.executor.results) == self.depth or not launched):
             self.take_result()
@@ -219,6 +248,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert ahead <= (min(self.depth - 1, 1) if request.stop_ids else self.depth - 1)
             assert not (ahead and request.needs_host_token)
             assert item.start + item.num_tokens < len(request.prompt_token_ids) + request.max_tokens
+            assert request.deadline is None or request.deadline > self.now
             if request.retry_alone:
                 assert len(output.scheduled) == 1
                 assert not self.executor.results
@@ -250,7 +280,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(received) < len(expected)
             return
         del self.live[delta.request_id]
-        if delta.finish_reason == "error":
+        if delta.error_kind == TimeLimitError.__name__:
+            assert request.deadline is not None
+            assert request.deadline <= self.now
+        elif delta.finish_reason == "error":
             assert delta.error == "boom"
             assert request.retry_alone, "an error without a second chance"
         else:

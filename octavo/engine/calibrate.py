@@ -1,0 +1,88 @@
+"""Measures what steps cost on this machine, with this model, by running some: prompts alone, batches that decode, both
+together. The requests are random tokens that share nothing, and leave nothing in the prefix cache.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+
+from octavo.engine.core import EngineCore
+from octavo.messages import AbortRequests, AddRequest, StepRecord
+from octavo.observe.step_log import StepLog
+from octavo.sampling_params import SamplingParams
+from octavo.scheduler.cost import CostModel, StepWork, fit, typical
+from octavo.scheduler.slo import SloPolicy
+
+START_SECONDS = 1.0  # of the start, where a policy needs a cost model
+NUM_NEW = 6  # tokens each calibration request generates: one from its prompt, the others step by step
+LONGEST = 1024  # tokens of a prompt
+
+
+def prepare(core: EngineCore) -> None:
+    """Gives a policy that predicts steps what it predicts them with; books the time among the start's phases."""
+    if isinstance(core.scheduler.policy, SloPolicy):
+        began = time.monotonic()
+        core.scheduler.policy.cost = calibrate(core, seconds=START_SECONDS)
+        core.info.timings["calibrate policy"] = time.monotonic() - began
+
+
+def calibrate(core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None) -> CostModel:
+    """The cost model of an idle engine, from at most about `seconds` of steps; `tell` hears the share that is done."""
+    return fit(typical(samples(timed_steps(core, seconds=seconds, tell=tell))))
+
+
+def samples(records: list[StepRecord]) -> list[tuple[StepWork, float]]:
+    """What each step did and what it took: all of it, scheduling included."""
+    return [(StepWork.of(r), r.schedule_seconds + r.execute_seconds + r.update_seconds) for r in records]
+
+
+def timed_steps(
+    core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None
+) -> list[StepRecord]:
+    """The records of calibration steps; the first two (cold caches) are left out."""
+    kv, log = core.scheduler.kv, core.log
+    caching, kv.enable_prefix_caching, core.log = kv.enable_prefix_caching, False, StepLog()
+    records: list[StepRecord] = []
+    began = time.monotonic()
+    try:
+        for number, requests in enumerate(_batches(core)):
+            for request in requests:
+                core.handle(request)
+            while core.has_work and (spent := time.monotonic() - began) < seconds:
+                records += core.step().records
+                tell(min(spent / seconds, 1.0))
+            core.handle(AbortRequests([request.request_id for request in requests]))
+            while core.has_work:
+                core.step()
+            if time.monotonic() - began >= seconds and number:
+                break
+    finally:
+        kv.enable_prefix_caching, core.log = caching, log
+    tell(1.0)
+    return records[2:]
+
+
+def _batches(core: EngineCore) -> Iterator[list[AddRequest]]:
+    """Ever other numbers of requests and lengths, drawn evenly on a logarithmic scale from one to what fits."""
+    draw = random.Random(0)
+    config, spec = core.config, core.info.spec
+    num_slots = core.info.plan.num_blocks * config.block_size
+    longest = max(1, min(LONGEST, spec.max_model_len - NUM_NEW, num_slots - NUM_NEW))
+    number = 0
+    sizes = [(1, 1), (config.max_num_seqs, min(16, longest)), (1, longest)]  # the corners first
+    while True:
+        rows, length = sizes.pop() if sizes else (_even(draw, 1, config.max_num_seqs), _even(draw, 1, longest))
+        rows = max(1, min(rows, num_slots // (length + NUM_NEW + config.block_size)))
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=NUM_NEW)
+        batch = []
+        for _ in range(rows):
+            ids = [draw.randrange(spec.vocab_size) for _ in range(max(1, int(length * draw.uniform(0.5, 1.0))))]
+            batch.append(AddRequest(f"calibration-{number}", ids, params, NUM_NEW, seed=0))
+            number += 1
+        yield batch
+
+
+def _even(draw: random.Random, low: int, high: int) -> int:
+    return min(high, int(low * (high / low) ** draw.random() + 0.5))

@@ -1,0 +1,85 @@
+"""What a step costs: a linear model of what it computes, fitted to steps that were timed.
+
+    seconds = fixed + per_token * tokens + per_row * sampled rows + per_position * KV positions read
+              + per_pair * query-key pairs of prefills
+
+No coefficient is negative (more work is never faster), and the fit minimises *relative* errors, so that a decode step
+of 3 ms counts as much as a prefill of 300. Used by the policy `slo` to size prefill chunks, and by the simulator as its
+clock. Plain Python: five coefficients need no library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+from octavo.messages import StepRecord
+
+SWEEPS = 2000  # of coordinate descent; five coefficients settle long before
+OUTLIER = 4.0  # times the median error
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one step computes."""
+
+    num_tokens: int
+    num_sampled: int  # rows whose next token is sampled
+    num_kv_read: int  # positions, over all rows
+    num_pairs: int  # query-key pairs of rows with more than one token
+
+    @classmethod
+    def of(cls, record: StepRecord) -> StepWork:
+        """The work of a recorded step."""
+        return cls(record.num_tokens, record.num_sampled, record.num_kv_read, record.num_prefill_pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds per unit of work; none is negative."""
+
+    fixed: float = 0.0
+    per_token: float = 0.0
+    per_row: float = 0.0
+    per_position: float = 0.0
+    per_pair: float = 0.0
+
+    def seconds(self, work: StepWork) -> float:
+        """What a step of this work takes."""
+        return (
+            self.fixed
+            + self.per_token * work.num_tokens
+            + self.per_row * work.num_sampled
+            + self.per_position * work.num_kv_read
+            + self.per_pair * work.num_pairs
+        )
+
+    def prefill_tokens(self, seconds: float, work: StepWork, context: int) -> int:
+        """How many prompt tokens, each attending to `context` positions, fit into a step of this length beside
+        `work`; may be negative. A model that finds tokens free answers with a very large number."""
+        each = self.per_token + self.per_pair * context
+        return int((seconds - self.seconds(work)) / each + 1e-6) if each > 0 else 1 << 30
+
+
+def typical(samples: Sequence[tuple[StepWork, float]]) -> list[tuple[StepWork, float]]:
+    """Leaves out the steps that something else held up: those whose error against a first fit is far from the usual."""
+    first = fit(samples)
+    errors = [abs(seconds / max(first.seconds(work), 1e-9) - 1.0) for work, seconds in samples]
+    limit = OUTLIER * sorted(errors)[len(errors) // 2] if errors else 0.0
+    return [sample for sample, error in zip(samples, errors, strict=True) if error <= limit]
+
+
+def fit(samples: Sequence[tuple[StepWork, float]]) -> CostModel:
+    """The model with the least squared relative error: non-negative least squares by coordinate descent, which
+    converges because the problem is convex. Samples of zero seconds say nothing and are left out."""
+    rows = [[value / y for value in (1, *astuple(work))] for work, y in samples if y > 0]
+    size = len(fields(CostModel))
+    gram = [[sum(row[i] * row[j] for row in rows) for j in range(size)] for i in range(size)]
+    target = [sum(row[i] for row in rows) for i in range(size)]  # every scaled observation is 1
+    x = [0.0] * size
+    for _ in range(SWEEPS):
+        for i in range(size):
+            if gram[i][i] > 0:
+                rest = target[i] - sum(gram[i][j] * x[j] for j in range(size) if j != i)
+                x[i] = max(0.0, rest / gram[i][i])
+    return CostModel(*x)
