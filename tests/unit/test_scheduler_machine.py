@@ -346,6 +346,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=50, deadline=None, database=None, derandomize=True
+    max_examples=200, stateful_step_count=50, deadline=None, database=None, derandomize=True
 )
 TestScheduler = SchedulerMachine.TestCase
