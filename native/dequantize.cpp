@@ -240,6 +240,8 @@ constexpr StoredType kTypes[] = {
     {"Q6_K", 256, 210, k8Code16, nullptr, nullptr, split_q6_k},
 };
 
+constexpr StoredType kInt8 = {"INT8", 1, 0, kInt8Layout, nullptr, nullptr, nullptr};
+
 // The quanta of one step as float32.
 inline void expand(const float* table, const uint8_t* codes, size_t count, float scale, float* out) {
     if (table != nullptr)
@@ -254,6 +256,10 @@ const StoredType* find_stored_type(const char* name) {
     for (const StoredType& type : kTypes)
         if (std::strcmp(type.name, name) == 0) return &type;
     return nullptr;
+}
+
+const StoredType* find_store(const char* name) {
+    return std::strcmp(name, kInt8.name) == 0 ? &kInt8 : find_stored_type(name);
 }
 
 void dequantize(const StoredType& type, const uint8_t* blocks, size_t count, float* out) {

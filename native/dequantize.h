@@ -28,6 +28,9 @@ struct StoredType {
 // The type of that name, or null.
 const StoredType* find_stored_type(const char* name);
 
+// What a part can be kept as: a stored type, or "INT8" (int8.h); or null.
+const StoredType* find_store(const char* name);
+
 // `count` values (whole blocks) to float32, with the roundings of the gguf package's own dequantiser: bit for bit.
 void dequantize(const StoredType& type, const uint8_t* blocks, size_t count, float* out);
 

@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "error.h"
-#include "stores.h"
 
 using namespace octavo;
 
@@ -61,10 +60,11 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
             max_positions_ = std::min(max_positions_, rows - node->position_offset);
         }
         if (node->op == OCTAVO_LINEAR && weights_[static_cast<size_t>(node->weight)].values == nullptr) {
-            const size_t depth = round_up(width(node->x), kBlockDepth);
-            scratch = std::max(scratch, round_up(kernels_.packed->scratch(depth), sizeof(float)) / sizeof(float));
+            const PackedKernels& kernels = kernels_of(weights_[static_cast<size_t>(node->weight)]);
+            const size_t depth = round_up(width(node->x), kernels.block_depth);
+            scratch = std::max(scratch, round_up(kernels.scratch(depth), sizeof(float)) / sizeof(float));
             const int64_t rows = buffer(node->x).logits_rows ? max_logits_ : max_tokens_;
-            rounded = std::max(rounded, static_cast<size_t>(rows) * depth * kernels_.packed->activation_bytes);
+            rounded = std::max(rounded, static_cast<size_t>(rows) * kernels.row_bytes(depth));
         }
         if (node->op == OCTAVO_ATTENTION) {
             const KVCache& cache = kv_layer(*node).cache;

@@ -11,6 +11,7 @@
 #include "kv.h"
 #include "memory.h"
 #include "sampler.h"
+#include "stores.h"
 #include "thread_pool.h"
 
 struct OctavoEngine {
@@ -37,6 +38,7 @@ private:
 
         octavo::EmbeddingTable table() const { return {values, values != nullptr ? nullptr : parts.data()}; }
         size_t up_part(size_t channels) const;  // the first part from that channel on
+        bool is_int8() const { return !parts.empty() && parts[0].layout == octavo::kInt8Layout; }
         bool halves_agree(size_t channels) const;
     };
     // Groups of one part of a packed weight.
@@ -82,6 +84,10 @@ private:
     void linear(const OctavoNode& node, size_t rows);
     void packed_linear(const OctavoNode& node, const Weight& weight, const octavo::Epilogue& epilogue, size_t rows);
     void split_linear(const octavo::Part* parts, size_t num_parts, bool pairs, size_t rows);
+    const octavo::PackedKernels& kernels_of(const Weight& weight) const {
+        return weight.is_int8() ? *kernels_.int8 : *kernels_.packed;
+    }
+    void pack_int8(const Weight& weight, size_t part, const octavo::StoredType& type, const uint8_t* data);
     void pack_floats(const Weight& weight, size_t first_row, size_t num_rows, const octavo::StoredType& type,
                      const uint8_t* data);
     void pack_part(const Weight& weight, size_t part, const octavo::StoredType& type, const uint8_t* data);

@@ -42,7 +42,7 @@ struct LinearArgs {
 // Consecutive output channels in one layout of stores.h.
 struct Part {
     const uint8_t* data;  // groups of kChannels
-    size_t layout;        // index into kLayouts
+    size_t layout;        // index into kLayouts, or kInt8Layout (int8.h)
     const float* table;   // the 16 values of 4-bit quanta
     size_t group_bytes, first_channel, channels;
 
@@ -50,20 +50,25 @@ struct Part {
 };
 
 struct PackedArgs {
-    const void* x;      // as round_rows() leaves it: [num_rows, depth]
+    const void* x;      // as round_rows() leaves it: [num_rows, row_bytes(depth)]
     const Part* parts;  // they cover the channels in order
     const Part* ups;    // as many, for gated activations, else null; their first_channel continues
-    size_t num_rows, depth, num_blocks;  // depth = 32 * num_blocks
+    size_t num_rows, depth, num_blocks;  // depth = block_depth * num_blocks
     Epilogue epilogue;
 };
 
-// The Linear of bf16 and quantised weights: weights and activations are rounded to bf16, products summed in float32.
+// The Linear of packed weights. Of bf16 and quantised ones (stores.h): weights and activations are rounded to bf16,
+// products summed in float32. Of int8 ones: as int8.h says.
 struct PackedKernels {
     size_t activation_bytes;  // of an element of rounded rows
     void (*round_rows)(const float* x, size_t rows, size_t width, size_t depth, void* out);  // depth pads with zeros
     // Groups [first_group, last_group) of one part, and of its counterpart in `ups`.
     void (*linear)(const PackedArgs&, size_t part, size_t first_group, size_t last_group, void* scratch);
     size_t (*scratch)(size_t depth);  // bytes
+    size_t block_depth = 32;          // depth is a multiple of it
+    size_t row_tail = 0;              // bytes behind the elements of a rounded row
+
+    size_t row_bytes(size_t depth) const { return depth * activation_bytes + row_tail; }
 };
 
 struct NormArgs {
@@ -162,6 +167,7 @@ struct Kernels {
     // Channels [first_channel, last_channel); first_channel is a multiple of kChannels.
     void (*linear)(const LinearArgs&, size_t first_channel, size_t last_channel);
     const PackedKernels* packed;
+    const PackedKernels* int8;
     void (*norm)(const NormArgs&, size_t first_row, size_t last_row);
     void (*embedding)(const EmbeddingArgs&, size_t first_row, size_t last_row);
     void (*add)(const float* x, const float* y, float* out, size_t count);

@@ -26,6 +26,7 @@ extern const Kernels kernels;
 }
 namespace avx512bf16 {
 extern const PackedKernels packed;
+extern const PackedKernels int8;
 extern const KVKernels kv;
 double multiply_adds(size_t turns, float* sink);
 }
@@ -45,7 +46,8 @@ static bool has_avx512() {
 }
 
 static bool has_avx512bf16() {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 
 // Tiles for bf16, and leave of the system to use them: their state is large, so that Linux wants to be asked once.
@@ -64,12 +66,13 @@ static bool has_amx() {
 }
 
 // AVX-512 with another Linear for packed weights, and another attention.
-static Kernels avx512_with(const char* name, const PackedKernels& packed, const KVKernels& kv,
+static Kernels avx512_with(const char* name, const PackedKernels& packed, const PackedKernels& int8, const KVKernels& kv,
                            double (*multiply_adds)(size_t, float*)) {
     Kernels kernels = avx512::kernels;
     kernels.kv = &kv;
     kernels.name = name;
     kernels.packed = &packed;
+    kernels.int8 = &int8;
     kernels.multiply_adds = multiply_adds;
     return kernels;
 }
@@ -78,8 +81,9 @@ static Kernels avx512_with(const char* name, const PackedKernels& packed, const 
 const Kernels* find_kernels(const char* wanted) {
     const bool any = std::strcmp(wanted, "auto") == 0;
 #if defined(__x86_64__)
-    static const Kernels bf16 = avx512_with("avx512bf16", avx512bf16::packed, avx512bf16::kv, avx512bf16::multiply_adds);
-    static const Kernels tiles = avx512_with("amx", amx::packed, amx::kv, amx::multiply_adds);
+    static const Kernels bf16 = avx512_with("avx512bf16", avx512bf16::packed, avx512bf16::int8, avx512bf16::kv,
+                                            avx512bf16::multiply_adds);
+    static const Kernels tiles = avx512_with("amx", amx::packed, avx512bf16::int8, amx::kv, amx::multiply_adds);
     if ((any || std::strcmp(wanted, "amx") == 0) && has_amx()) return &tiles;
     if ((any || std::strcmp(wanted, "avx512bf16") == 0) && has_avx512bf16()) return &bf16;
     if ((any || std::strcmp(wanted, "avx512") == 0) && has_avx512()) return &avx512::kernels;

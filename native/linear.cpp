@@ -1,7 +1,6 @@
 // Linear: the cut into tasks. Which task computes a channel changes nothing in its sum.
 #include "engine.h"
 #include "error.h"
-#include "stores.h"
 
 using namespace octavo;
 
@@ -46,13 +45,13 @@ void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
 }
 
 void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, const Epilogue& epilogue, size_t rows) {
-    const PackedKernels& kernels = *kernels_.packed;
+    const PackedKernels& kernels = kernels_of(weight);
     const bool pairs = node.activation >= OCTAVO_SILU_MUL;
     const size_t num_parts = pairs ? weight.up_part(epilogue.channels) : weight.parts.size();
-    const size_t blocks = divide_up(weight.cols, kBlockDepth), depth = blocks * kBlockDepth;
+    const size_t blocks = divide_up(weight.cols, kernels.block_depth), depth = blocks * kernels.block_depth;
     const auto round = [&](size_t first, size_t last) {
         kernels.round_rows(data(node.x) + first * weight.cols, last - first, weight.cols, depth,
-                           rounded_.as<char>() + first * depth * kernels.activation_bytes);
+                           rounded_.as<char>() + first * kernels.row_bytes(depth));
     };
     if (rows <= kSerialRows)
         round(0, rows);

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "dequantize.h"
+#include "int8.h"
 
 namespace octavo {
 namespace {
@@ -97,11 +98,13 @@ const Layout& layout_of(const StoredType& type) { return kLayouts[type.layout]; 
 
 size_t part_bytes(const char* store, int64_t rows, int64_t cols) {
     constexpr int64_t most = int64_t{1} << 48;  // beyond any address space
-    const StoredType* type = find_stored_type(store);
+    const StoredType* type = find_store(store);
     if (type == nullptr || rows <= 0 || cols <= 0 || rows > most / cols) return 0;
     const size_t depth = static_cast<size_t>(cols), channels = static_cast<size_t>(rows);
     if (depth % type->block_values != 0) return 0;
-    return round_up(channels, kChannels) / kChannels *
+    const size_t groups = round_up(channels, kChannels) / kChannels;
+    if (type->layout == kInt8Layout) return depth <= kMaxInt8Depth ? groups * int8_group_bytes(int8_blocks(depth)) : 0;
+    return groups *
            layout_of(*type).group_bytes(round_up(depth, kBlockDepth) / kBlockDepth);
 }
 

@@ -72,6 +72,7 @@ inline constexpr Layout kLayouts[] = {
     {8, false, false, 16},   // Q6_K
 };
 constexpr size_t kNumLayouts = sizeof kLayouts / sizeof *kLayouts;
+constexpr size_t kInt8Layout = kNumLayouts;  // none of the pair layout: int8.h
 
 constexpr size_t find_layout(int bits, bool halves, bool minimum, size_t step) {
     for (size_t i = 0; i < kNumLayouts; ++i)

@@ -3,7 +3,7 @@
 
 #include "engine.h"
 #include "error.h"
-#include "stores.h"
+#include "int8.h"
 
 using namespace octavo;
 
@@ -29,7 +29,9 @@ void OctavoEngine::add_part(int32_t id, int64_t rows, const char* store) {
     const size_t bytes = part_bytes(store, rows, static_cast<int64_t>(weight.cols));
     if (weight.values != nullptr || bytes == 0)
         refuse("weight %d cannot keep %lld rows of %zu as %s", id, (long long)rows, weight.cols, store);
-    const StoredType* type = find_stored_type(store);
+    const StoredType* type = find_store(store);
+    if (!weight.parts.empty() && weight.is_int8() != (type->layout == kInt8Layout))
+        refuse("weight %d would be int8 in part", id);
     Part part = {static_cast<uint8_t*>(weight_memory_.take(bytes)), type->layout, type->table, 0, weight.rows,
                  static_cast<size_t>(rows)};
     part.group_bytes = bytes / part.num_groups();
@@ -54,8 +56,8 @@ void OctavoEngine::pack(int32_t id, int64_t first_row, int64_t num_rows, const c
     for (size_t i = 0; i < weight.parts.size(); ++i)
         if (weight.parts[i].first_channel == static_cast<size_t>(first_row) &&
             weight.parts[i].channels == static_cast<size_t>(num_rows) &&
-            (weight.stores[i] == type || kLayouts[weight.parts[i].layout].bits == 16))
-            return pack_part(weight, i, *type, source);
+            (weight.stores[i] == type || weight.is_int8() || kLayouts[weight.parts[i].layout].bits == 16))
+            return weight.is_int8() ? pack_int8(weight, i, *type, source) : pack_part(weight, i, *type, source);
     refuse("rows %lld to %lld of weight %d are no part that can hold %s", (long long)first_row,
            (long long)(first_row + num_rows), id, type_name);
 }
@@ -82,5 +84,25 @@ void OctavoEngine::pack_part(const Weight& weight, size_t index, const StoredTyp
             std::fill_n(out, part.group_bytes, uint8_t{0});
             pack_group(store, type, data + row * row_bytes, row_bytes, rows, cols, out, wide[thread].data());
         }
+    });
+}
+
+void OctavoEngine::pack_int8(const Weight& weight, size_t index, const StoredType& type, const uint8_t* data) {
+    const Part& part = weight.parts[index];
+    const PackedKernels& kernels = *kernels_.int8;
+    const size_t cols = weight.cols, row_bytes = cols / type.block_values * type.block_bytes;
+    const size_t blocks = int8_blocks(cols), depth = blocks * kInt8Block;
+    struct Scratch {
+        std::vector<float> wide;
+        std::vector<uint8_t> rounded;
+    };
+    const Scratch one = {std::vector<float>(kChannels * cols), std::vector<uint8_t>(kChannels * kernels.row_bytes(depth))};
+    std::vector<Scratch> scratch(pool_.num_threads(), one);
+    pool_.run(part.num_groups(), [&](size_t group, size_t thread) {
+        auto& [wide, rounded] = scratch[thread];
+        const size_t row = group * kChannels, rows = std::min(kChannels, part.channels - row);
+        dequantize(type, data + row * row_bytes, rows * cols, wide.data());
+        kernels.round_rows(wide.data(), rows, cols, depth, rounded.data());
+        pack_int8_group(kernels, rounded.data(), rows, blocks, const_cast<uint8_t*>(part.data) + group * part.group_bytes);
     });
 }

@@ -40,7 +40,7 @@ class EngineConfig:
     download_dir: str | None = None
     load_format: LoadFormat = "auto"
     dtype: DTypeName = "auto"
-    quantization: str | None = None
+    quantization: str | None = None  # "int8": matrices and the activations they meet; None: as `dtype` says
     seed: int = 0
     runtime: RuntimeName = "auto"
     num_threads: int | None = None  # of the native runtime; default: the cores this process may use
@@ -109,8 +109,9 @@ class EngineConfig:
         self._refuse_unbuilt()
 
     def _refuse_unbuilt(self) -> None:
+        if self.quantization not in (None, "int8"):
+            raise UnsupportedError(f"quantization={self.quantization!r} is not built; int8 is, or leave it out")
         unbuilt = {
-            "quantization": self.quantization is not None,
             "tensor_parallel_size": self.tensor_parallel_size != 1,
             "pipeline_parallel_size": self.pipeline_parallel_size != 1,
             "trust_remote_code": self.trust_remote_code,

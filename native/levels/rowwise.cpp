@@ -1,7 +1,7 @@
 // Ops that treat each row by itself: embedding, norms, sums.
 #include <cmath>
 
-#include "../stores.h"
+#include "../int8.h"
 #include "level.h"
 #include "simd.h"
 #include "sums.h"
@@ -24,6 +24,11 @@ void add_row(const EmbeddingTable& table, size_t row, float scale, float* out, s
     if (table.rows != nullptr) return add_values(table.rows + row * width, scale, out, width);
     const Part* part = table.parts;
     while (row >= part->first_channel + part->channels) ++part;
+    if (part->layout == kInt8Layout) {
+        float values[kMaxInt8Depth];
+        look_up_int8(*part, row - part->first_channel, width, values);
+        return add_values(values, scale, out, width);
+    }
     for (size_t i = 0; i < width; i += kBlockDepth) {
         float values[kBlockDepth];
         unpack_block(*part, row - part->first_channel, i / kBlockDepth, values);

@@ -9,6 +9,7 @@ extern const Kernels kernels;
 const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
                          linear,
                          &packed,
+                         &int8,
                          norm,
                          embedding,
                          add,

@@ -48,7 +48,9 @@ FLAGS: dict[str, Flag] = {
     "download_dir": Flag("Model", "Folder for fetched models, instead of the cache folder.", "FOLDER"),
     "load_format": Flag("Model", "dummy: seeded random weights from a bare config.json."),
     "dtype": Flag("Model", "auto: the checkpoint's own where the runtime has kernels for it, else float32."),
-    "quantization": Flag("Model", f"Quantise at load. {_LATER}", "METHOD", short="-q"),
+    "quantization": Flag(
+        "Model", "Round all matrices and the activations they meet at load; int8, on a CPU.", "METHOD", short="-q"
+    ),
     "seed": Flag("Model", "Seed of sampling, and of dummy weights."),
     "trust_remote_code": Flag("Model", "Run code found in a repository: never. Refused when given."),
     "max_model_len": Flag(

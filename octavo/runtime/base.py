@@ -152,7 +152,8 @@ class Runtime(Protocol):
     ) -> LoadReport:
         """Packs the weights and plans the buffers. `dtype` is how matrices are kept: "float32"; "bfloat16", rounded to
         nearest even; "quantized", each part in its stored block type, float types as bfloat16. With the latter two a
-        weight's value is bf16(dequantised), a Linear rounds its activations to bf16, and sums are float32.
+        weight's value is bf16(dequantised), a Linear rounds its activations to bf16, and sums are float32. "int8":
+        as runtime/reference/int8.py defines.
         `progress` is called with the number of weights done. Raises MemoryPlanError, ModelFileError."""
         ...
 

@@ -17,21 +17,28 @@ FAST = {
     "reference": ("float32", "bfloat16"),
     "cuda": ("float32", "bfloat16"),
 }
+QUANTIZATIONS = {"native": ("int8",), "reference": ("int8",), "cuda": ()}  # what weights are rounded to at load
 FALLBACK = {"native": "float32", "reference": "float32", "cuda": "bfloat16"}
 
 
-def choose(runtime: str, dtype: str, stored_dtype: str) -> tuple[Choice, str]:
+def choose(runtime: str, dtype: str, stored_dtype: str, quantization: str | None = None) -> tuple[Choice, str]:
     """Resolves `--runtime` and `--dtype` ("auto" included) against what the checkpoint stores.
 
     The runtime `auto` is cuda where it can run, else native. The dtype `auto` is the checkpoint's own where the runtime
     has kernels for it; else float32 on a CPU and bfloat16 on a GPU, whose float32 is slow.
 
     Raises:
-        UnsupportedError: a type that the runtime cannot compute in.
+        UnsupportedError: a type that the runtime cannot compute in, or a quantisation that it does not have.
         ConfigError: `--runtime cuda` where it cannot run; says why.
     """
     choice = _choose_runtime(runtime)
     name = choice.runtime
+    if quantization is not None and quantization not in QUANTIZATIONS[name]:
+        able = " or ".join(r for r, known in QUANTIZATIONS.items() if quantization in known)
+        raise UnsupportedError(
+            f"--quantization {quantization}: the {name} runtime computes in {', '.join(DTYPES[name])} and does not "
+            f"quantise at load; leave it out, or take --runtime {able}"
+        )
     if dtype == "auto":
         return choice, stored_dtype if stored_dtype in FAST[name] else FALLBACK[name]
     if dtype not in DTYPES[name]:

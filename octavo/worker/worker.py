@@ -51,12 +51,13 @@ class Worker:
         """
         config, clock = self._config, _PhaseClock()
         spec = read_spec(self._files, max_model_len=config.max_model_len)
-        choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype)
+        choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
         runtime = self._runtime = create(choice, config.threads(), dtype, enforce_eager=config.enforce_eager)
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
         computed = dtype
         if dtype == "float16":  # no runtime here has float16 kernels
             computed, weights = "float32", HalfWeights(weights)
+        computed = config.quantization or computed
         program = record(spec)
         kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
         plan = self._plan(spec, program, runtime, weights, computed, kv_dtype)

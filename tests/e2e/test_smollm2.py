@@ -94,11 +94,19 @@ def test_batching_never_changes_a_token(native, settings, events):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_cache_dtype"), [("auto", "auto"), ("bfloat16", "auto"), ("auto", "int8"), ("auto", "float32")]
+    "types",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "int8"},
+        {"kv_cache_dtype": "float32"},
+        {"quantization": "int8", "kv_cache_dtype": "int8"},
+    ],
+    ids=str,
 )
-def test_same_bits_in_every_number_type(dtype, kv_cache_dtype):
+def test_same_bits_in_every_number_type(types):
     """Narrow weights and narrow KV keep the promise: alone, or chunked, preempted and sharing prefixes, same tokens."""
-    types = {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    types = {"dtype": "auto"} | types
     prompts = PROMPTS[10:]
     alone, _, _ = answers(prompts, **types, max_num_seqs=1, enable_prefix_caching=False)
     crowd, _, log = answers(

@@ -21,7 +21,7 @@ from octavo.program.program import Program, ProgramBuilder
 ROWS = [[[Piece(0, 0, 1)]], [[Piece(0, 0, 3), Piece(1, 5, 1)]], [[Piece(0, 0, 37)]]]
 
 every_level = pytest.mark.parametrize("level", LEVELS)
-every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 
 
 def linear_program(depth: int, channels: int, **options: object) -> Program:

@@ -47,7 +47,7 @@ def logits_of(
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ["decoder", "window"])
 def test_bits_do_not_depend_on_the_batch(level: str, dtype: str, kind: str) -> None:

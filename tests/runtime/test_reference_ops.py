@@ -71,7 +71,7 @@ def test_activations_of_huge_values_stay_finite() -> None:
 def test_linear_scale_bias_softcap() -> None:
     x, weight, bias = normal(3, 8), normal(5, 8), normal(5)
     expected = torch.from_numpy(x) @ torch.from_numpy(weight).T * 0.5 + torch.from_numpy(bias)
-    assert close(ops.linear(x, weight, bias, 0.5), expected)
+    assert close(ops.scale_and_bias(x @ weight.T, bias, 0.5), expected)
     assert close(ops.softcap(x, 2.0), 2.0 * torch.tanh(torch.from_numpy(x) / 2.0))
     assert ops.softcap(x, 0.0) is x
 

@@ -23,7 +23,7 @@ SOURCES = Path(__file__).resolve().parents[3] / "native"
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off"]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-_AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"]
 _X86_LEVELS = {
     "portable": [],
     "avx2": _AVX2,
@@ -33,7 +33,7 @@ _X86_LEVELS = {
 }
 # The files of native/levels that make a level; the last two are avx512 but for theirs.
 _LEVEL_FILES = {
-    "avx512bf16": {"attention", "cache", "packed", "probe"},
+    "avx512bf16": {"attention", "cache", "int8", "packed", "probe"},
     "amx": {"attention", "cache", "packed_tiles", "probe"},
 }
 

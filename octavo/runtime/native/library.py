@@ -18,7 +18,7 @@ LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
 
 OP_CODES = {"Embedding": 0, "Norm": 1, "Add": 2, "Linear": 3, "RopeKVWrite": 4, "Attention": 5, "GatherRows": 6}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_mul": 4, "gelu_tanh_mul": 5}
-DTYPES = ("float32", "bfloat16", "quantized")
+DTYPES = ("float32", "bfloat16", "quantized", "int8")
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _INVALID, _OUT_OF_MEMORY = 1, 2

@@ -1,8 +1,8 @@
 """Weights from a checkpoint's stored tensors into the library's memory.
 
 Vectors, and all weights of dtype "float32", are row-major float32. Other matrices are packed (native/stores.h): dtype
-"bfloat16" keeps every part as bf16, "quantized" keeps each as its own GGUF type (float types, and rare block types
-that only the gguf package can read, as bf16). The library converts with all threads.
+"bfloat16" keeps every part as bf16, "int8" as int8 (native/int8.h), "quantized" as its own GGUF type (float types, and
+rare block types that only the gguf package can read, as bf16). The library converts with all threads.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from octavo.runtime.native.library import check, load_library
 from octavo.runtime.reference.tensors import stack, to_float32
 
 _BFLOAT16 = "BF16"  # the store of floats
+_INT8 = "INT8"
 
 
 def kept_bytes(program: Program, source: WeightSource, dtype: str) -> dict[tuple[str, ...], int]:
@@ -77,7 +78,9 @@ class Packer:
         )
 
     def _store(self, part: str, cols: int) -> str:
-        """The GGUF type that a part is kept as."""
+        """The GGUF type that a part is kept as, or int8."""
+        if self._dtype == "int8":
+            return _INT8
         stored = self._source.type_of(part) if self._dtype == "quantized" else _BFLOAT16
         if stored == codes.SOURCE_TYPE:
             stored = codes.CODED_TYPE

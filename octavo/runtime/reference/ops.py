@@ -32,11 +32,9 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, eps: float) ->
     return out if bias is None else out + bias
 
 
-def linear(x: Float32, weight: Float32, bias: Float32 | None, scale: float) -> Float32:
-    """x @ weight.T * scale (+ bias): [rows, in] x [out, in] -> [rows, out]."""
-    out = x @ weight.T
-    if scale != 1.0:
-        out *= np.float32(scale)
+def scale_and_bias(product: Float32, bias: Float32 | None, scale: float) -> Float32:
+    """product * scale (+ bias), over the last axis."""
+    out = product if scale == 1.0 else product * np.float32(scale)
     return out if bias is None else out + bias
 
 

@@ -21,13 +21,15 @@ from octavo.program.ops import (
 )
 from octavo.program.profile import Profile
 from octavo.program.program import BufferPlan, Program
-from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.bfloat16 import round_to_bfloat16
 from octavo.runtime.reference import ops
+from octavo.runtime.reference.int8 import BLOCK, Int8Matrix
 from octavo.runtime.reference.sampler import sample
 from octavo.runtime.reference.tensors import stack
 
 FLOAT_BYTES = 4
+DTYPES = ("float32", "bfloat16", "quantized", "int8")
 KV_ROUNDING: dict[str, Callable[[Float32], Float32]] = {
     "float32": lambda x: x,
     "bfloat16": round_to_bfloat16,
@@ -47,6 +49,7 @@ class ReferenceRuntime:
         self.num_foreign_calls = 0
         self.max_depth = 1
         self._weights: dict[tuple[str, ...], Float32] = {}  # by parts: a tied weight is there once
+        self._int8: dict[tuple[str, ...], Int8Matrix] = {}  # the others, with dtype int8
         self._keys: list[Float32] = []  # per KV layer: [slots, KV heads, head_dim]
         self._values: list[Float32] = []
         self._block_size = 0
@@ -69,27 +72,31 @@ class ReferenceRuntime:
         """Reads every weight as float32.
 
         With "bfloat16" and "quantized" (which differ in what a runtime keeps, not in what it computes) the values of
-        matrices are rounded to bfloat16, and so are the activations that a Linear reads; sums stay float32.
+        matrices are rounded to bfloat16, and so are the activations that a Linear reads; sums stay float32. "int8" is
+        defined in int8.py.
         """
-        if dtype not in ("float32", "bfloat16", "quantized"):
-            raise UnsupportedError(f"the reference runtime computes in float32, bfloat16 or quantized, not {dtype}")
-        self._rounds = dtype != "float32"
+        if dtype not in DTYPES:
+            raise UnsupportedError(f"the reference runtime computes in {', '.join(DTYPES)}, not {dtype}")
+        self._rounds = dtype in ("bfloat16", "quantized")
         self._program = program
         plan: BufferPlan = program.plan_buffers()
         self._slot_of = dict(zip(program.buffers, plan.slot_of, strict=True))
         for done, weight in enumerate(program.weights, start=1):
-            self._weights[weight.parts] = stack(weight, weights, dtype)
+            if dtype == "int8" and weight.role != "vector":
+                self._int8[weight.parts] = Int8Matrix.of(stack(weight, weights, "float32"))
+            else:
+                self._weights[weight.parts] = stack(weight, weights, dtype)
             if progress is not None:
                 progress(done)
         return LoadReport(
-            weight_bytes=sum(w.nbytes for w in self._weights.values()),
+            weight_bytes=self.weight_bytes(program, weights, dtype),
             arena_bytes=plan.elements(max_num_tokens, max_num_logits) * FLOAT_BYTES,
             description=f"reference (numpy, {dtype})",
         )
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
-        """Everything is kept as float32, whatever `dtype` its values were rounded to."""
-        return sum(int(np.prod(w.shape)) for w in program.weights) * FLOAT_BYTES
+        """Everything but int8 is kept as float32, whatever `dtype` its values were rounded to."""
+        return sum(_kept_bytes(w.shape, dtype == "int8" and w.role != "vector") for w in program.weights)
 
     def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
         """Activations of the largest step, in float32."""
@@ -149,6 +156,7 @@ class ReferenceRuntime:
     def close(self) -> None:
         """Lets go of weights, KV and buffers."""
         self._weights.clear()
+        self._int8.clear()
         self._keys.clear()
         self._values.clear()
         self._arena.clear()
@@ -174,10 +182,9 @@ class ReferenceRuntime:
             case Add():
                 self._write(node.out, self._read(node.x) + self._read(node.y))
             case Linear():
-                x, weight = self._read(node.x), self._weight(node.weight)
-                if self._rounds:
-                    x = round_to_bfloat16(x)
-                product = ops.linear(x, weight, self._optional(node.bias), node.scale)
+                product = ops.scale_and_bias(
+                    self._product(self._read(node.x), node.weight), self._optional(node.bias), node.scale
+                )
                 self._write(node.out, ops.softcap(ops.activate(product, node.activation), node.softcap))
             case RopeKVWrite():
                 self._rope_kv_write(node, inputs)
@@ -189,10 +196,21 @@ class ReferenceRuntime:
     def _embedding(self, node: Embedding, inputs: StepInputs) -> None:
         out = np.zeros((len(inputs.token_ids), node.out.width), dtype=np.float32)
         if node.weight is not None:
-            out += self._weight(node.weight)[inputs.token_ids] * np.float32(node.scale)
+            out += self._look_up(node.weight, inputs.token_ids) * np.float32(node.scale)
         if node.position_weight is not None:
-            out += self._weight(node.position_weight)[inputs.positions + node.position_offset]
+            out += self._look_up(node.position_weight, inputs.positions + node.position_offset)
         self._write(node.out, out)
+
+    def _look_up(self, weight: Weight, ids: Int32) -> Float32:
+        matrix = self._int8.get(weight.parts)
+        return self._weight(weight)[ids] if matrix is None else matrix.rows(ids)
+
+    def _product(self, x: Float32, weight: Weight) -> Float32:
+        """x times the transposed matrix, in the arithmetic of the loaded dtype."""
+        matrix = self._int8.get(weight.parts)
+        if matrix is not None:
+            return matrix.linear(x)
+        return (round_to_bfloat16(x) if self._rounds else x) @ self._weight(weight).T
 
     def _norm(self, node: Norm) -> None:
         x = self._read(node.x)
@@ -237,3 +255,10 @@ class ReferenceRuntime:
             rounds=self._rounds_attention,
         )
         self._write(node.out, mixed.reshape(len(q), -1))
+
+
+def _kept_bytes(shape: tuple[int, ...], int8: bool) -> int:
+    if not int8:
+        return int(np.prod(shape)) * FLOAT_BYTES
+    channels, width = shape
+    return channels * (-(-width // BLOCK) * BLOCK + FLOAT_BYTES)

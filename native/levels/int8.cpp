@@ -1,0 +1,368 @@
+// The int8 Linear (int8.h): bytes are multiplied as they lie in memory, whatever the number of rows.
+//
+// A strip is what one instruction multiplies: with byte dot products a line, whose lanes are the 16 channels; else some
+// channels of a line as int16, because products of bytes added in pairs of int16 would saturate. There a lane has two
+// of the four k, and neighbours are added at the end.
+#include "../int8.h"
+
+#include "epilogue.h"
+#include "level.h"
+#include "simd.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace octavo::OCTAVO_LEVEL {
+namespace {
+
+constexpr size_t kTileRows = kLanes == 16 ? 8 : 6;  // what the registers hold beside two strips
+constexpr int kFetchTo = 2;                         // of the caches, the second
+constexpr size_t kTail = 64;                        // of a rounded row: Int8Tail, and rows start on cache lines
+
+#if defined(__AVX512VNNI__)
+
+typedef int8_t Activation;
+typedef __m512i Strip;
+constexpr size_t kStrips = 1;  // of a line
+constexpr size_t kGroups = 4;  // of one row together: one sum alone would wait for its own latency
+
+inline Strip load_strip(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
+// The activations of four consecutive k, in every lane.
+inline Strip load_quad(const Activation* x) {
+    int quad;
+    std::memcpy(&quad, x, sizeof quad);
+    return _mm512_set1_epi32(quad);
+}
+
+inline Ints multiply_add(Strip w, Strip x, Ints total) { return (Ints)_mm512_dpbusd_epi32((__m512i)total, w, x); }
+
+inline void store_codes(Activation* out, Ints codes) {
+    const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)codes);
+    std::memcpy(out, &bytes, sizeof bytes);
+}
+
+#else
+
+typedef int16_t Activation;
+typedef int16_t Strip __attribute__((vector_size(kLanes * 4)));
+constexpr size_t kStrips = kInt8LineBytes / (2 * kLanes);
+constexpr size_t kGroups = 2;
+
+inline Strip load_strip(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (Strip)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (Strip)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes * 2)));
+    Bytes bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Strip);
+#endif
+}
+
+inline Strip load_quad(const Activation* x) {
+    typedef uint64_t Quads __attribute__((vector_size(kLanes * 4)));
+    uint64_t quad;
+    std::memcpy(&quad, x, sizeof quad);
+    return (Strip)(Quads{} + quad);
+}
+
+// Products of neighbours are added.
+inline Ints multiply_add(Strip w, Strip x, Ints total) {
+#if defined(__AVX512F__)
+    return total + (Ints)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    return total + (Ints)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#elif defined(__SSE2__)
+    return total + (Ints)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#else
+    const Ints wide_w = (Ints)w, wide_x = (Ints)x;
+    return total + (wide_w << 16 >> 16) * (wide_x << 16 >> 16) + (wide_w >> 16) * (wide_x >> 16);
+#endif
+}
+
+inline void store_codes(Activation* out, Ints codes) {
+    typedef int16_t Narrow __attribute__((vector_size(kLanes * 2)));
+    const Narrow narrow = __builtin_convertvector(codes, Narrow);
+    std::memcpy(out, &narrow, sizeof narrow);
+}
+
+#endif
+
+constexpr size_t kStripBytes = kInt8LineBytes / kStrips;
+constexpr size_t kVectors = kStrips == 1 ? kGroups : 2;  // strips that one pass multiplies
+
+// Where strips that are multiplied together begin; those of the next line are kInt8LineBytes on.
+struct Strips {
+    const uint8_t* at[kVectors];
+    size_t ahead;  // where what comes next begins, relative to these
+};
+
+struct Totals {
+    Ints v[kTileRows][kVectors];
+};
+
+// Sums of `lines` lines of VECTORS strips with rows x, x + stride, ...
+template <size_t ROWS, size_t VECTORS>
+void dot(const Strips& strips, const uint8_t* x, size_t stride, size_t lines, Totals& totals) {
+    Ints total[ROWS][VECTORS] = {};
+    const uint8_t* w[VECTORS];
+    for (size_t v = 0; v < VECTORS; ++v) w[v] = strips.at[v];
+    for (size_t line = 0; line < lines; ++line) {
+        Strip strip[VECTORS];
+        for (size_t v = 0; v < VECTORS; ++v) {
+            strip[v] = load_strip(w[v] + line * kInt8LineBytes);
+            __builtin_prefetch(w[v] + line * kInt8LineBytes + strips.ahead, 0, kFetchTo);
+        }
+#pragma GCC unroll 8
+        for (size_t r = 0; r < ROWS; ++r) {
+            const Strip quad = load_quad(reinterpret_cast<const Activation*>(x + r * stride) + line * kInt8LineDepth);
+#pragma GCC unroll 4
+            for (size_t v = 0; v < VECTORS; ++v) total[r][v] = multiply_add(strip[v], quad, total[r][v]);
+        }
+    }
+    for (size_t r = 0; r < ROWS; ++r)
+        for (size_t v = 0; v < VECTORS; ++v) totals.v[r][v] = total[r][v];
+}
+
+void dot_rows(size_t rows, size_t vectors, const Strips& strips, const uint8_t* x, size_t stride, size_t lines,
+              Totals& totals) {
+    switch (rows) {
+        case 1:
+            return vectors > 2 ? dot<1, kVectors>(strips, x, stride, lines, totals)
+                               : dot<1, 2>(strips, x, stride, lines, totals);
+        case 2: return dot<2, 2>(strips, x, stride, lines, totals);
+        case 3: return dot<3, 2>(strips, x, stride, lines, totals);
+        case 4: return dot<4, 2>(strips, x, stride, lines, totals);
+        case 5: return dot<5, 2>(strips, x, stride, lines, totals);
+        case 6: return dot<6, 2>(strips, x, stride, lines, totals);
+        case 7: return dot<kTileRows < 7 ? 1 : 7, 2>(strips, x, stride, lines, totals);
+        case 8: return dot<kTileRows < 8 ? 1 : 8, 2>(strips, x, stride, lines, totals);
+    }
+}
+
+// Rows of activations, and the channels of some groups that they meet.
+struct Tile {
+    const PackedArgs& args;
+    size_t stride;  // bytes of a row
+    size_t row, rows;
+    size_t group, count;
+
+    const uint8_t* x() const { return static_cast<const uint8_t*>(args.x) + row * stride; }
+};
+
+using Sums = float[kTileRows][kGroups][kChannels];
+
+// The outputs of one group for one row, before the epilogue.
+inline void scale_sums(const Ints* totals, const Int8Tail& tail, const float* scales, float* out) {
+    int32_t sums[kChannels];
+    if constexpr (kStrips == 1) {
+        std::memcpy(sums, totals, sizeof sums);
+    } else {
+        int32_t halves[2 * kChannels];
+        std::memcpy(halves, totals, sizeof halves);
+        for (size_t c = 0; c < kChannels; ++c) sums[c] = halves[2 * c] + halves[2 * c + 1];
+    }
+    for (size_t c = 0; c < kChannels; ++c)
+        out[c] = static_cast<float>(sums[c] + tail.correction) * (tail.scale * scales[c]);
+}
+
+void multiply(const Tile& tile, const Part& part, Sums& sums) {
+    const PackedArgs& a = tile.args;
+    const size_t lines = a.num_blocks * kInt8Lines;
+    const uint8_t* groups[kGroups];
+    for (size_t g = 0; g < kGroups; ++g)  // what would lie past the last is computed twice
+        groups[g] = part.data + (tile.group + (g < tile.count ? g : tile.count - 1)) * part.group_bytes;
+    Ints totals[kTileRows][2][kStrips > 1 ? kStrips : kVectors];
+    Strips strips;
+    strips.ahead = tile.count * part.group_bytes;
+    Totals found;
+    if constexpr (kStrips == 1) {
+        for (size_t v = 0; v < kVectors; ++v) strips.at[v] = groups[v];
+        dot_rows(tile.rows, tile.count, strips, tile.x(), tile.stride, lines, found);
+    } else {
+        for (size_t g = 0; g < tile.count; ++g)
+            for (size_t s = 0; s < kStrips; s += 2) {
+                for (size_t v = 0; v < 2; ++v) strips.at[v] = groups[g] + (s + v) * kStripBytes;
+                dot_rows(tile.rows, 2, strips, tile.x(), tile.stride, lines, found);
+                for (size_t r = 0; r < tile.rows; ++r)
+                    for (size_t v = 0; v < 2; ++v) totals[r][g][s + v] = found.v[r][v];
+            }
+    }
+    for (size_t r = 0; r < tile.rows; ++r) {
+        Int8Tail tail;
+        std::memcpy(&tail, tile.x() + r * tile.stride + a.depth * sizeof(Activation), sizeof tail);
+        for (size_t g = 0; g < tile.count; ++g) {
+            const float* scales = reinterpret_cast<const float*>(groups[g] + int8_scales_at(a.num_blocks));
+            scale_sums(kStrips == 1 ? &found.v[r][g] : totals[r][g], tail, scales, sums[r][g]);
+        }
+    }
+}
+
+void int8_linear(const PackedArgs& a, size_t index, size_t first_group, size_t last_group, void*) {
+    const Part& part = a.parts[index];
+    const Part* up = a.ups != nullptr ? a.ups + index : nullptr;
+    const size_t tiles = (a.num_rows + kTileRows - 1) / kTileRows;
+    const size_t together = a.num_rows == 1 ? kGroups : 2;
+    Sums sums, ups;
+    for (size_t group = first_group; group < last_group; group += together) {
+        const size_t count = last_group - group < together ? last_group - group : together;
+        for (size_t i = 0; i < tiles; ++i) {  // of even height: a last one of one row would cost as much as one of four
+            const size_t row = a.num_rows * i / tiles, rows = a.num_rows * (i + 1) / tiles - row;
+            const Tile tile = {a, a.depth * sizeof(Activation) + kTail, row, rows, group, count};
+            multiply(tile, part, sums);
+            if (up != nullptr) multiply(tile, *up, ups);
+            for (size_t r = 0; r < rows; ++r)
+                for (size_t g = 0; g < count; ++g)
+                    finish_group(a, part, group + g, row + r, sums[r][g], up != nullptr ? ups[r][g] : nullptr);
+        }
+    }
+}
+
+size_t int8_scratch(size_t) { return 0; }
+
+// One stage of the rotation inside a vector: lanes HALF apart become their sum and their difference.
+template <size_t HALF>
+inline Floats butterfly(Floats v) {
+#if defined(__clang__)
+    static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16);
+    Floats other{}, sign{};
+    for (size_t i = 0; i < kLanes; ++i) other[i] = v[i ^ HALF];
+    for (size_t i = 0; i < kLanes; ++i) sign[i] = i & HALF ? -1.0f : 1.0f;
+#else
+    Ints order{};
+    Floats sign{};
+    for (size_t i = 0; i < kLanes; ++i) order[i] = static_cast<int>(i ^ HALF);
+    for (size_t i = 0; i < kLanes; ++i) sign[i] = i & HALF ? -1.0f : 1.0f;
+    const Floats other = __builtin_shuffle(v, order);
+#endif
+    return fma(v, sign, other);  // exact but for the sum's own rounding
+}
+
+constexpr size_t kBlockVectors = kInt8Block / kLanes;
+
+// H v for a block in registers.
+inline void rotate(Floats* v) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < kBlockVectors; ++i) {
+        v[i] = butterfly<1>(v[i]);
+        v[i] = butterfly<2>(v[i]);
+        if constexpr (kLanes > 4) v[i] = butterfly<4>(v[i]);
+        if constexpr (kLanes > 8) v[i] = butterfly<8>(v[i]);
+    }
+#pragma GCC unroll 4
+    for (size_t half = 1; half < kBlockVectors; half *= 2)
+#pragma GCC unroll 16
+        for (size_t i = 0; i < kBlockVectors; ++i)
+            if ((i & half) == 0) {
+                const Floats a = v[i], b = v[i + half];
+                v[i] = a + b;
+                v[i + half] = a - b;
+            }
+}
+
+// The bits of the magnitude, which order as magnitudes do; infinity and NaN are the largest.
+inline Ints magnitude(Floats v) { return (Ints)v & 0x7fffffff; }
+
+inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
+
+// The part of the rotation that goes across blocks.
+void mix_blocks(float* values, size_t blocks) {
+    const size_t depth = blocks * kInt8Block;
+    for (size_t stride = kInt8Block, p = 2; stride < depth; stride *= p) {
+        while (depth / stride % p != 0) ++p;
+        const float share = 2.0f / static_cast<float>(p);
+        for (size_t first = 0; first < depth; first += p * stride)
+            for (size_t i = first; i < first + stride; i += kLanes) {
+                Floats sum = load(values + i);
+                for (size_t j = 1; j < p; ++j) sum += load(values + i + j * stride);
+                if (p == 2) {
+                    store(values + i + stride, load(values + i) - load(values + i + stride));
+                    store(values + i, sum);
+                    continue;
+                }
+                sum *= share;
+                for (size_t j = 0; j < p; ++j) store(values + i + j * stride, load(values + i + j * stride) - sum);
+            }
+    }
+}
+
+// Rotates a row of `width` values, padded with zeros to `depth`.
+void rotate_row(const float* x, size_t width, size_t depth, float* out) {
+    for (size_t i = 0; i < depth; i += kInt8Block) {
+        Floats block[kBlockVectors];
+#pragma GCC unroll 16
+        for (size_t v = 0; v < kBlockVectors; ++v) {
+            const size_t at = i + v * kLanes, left = at < width ? width - at : 0;
+            block[v] = left >= kLanes ? load(x + at) : load_part(x + at, left);
+        }
+        rotate(block);
+#pragma GCC unroll 16
+        for (size_t v = 0; v < kBlockVectors; ++v) store(out + i + v * kLanes, block[v]);
+    }
+    mix_blocks(out, depth / kInt8Block);
+}
+
+// The largest magnitude; infinity or NaN where any value is.
+float largest_of(const float* values, size_t depth) {
+    Ints largest{};
+    for (size_t i = 0; i < depth; i += kLanes) largest = max(largest, magnitude(load(values + i)));
+    int32_t most = 0;
+    for (size_t lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+    float value;
+    std::memcpy(&value, &most, sizeof value);
+    return value;
+}
+
+// Codes of rotated values, and their sum.
+int32_t round_row(const float* values, size_t depth, float factor, Activation* out) {
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    Ints total{};
+    for (size_t i = 0; i < depth; i += kLanes) {
+        const Ints codes = (Ints)(load(values + i) * factor + shift) - (Ints)shift;
+        total += codes;
+        store_codes(out + i, codes);
+    }
+    int32_t sum = 0;
+    for (size_t lane = 0; lane < kLanes; ++lane) sum += total[lane];
+    return sum;
+}
+
+// PackedKernels::round_rows.
+void round_int8_rows(const float* x, size_t rows, size_t width, size_t depth, void* out) {
+    alignas(64) float rotated[kMaxInt8Depth];
+    uint8_t* bytes = static_cast<uint8_t*>(out);
+    for (size_t row = 0; row < rows; ++row, x += width, bytes += depth * sizeof(Activation) + kTail) {
+        rotate_row(x, width, depth, rotated);
+        const float largest = largest_of(rotated, depth);
+        const bool finite = largest - largest == 0.0f, zero = !(largest > kInt8Smallest);
+        const float factor = zero || !finite ? 0.0f : kInt8Largest / largest;
+        if (!finite) std::memset(rotated, 0, depth * sizeof *rotated);
+        const int32_t sum = round_row(rotated, depth, factor, reinterpret_cast<Activation*>(bytes));
+        const float scale = finite ? (zero ? 0.0f : largest / kInt8Largest) : __builtin_nanf("");
+        const Int8Tail tail = {scale, -kInt8Zero * sum};
+        std::memcpy(bytes + depth * sizeof(Activation), &tail, sizeof tail);
+    }
+}
+
+}  // namespace
+
+void look_up_int8(const Part& part, size_t row, size_t width, float* out) {
+    const size_t blocks = int8_blocks(width), channel = row % kChannels;
+    const uint8_t* group = part.data + row / kChannels * part.group_bytes;
+    const uint8_t* line = group + channel * kInt8LineDepth;
+    alignas(64) float codes[kMaxInt8Depth];
+    for (size_t k = 0; k < blocks * kInt8Block; k += kInt8LineDepth, line += kInt8LineBytes)
+        for (size_t i = 0; i < kInt8LineDepth; ++i) codes[k + i] = static_cast<float>(line[i] - kInt8Zero);
+    rotate_row(codes, blocks * kInt8Block, blocks * kInt8Block, codes);
+    float scale;
+    std::memcpy(&scale, group + int8_scales_at(blocks) + channel * sizeof scale, sizeof scale);
+    for (size_t k = 0; k < width; ++k) out[k] = codes[k] * scale;
+}
+
+const PackedKernels int8 = {sizeof(Activation), round_int8_rows, int8_linear, int8_scratch, kInt8Block, kTail};
+
+}  // namespace octavo::OCTAVO_LEVEL
