@@ -19,6 +19,7 @@ OctavoError
 |-- EngineError              our fault
 |   |-- StepError            a step failed; the requests that failed alone carry it
 |   `-- EngineDeadError      the engine process is gone; 503
+|       `-- EngineLoadingError  and another one is being loaded: come back in seconds
 `-- ServerError              what our own HTTP client heard: nobody there, or an error in answer
 """
 
@@ -137,6 +138,12 @@ class EngineDeadError(EngineError):
     status = 503
     type = "service_unavailable"
     code = "engine_dead"
+
+
+class EngineLoadingError(EngineDeadError):
+    """The engine process is gone, and another one is being loaded."""
+
+    code = "loading"
 
 
 class ServerError(OctavoError):

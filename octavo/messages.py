@@ -26,6 +26,8 @@ class AddRequest:
     tenant: str = ""  # whose fair share it uses
     weight: float = 1.0  # of that tenant
     timeout: float | None = None  # seconds from arrival; then it is ended
+    output_token_ids: list[int] = field(default_factory=list)  # generated already, by an engine that is gone
+    runs_alone: bool = False  # for its next token, because an engine died while it ran
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class RequestDelta:
     error: str | None = None
     error_kind: str | None = None  # class name in errors.py, where the error is the request's own
     retry_after: float = 0.0  # seconds, of a QueueFullError
+    alone: bool = False  # told before the step: it runs alone, so if the engine dies now, it died of this request
 
 
 @dataclass(slots=True)

@@ -82,7 +82,10 @@ class HttpFlags:
     ] = None
     shutdown_timeout: Annotated[
         int, Option(help="Seconds that running requests get to end; 0: ended at once.", metavar="N", min=0)
-    ] = 0
+    ] = 30
+    sse_ping_interval: Annotated[
+        int, Option(help="Seconds of silence in a stream after which a comment is sent; 0: never.", metavar="N", min=0)
+    ] = 15
     metrics_compat: Annotated[str, Option(help="vllm repeats every metric under vllm:.", metavar="octavo|vllm")] = (
         "octavo"
     )
@@ -108,7 +111,9 @@ class AccessFlags:
     api_key_file: Annotated[
         Path | None, Option(help="Keys with tenants, weights and limits, as .toml or .json.", metavar="FILE")
     ] = None
-    public_health: Annotated[bool, Option("--public-health", help="/health answers without a key.")] = False
+    public_health: Annotated[
+        bool, Option("--public-health", help="/health, /health/live and /health/ready answer without a key.")
+    ] = False
     allowed_origins: Annotated[
         list[str] | None,
         Option(help="A web page whose scripts may ask (CORS), or *; may be repeated.", metavar="ORIGIN"),
@@ -145,7 +150,7 @@ def serve(config: EngineConfig, http: HttpFlags, access: AccessFlags) -> None:
     """Serve a model over HTTP, the way OpenAI's API does.
 
     It listens on this machine only unless --host says otherwise; give --api-key then. Ctrl-C or SIGTERM stops it:
-    running requests get --shutdown-timeout seconds to end.
+    new requests are refused, running ones get --shutdown-timeout seconds to end; a second one ends them at once.
     """
     startup = Startup()
     startup.close_phase("command line")
@@ -239,6 +244,7 @@ async def _serve(
             served_model_names=[engine.model_name],
             keyring=access.keyring,
             allowed_origins=access.allowed_origins or (),
+            ping_seconds=http.sse_ping_interval,
         )
         await loop_module.run_server(
             app, host=http.host, port=http.port, ready=ready, drain_seconds=http.shutdown_timeout, tls=access.tls

@@ -1,4 +1,7 @@
-"""The engine for servers: its own process, one event loop in front. Streaming, abort, honest death.
+"""The engine for servers: its own process, one event loop in front. Streaming, abort, honest health.
+
+When the process dies, or stalls and is killed, another one is started, and what was running goes on where it was: who
+reads a stream sees a pause. After too many deaths in a row the engine is dead for good, and says so to everybody.
 
 engine = await AsyncEngine.start(EngineConfig(model="smollm2"))
 async for output in engine.generate("Hello", SamplingParams(max_tokens=8), "request-1"):
@@ -9,20 +12,17 @@ await engine.shutdown()
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator
 
 from octavo import errors
 from octavo.config import EngineConfig
-from octavo.engine.channel import FrontChannel, StartEngine
-from octavo.engine.frontend import Frontend, Group, Prompt
+from octavo.engine.child import EngineProcess
+from octavo.engine.frontend import Frontend, Group, Prompt, Update
 from octavo.engine.outbox import Outbox
-from octavo.errors import EngineDeadError
+from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
+from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError
 from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
@@ -35,7 +35,7 @@ from octavo.text.chat import ChatTemplate
 from octavo.text.load import load_text
 from octavo.text.tokenizer import LONG_TEXT, Tokenizer
 
-SHUTDOWN_SECONDS = 5.0
+LOOK_SECONDS = 0.5  # between two looks at a working engine
 log = logging.getLogger("octavo.engine")
 
 
@@ -46,7 +46,8 @@ class AsyncEngine:
         config, spec, ready: what was asked for, the model in numbers, what the engine reported.
         tokenizer, chat_template: None where the engine takes token ids only.
         metrics: Prometheus metrics, fed from StepRecords and arrivals.
-        dead: why the engine is gone, or None.
+        dead: why the engine is gone for good, or None.
+        restarting: why the last one went, while the next one loads; else None.
         timings: seconds by phase of the start; they add up to the whole.
     """
 
@@ -54,6 +55,7 @@ class AsyncEngine:
         self.config = config
         self.model_name = config.served_model_name or config.model
         self.dead: str | None = None
+        self.restarting: str | None = None
         self.timings: dict[str, float] = {}
         self.ready: EngineReady
         self.spec: ModelSpec
@@ -61,11 +63,12 @@ class AsyncEngine:
         self.chat_template: ChatTemplate | None
         self.metrics: Metrics
         self._files = files
-        self._process: subprocess.Popen[bytes]
-        self._channel: FrontChannel
+        self._process: EngineProcess
         self._frontend: Frontend
         self._outboxes: dict[int, Outbox] = {}
-        self._reader: asyncio.Task[None]
+        self._watchdog = Watchdog(config.max_num_batched_tokens, config.threads())
+        self._restarts = Restarts()
+        self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(
@@ -84,17 +87,17 @@ class AsyncEngine:
         )
         engine = cls(config, files)
         engine.timings["find model"] = time.monotonic() - began
-        await engine._spawn()
+        engine._process = await EngineProcess.spawn(config, files)
         try:
-            await engine._load_front(chat_template, metrics_compat)
-            await engine._await_ready()
+            await engine._load_front(chat_template)
+            engine._take_ready(await engine._await_ready(), metrics_compat)
         except BaseException:
-            await engine._end_process()
+            await engine._process.end()
             raise
         whole = time.monotonic() - began
         engine.timings.update(engine.ready.timings)
         engine.timings["process start, imports"] = max(0.0, whole - sum(engine.timings.values()))
-        engine._reader = asyncio.create_task(engine._read())
+        engine._tasks = [asyncio.create_task(engine._supervise()), asyncio.create_task(engine._watch())]
         return engine
 
     @property
@@ -136,11 +139,13 @@ class AsyncEngine:
             QueueFullError: too many wait; carries the predicted wait.
             TimeLimitError: `timeout` passed.
             StepError: the engine failed on this request alone.
-            EngineDeadError: the engine process is gone.
+            EngineDeadError: the engine is gone for good, or (EngineLoadingError) a new one is being loaded.
         """
         text, ids = await self.tokenize(prompt)
         if self.dead:  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
             raise EngineDeadError(self.dead)
+        if self.restarting:
+            raise EngineLoadingError(f"{self.restarting}; another one is being loaded")
         group, requests = self._frontend.add(
             request_id,
             text,
@@ -155,7 +160,7 @@ class AsyncEngine:
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind)
         try:
             for request in requests:
-                self._channel.send(request)
+                self._process.channel.send(request)
             while True:
                 output = await outbox.take()
                 if isinstance(output, Exception):
@@ -169,102 +174,170 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """Ends a running request; whoever reads its stream gets a last output with finish_reason "abort"."""
-        self._channel.send(AbortRequests(self._frontend.running(request_id)))
+        self._process.channel.send(AbortRequests(self._frontend.running(request_id)))
+
+    def progress(self) -> Progress:
+        """How the engine stands, now."""
+        num_unfinished = self._frontend.num_unfinished
+        oldest = self._frontend.oldest_waiting()
+        return Progress(
+            stage=self._stage(num_unfinished),
+            num_unfinished=num_unfinished,
+            last_step_age=self._watchdog.last_step_age,
+            oldest_waiting=0.0 if oldest is None else time.monotonic() - oldest,
+            expected_step=self._watchdog.expected_step,
+            stall_limit=self._watchdog.limit,
+            num_restarts=self._restarts.count,
+        )
+
+    def _stage(self, num_unfinished: int) -> str:
+        if self.dead:
+            return "dead"
+        if self.restarting:
+            return "restarting"
+        if not num_unfinished:
+            return "idle"
+        return "stalled" if self._watchdog.stalled(self._process.cpu_seconds()) else "working"
 
     async def shutdown(self) -> None:
         """Ends the engine process; running requests get EngineDeadError."""
         if self.dead is None:
             self.dead = "the engine was shut down"
-            self._channel.send(Shutdown())
-        await self._end_process()
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
+            self._process.channel.send(Shutdown())
+        for task in self._tasks:
+            task.cancel()
+        await self._process.end()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all()
 
-    async def _spawn(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "octavo.engine.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        self._channel = await FrontChannel.open(ours)
-        files = self._files
-        self._channel.send(StartEngine(self.config, files.name, files.format, str(files.path)))
-
-    async def _load_front(self, chat_template: str | None, metrics_compat: str) -> None:
+    async def _load_front(self, chat_template: str | None) -> None:
         """The front's own half, while the engine loads its own."""
         config = self.config
         self.spec = await asyncio.to_thread(read_spec, self._files, max_model_len=config.max_model_len)
         text = await asyncio.to_thread(load_text, config, self._files, chat_template=chat_template)
         self.tokenizer, self.chat_template = text.tokenizer, text.chat_template
-        self._metrics_compat = metrics_compat
 
-    async def _await_ready(self) -> None:
-        message = await self._channel.receive()
+    async def _await_ready(self) -> EngineReady:
+        """What a new process says when it has loaded. Raises what kept it from that."""
+        message = await self._process.channel.receive()
         if isinstance(message, EngineFailed):
-            await self._end_process()
             kind = getattr(errors, message.kind, EngineDeadError)
             raise kind(message.message)
         if not isinstance(message, EngineReady):
-            await self._end_process()
-            raise EngineDeadError(f"the engine process {self._exit_status()} while it started; its messages are above")
-        self.ready = message
-        self._frontend = Frontend(self.tokenizer, self.spec, self.config, max_model_len=message.max_model_len)
+            await self._process.end()
+            raise EngineDeadError(f"the engine process {self._process.status()} while it started; see its messages")
+        return message
+
+    def _take_ready(self, ready: EngineReady, metrics_compat: str) -> None:
+        self.ready = ready
+        self._frontend = Frontend(self.tokenizer, self.spec, self.config, max_model_len=ready.max_model_len)
         self.metrics = Metrics(
             self.model_name,
             cache_config={
-                "block_size": str(message.block_size),
+                "block_size": str(ready.block_size),
                 "cache_dtype": self.config.kv_cache_dtype,
                 "enable_prefix_caching": str(self.config.enable_prefix_caching),
-                "num_gpu_blocks": str(message.num_blocks),
+                "num_gpu_blocks": str(ready.num_blocks),
                 "gpu_memory_utilization": str(self.config.gpu_memory_utilization),
             },
-            compat=self._metrics_compat,
-            max_model_len=message.max_model_len,
+            compat=metrics_compat,
+            max_model_len=ready.max_model_len,
         )
 
-    async def _read(self) -> None:
-        """Takes what the engine publishes until it is gone. A failure here is the engine's death too: what nobody
-        reads, nobody must wait for."""
+    async def _supervise(self) -> None:
+        """Reads what engines publish, one engine after the other, until there may be no other. Whatever ends this is
+        the engine's death: what nobody reads, nobody must wait for."""
         try:
-            while (message := await self._channel.receive()) is not None:
+            while await self._restart(await self._read()):
+                pass
+        except Exception as error:
+            log.exception("supervising the engine failed")
+            self.dead = self.dead or f"it could not be supervised: {error}"
+            self._process.kill()
+        self._fail_all()
+
+    async def _read(self) -> str:
+        """Takes what the engine publishes until it is gone; says why it went."""
+        try:
+            while (message := await self._process.channel.receive()) is not None:
                 if isinstance(message, StepOutputs):
                     self._take(message)
         except Exception as error:
             log.exception("reading the engine's outputs failed")
-            self.dead = self.dead or f"its outputs could not be read: {error}"
             self._process.kill()
-        if self.dead is None:
-            await asyncio.to_thread(self._process.wait)
-            self.dead = f"the engine process {self._exit_status()}"
-        self._fail_all()
+            return f"its outputs could not be read: {error}"
+        await self._process.end()
+        return f"the engine process {self._process.status()}"
+
+    async def _restart(self, reason: str) -> bool:
+        """Starts another engine and tells it what was running; False when there were too many."""
+        self.restarting = reason
+        while (delay := self._restarts.next_delay()) is not None:
+            log.error("%s; starting another one in %g s", reason, delay)
+            await asyncio.sleep(delay)
+            await self._process.end()
+            self._process = await EngineProcess.spawn(self.config, self._files)
+            try:
+                self.ready = await self._await_ready()
+            except OctavoError as error:
+                reason = self.restarting = str(error)
+                continue
+            self._watchdog.reset()
+            requests, guilty = self._frontend.resubmissions()
+            if guilty is not None:
+                self._hand_out(guilty)
+            for request in requests:
+                self._process.channel.send(request)
+            log.warning("the engine runs again; %d requests go on", len(requests))
+            self.restarting = None
+            self.metrics.on_restart()
+            return True
+        self.dead = f"{reason}; there were {MAX_RESTARTS} restarts within {RESTART_WINDOW / 60:g} minutes already"
+        self.restarting = None
+        log.error("%s", self.dead)
+        return False
+
+    async def _watch(self) -> None:
+        """Kills an engine that has work and makes none of it; reading it, `_supervise` then finds it gone."""
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            late = time.monotonic() - looked - LOOK_SECONDS
+            looked += LOOK_SECONDS + late
+            if late > LOOK_SECONDS:  # this loop itself stood still, so the engine's steps may lie unread
+                continue
+            if not self._frontend.num_unfinished or self.dead or self.restarting:
+                self._watchdog.reset()
+            elif self._watchdog.stalled(self._process.cpu_seconds()):
+                log.error("the engine made no step for %.1f s: it is killed", self._watchdog.silence)
+                self._process.kill()
+                self._watchdog.reset()
 
     def _take(self, outputs: StepOutputs) -> None:
+        self._watchdog.heard(outputs.records)
         updates, finishes, arrivals = self._frontend.process(outputs.deltas)
         for finish in finishes:
-            self._channel.send(finish)
+            self._process.channel.send(finish)
         now = time.monotonic()
         for arrival in arrivals:
             self.metrics.on_tokens(now, arrival.previous, arrival.group.metrics.arrival_time, arrival.count)
         for update in updates:
-            group = update.group
-            if group.finished:
-                self._observe_finished(group)
-            outbox = self._outboxes.get(id(group))
-            if outbox is None:
-                continue
-            if group.error:
-                outbox.put(group.error)
-            elif update.output is not None:
-                outbox.put(update.output)
+            self._hand_out(update)
         self.metrics.on_steps(outputs.records)
         if self._frontend.num_unfinished == 0:
             self.metrics.on_idle()
+
+    def _hand_out(self, update: Update) -> None:
+        group = update.group
+        if group.finished:
+            self._observe_finished(group)
+        outbox = self._outboxes.get(id(group))
+        if outbox is None:
+            return
+        if group.error:
+            outbox.put(group.error)
+        elif update.output is not None:
+            outbox.put(update.output)
 
     def _observe_finished(self, group: Group, unfinished: FinishReason = FinishReason.ABORT) -> None:
         """Tells the metrics how each answer of a group ended; `unfinished` is for those that were cut off."""
@@ -286,7 +359,7 @@ class AsyncEngine:
 
     def _abort(self, group: Group) -> None:
         if running := self._frontend.abort(group):
-            self._channel.send(AbortRequests(running))
+            self._process.channel.send(AbortRequests(running))
             self._observe_finished(group)
 
     def _fail_all(self) -> None:
@@ -294,17 +367,3 @@ class AsyncEngine:
             self._observe_finished(group, FinishReason.ERROR)
             if outbox := self._outboxes.get(id(group)):
                 outbox.put(EngineDeadError(self.dead or "the engine is gone"))
-
-    def _exit_status(self) -> str:
-        code = self._process.poll()
-        if code is None:
-            return "closed its channel"
-        return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-
-    async def _end_process(self) -> None:
-        await self._channel.close()
-        try:
-            await asyncio.to_thread(self._process.wait, SHUTDOWN_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)

@@ -185,6 +185,7 @@ def merge_delta(earlier: RequestDelta, later: RequestDelta) -> None:
     earlier.finish_reason = later.finish_reason
     earlier.stop_reason = later.stop_reason
     earlier.error = later.error
+    earlier.alone = later.alone
 
 
 class FrontChannel:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
@@ -66,6 +67,7 @@ class EngineCore:
         self._executor = executor
         self._depth = depth or (info.max_depth if config.async_scheduling else 1)
         self._in_flight: deque[_InFlight] = deque()
+        self.announce: Callable[[StepOutputs], None] | None = None  # called before a suspect runs alone
         self._pending: list[RequestDelta] = []  # of requests that ended outside a step
         self._eos_ids = frozenset(info.spec.eos_token_ids)
         key = config.prefix_caching_hash_key
@@ -150,7 +152,9 @@ class EngineCore:
             deadline=None if message.timeout is None else now + message.timeout,
             cache_salt=message.cache_salt,
             fork_of=message.fork_of if self.config.enable_copy_on_write else None,
+            retry_alone=message.runs_alone,
         )
+        request.token_ids += message.output_token_ids
         try:
             self.scheduler.add(request)
         except QueueFullError as error:
@@ -166,6 +170,8 @@ class EngineCore:
         if not output.scheduled:
             return False
         self.scheduler.fill(record, output)
+        if self.announce and len(output.scheduled) == 1 and output.scheduled[0].request_id in self.scheduler.suspects:
+            self.announce(StepOutputs([RequestDelta(output.scheduled[0].request_id, alone=True)], []))
         scheduled_at = time.monotonic()
         record.schedule_seconds = scheduled_at - record.time
         calls = self._executor.num_foreign_calls

@@ -6,6 +6,7 @@ blocks). Used by the offline LLM and by AsyncEngine alike.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from octavo.text.stream import TextStream
 from octavo.text.tokenizer import Tokenizer, refuse_hopeless
 
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
+log = logging.getLogger("octavo.engine")
 Prompt = str | Sequence[int] | Mapping[str, object]
 
 
@@ -35,6 +37,8 @@ class Child:
     request_id: str
     output: CompletionOutput
     stream: TextStream | None
+    request: AddRequest
+    alone: bool = False  # the engine runs nothing else at this moment
     first_token_time: float | None = None
     last_token_time: float | None = None
     error: Exception | None = None
@@ -158,11 +162,11 @@ class Frontend:
             output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
             if params.logprobs is not None:
                 output.cumulative_logprob = 0.0
-            group.children.append(Child(group, child_id, output, stream))
             fork_of = requests[0].request_id if requests else None
             seed = base_seed + index
             add = AddRequest(child_id, ids, params, max_tokens, seed, priority, cache_salt, fork_of)
             add.tenant, add.weight, add.timeout = tenant, weight, timeout
+            group.children.append(Child(group, child_id, output, stream, add))
             requests.append(add)
         self._children.update((child.request_id, child) for child in group.children)
         return group, requests
@@ -181,6 +185,34 @@ class Frontend:
         self._children.clear()
         return list(groups.values())
 
+    def resubmissions(self) -> tuple[list[AddRequest], Update | None]:
+        """What a new engine must be told after the old one died: everything that runs, with the tokens it has.
+
+        Each runs alone until it brings a token, and the engine says which does. Should it die then, that request has
+        killed it: it ends with an error (the Update), and only the others are told again.
+        """
+        guilty = next((child for child in self._children.values() if child.alone), None)
+        update = None
+        if guilty is not None:
+            before = _Mark(guilty)
+            del self._children[guilty.request_id]
+            self._fail(guilty, "the engine process died when it ran this request alone")
+            update = Update(guilty.parent, None)
+            self._collect({id(guilty.parent): update}, guilty, before)
+            self._close(update, time.monotonic())
+        requests = []
+        for child in self._children.values():
+            asked, age = child.request, time.monotonic() - child.parent.metrics.arrival_time
+            timeout = None if asked.timeout is None else max(asked.timeout - age, 0.001)
+            generated = list(child.output.token_ids)
+            requests.append(replace(asked, output_token_ids=generated, runs_alone=True, fork_of=None, timeout=timeout))
+        return requests, update
+
+    def oldest_waiting(self) -> float | None:
+        """When the oldest request that has no token yet arrived; front's monotonic clock."""
+        waiting = (c.parent.metrics.arrival_time for c in self._children.values() if c.first_token_time is None)
+        return min(waiting, default=None)
+
     def process(self, deltas: list[RequestDelta]) -> tuple[list[Update], list[FinishRequest], list[Arrival]]:
         """Applies what a step brought. Returns outputs per group, finishes for the engine (stop strings found), and
         when tokens arrived, for the metrics."""
@@ -192,8 +224,16 @@ class Frontend:
             child = self._children.get(delta.request_id)
             if child is None:
                 continue  # aborted, or ended by a stop string: what the engine had in flight is dropped
+            child.alone = delta.alone
+            if delta.alone and not delta.token_ids:
+                continue  # only told, to be remembered
             before = _Mark(child)
-            finish = self._apply(child, delta)
+            try:
+                finish = self._apply(child, delta)
+            except Exception as error:  # of this request, and of no other
+                log.exception("request %s: its output could not be read", child.request_id)
+                self._fail(child, f"its output could not be read: {error}")
+                finish = FinishRequest(child.request_id, len(child.output.token_ids))
             if finish is not None:
                 finishes.append(finish)
             new = len(child.output.token_ids) - before.num_tokens
@@ -245,6 +285,9 @@ class Frontend:
             output.finish_reason, output.stop_reason = str(delta.finish_reason), delta.stop_reason
             child.error = _error(delta)
         return None
+
+    def _fail(self, child: Child, error: str) -> None:
+        child.output.finish_reason, child.error = FinishReason.ERROR.value, StepError(error)
 
     def _add_text(self, child: Child, delta: RequestDelta) -> FinishRequest | None:
         output, stream = child.output, child.stream

@@ -35,6 +35,7 @@ def main(fd: int) -> int:
     except MemoryError:
         channel.send(EngineFailed("MemoryPlanError", "out of memory while loading: take a smaller --max-model-len"))
         return 2
+    core.announce = channel.publish
     channel.send(core.ready())
     for message in first[1:]:
         core.handle(message)

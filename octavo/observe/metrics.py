@@ -76,6 +76,10 @@ class Metrics:
         """Nothing runs and nothing waits: the last record's gauges no longer hold."""
         self._step.clear()
 
+    def on_restart(self) -> None:
+        """Another engine process took over."""
+        self._step.restarts.add()
+
     def on_tokens(self, now: float, previous: float | None, arrival: float, count: int) -> None:
         """Takes `count` tokens of one request that arrived together; `previous` is when its last ones did."""
         request = self._request
@@ -172,6 +176,7 @@ class _StepMetrics(_Group):
         self.kv_usage = Gauge("kv_cache_usage_perc", "Share of KV blocks held by requests, 0 to 1.")
         self.info = Gauge("cache_config_info", "How the KV cache is set up; always 1.", cache_config)
         self.info.value = 1.0
+        self.restarts = Counter("engine_restarts", "Engine processes started after the first.")
         self.preemptions = Counter("num_preemptions", "Requests preempted to free blocks.")
         self.prefix_queries = Counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = Counter("prefix_cache_hits", "Prompt tokens found there.")

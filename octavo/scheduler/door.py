@@ -28,7 +28,7 @@ class Door:
         num_tokens = self._num_tokens + request.num_prompt_tokens
         full_reqs = self._max_num_reqs and num_waiting >= self._max_num_reqs
         full_tokens = self._max_num_tokens and num_waiting and num_tokens > self._max_num_tokens
-        if full_reqs or full_tokens:
+        if (full_reqs or full_tokens) and not request.retry_alone:  # that one was let in before
             limit = f"{self._max_num_reqs} requests (max_num_queued_reqs)"
             if not full_reqs:
                 limit = f"{self._max_num_tokens} prompt tokens (max_num_queued_tokens)"

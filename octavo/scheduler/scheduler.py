@@ -106,7 +106,7 @@ class Scheduler:
         self._running: dict[str, Request] = {}  # in the order of admission
         self._forks = Forks()
         self._ready: list[Request] = []  # parents whose prompt the step being decided completes
-        self._suspects: dict[str, Request] = {}  # waiting or running, to be tried alone, in this order
+        self.suspects: dict[str, Request] = {}  # waiting or running, to be tried alone, in this order
         self._in_flight: dict[int, _Step] = {}
         self._next_step = 0
         self._counts = _Counts()
@@ -159,7 +159,9 @@ class Scheduler:
         parent = self._requests.get(request.fork_of or "")
         self._requests[request.request_id] = request
         self.policy.arrived(request)
-        if parent is None or not self._forks.try_hold(request, parent):
+        if request.retry_alone:
+            self.suspects[request.request_id] = request
+        elif parent is None or not self._forks.try_hold(request, parent):
             self.policy.push(request)
 
     def abort(self, request_id: str) -> list[RequestDelta]:
@@ -204,7 +206,7 @@ class Scheduler:
         output, step = SchedulerOutput(step=self._next_step), _Step()
         self._now = self._clock()
         self._prefill_left = self.policy.prefill_cap(self._running.values())
-        if self._suspects:
+        if self.suspects:
             self._schedule_suspect(output, step)
             self._fork(output, step, 0)
         else:
@@ -220,7 +222,7 @@ class Scheduler:
         """Runs the first suspect with no other Request in its step, or in flight: a failure is then its own."""
         if self._in_flight:
             return
-        request = next(iter(self._suspects.values()))
+        request = next(iter(self.suspects.values()))
         if request.status is RequestStatus.RUNNING:
             self._schedule_row(output, step, request, self._share(output, request), [])
         elif not self._try_admit(output, step, request):
@@ -406,7 +408,7 @@ class Scheduler:
         """Appends new tokens up to the one that ends the Request, if any does."""
         if request.retry_alone:  # it sampled: it was not the guilty one
             request.retry_alone = False
-            del self._suspects[request.request_id]
+            del self.suspects[request.request_id]
         for count, token in enumerate(tokens, 1):
             request.token_ids.append(token)
             reason = self._finish_reason(request, token)
@@ -448,7 +450,7 @@ class Scheduler:
             request.status = RequestStatus.PREEMPTED
             request.retry_alone = True
             suspects[request.request_id] = request
-        self._suspects |= suspects
+        self.suspects |= suspects
         return deltas
 
     # -------------------------------------------------------------------------------------------- ends and counts
@@ -480,7 +482,7 @@ class Scheduler:
             self.policy.remove(request)
         if (heir := self._forks.heir(request)) is not None:
             self.policy.push(heir)
-        self._suspects.pop(request.request_id, None)
+        self.suspects.pop(request.request_id, None)
         self.policy.ended(request)
         self._door.left(request)
         self.kv.forget(request)

@@ -1,7 +1,8 @@
 """One answer on the wire, whole or streamed, and the client who may leave before its end.
 
 The answer is a generator of byte strings. Nothing is sent before its first one is there, so whatever goes wrong until
-the first token still gets an honest status. When the client leaves, the generator is closed, which closes the engine's
+the first token still gets an honest status; only a stream that is silent for long begins without, because proxies hang
+up on silence. When the client leaves, the generator is closed, which closes the engine's
 iterators in it: the requests are aborted at the next step boundary.
 """
 
@@ -19,6 +20,8 @@ from octavo.outputs import RequestOutput
 from octavo.server.errors import failure_of
 
 DONE = b"data: [DONE]\n\n"
+PING = b": still here\n\n"  # a comment: clients skip it
+STUCK_SECONDS = 60.0  # a client whose full buffer takes nothing for so long is gone
 MERGED_AHEAD = 64  # outputs of several prompts that may wait for a slow client
 
 
@@ -26,20 +29,29 @@ class Answer(Response):
     """A JSON document (the generator's one part) or, with `stream`, server-sent events. `ended` is called last."""
 
     def __init__(
-        self, parts: AsyncGenerator[bytes, None], *, request_id: str, stream: bool, ended: Callable[[], None]
+        self,
+        parts: AsyncGenerator[bytes, None],
+        *,
+        request_id: str,
+        stream: bool,
+        ended: Callable[[], None],
+        ping_seconds: float,
     ) -> None:
         super().__init__()
         self.parts = parts
-        self.ended = ended
         self.request_id = request_id
         self.stream = stream
+        self.ended = ended
+        self.ping_seconds = ping_seconds
+        self._begun = False
+        self._num_sent = 0  # parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer until it ends or the client is gone."""
         work = asyncio.create_task(self._send(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await self._attend(work, gone, send)
         finally:
             for task in (work, gone):
                 task.cancel()
@@ -48,22 +60,44 @@ class Answer(Response):
         with contextlib.suppress(asyncio.CancelledError):
             work.result()
 
+    async def _attend(self, work: asyncio.Task[None], gone: asyncio.Task[None], send: Send) -> None:
+        """Returns when the answer has ended, the client is gone, or it takes nothing any more."""
+        pause = self.ping_seconds if self.stream and self.ping_seconds else None
+        while True:
+            num_sent = self._num_sent
+            done, _ = await asyncio.wait((work, gone), timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
+            if self._num_sent == num_sent:
+                try:
+                    await asyncio.wait_for(self._part(send, PING), STUCK_SECONDS)
+                except TimeoutError:
+                    return
+
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.parts) as parts:
-            first = await anext(parts)
             if not self.stream:
-                await Response(first, media_type="application/json")(scope, receive, send)
+                await Response(await anext(parts), media_type="application/json")(scope, receive, send)
                 return
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
             try:
                 async for part in parts:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-            except Exception as error:  # the status is sent: the error goes into the stream
+                    await self._part(send, part)
+            except Exception as error:
+                if not self._begun:
+                    raise
+                # the status is sent: the error goes into the stream
                 body = failure_of(error, self.request_id).body()
-                await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE, "more_body": True})
+                await self._part(send, b"data: " + body + b"\n\n" + DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _part(self, send: Send, part: bytes) -> None:
+        """Sends a piece of a stream, behind its head if it is the first."""
+        if not self._begun:
+            self._begun = True
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+        self._num_sent += 1
 
 
 async def merge(

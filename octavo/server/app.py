@@ -1,7 +1,8 @@
 """The application: routes to handlers.
 
 Routes: POST /v1/chat/completions, /v1/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /health,
-/metrics, /version, /openapi.json. No documentation page: those load their scripts from elsewhere.
+/health/live, /health/ready, /health/progress, /metrics, /version, /openapi.json. No documentation page: those load
+their scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from octavo.server import errors
 from octavo.server.chat import chat
 from octavo.server.completions import complete
 from octavo.server.door import MAX_BODY_BYTES, Door, Gate
-from octavo.server.front import Caller, Front
+from octavo.server.front import PING_SECONDS, Caller, Front
 from octavo.server.keys import Keyring
 from octavo.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -49,6 +50,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     keyring: Keyring | None = None,
     allowed_origins: Sequence[str] = (),
+    ping_seconds: float = PING_SECONDS,
 ) -> FastAPI:
     """The ASGI application for an engine. The first served name is the one answers carry by default.
 
@@ -58,6 +60,7 @@ def create_app(
         max_body_bytes: the limit of a request's body.
         keyring: who may ask; everybody by default.
         allowed_origins: web pages ("https://example.org", or "*") whose scripts may ask; none by default.
+        ping_seconds: silence in a stream after which a comment is sent, so that nobody takes it for dead.
     """
     app = FastAPI(title="Octavo", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, keyring=keyring or Keyring(), max_body_bytes=max_body_bytes)
@@ -70,22 +73,24 @@ def create_app(
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(Door, metrics=engine.metrics, max_body_bytes=max_body_bytes)  # outermost
-    app.state.engine = engine
     errors.install(app)
-    front = Front(engine, served_model_names)
+    front = app.state.front = Front(engine, served_model_names, ping_seconds)
     _add_generation(app, front)
     _add_text(app, front)
     _add_information(app, front)
+    _add_health(app, front)
     return app
 
 
 def _add_generation(app: FastAPI, front: Front) -> None:
     @_post(app, "/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        front.check_open()
         return await chat(front, body, Caller.of(request))
 
     @_post(app, "/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        front.check_open()
         return await complete(front, body, Caller.of(request))
 
 
@@ -119,12 +124,6 @@ def _add_information(app: FastAPI, front: Front) -> None:
     async def model(model: Annotated[str, Field(max_length=256)]) -> Response:
         return _json(_card(front, front.model(model)))
 
-    @app.get("/health", responses=_ERRORS)
-    async def health() -> Response:
-        if engine.dead is not None:
-            return errors.engine_dead(engine.dead).response()
-        return _json({"status": "ok"})
-
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(engine.metrics.render(), media_type=engine.metrics.content_type)
@@ -132,6 +131,25 @@ def _add_information(app: FastAPI, front: Front) -> None:
     @app.get("/version")
     async def version() -> Response:
         return _json({"version": __version__})
+
+
+def _add_health(app: FastAPI, front: Front) -> None:
+    @app.get("/health/live")
+    async def live() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/health", responses=_ERRORS)
+    @app.get("/health/ready", responses=_ERRORS)
+    async def ready() -> Response:
+        failure = front.unready()
+        return failure.response() if failure else _json({"status": "ok"})
+
+    @app.get("/health/progress")
+    async def progress() -> Response:
+        return _json({"progress": front.engine.progress(), "draining": front.draining})
+
+    for path, handler in (("/health", ready), ("/health/ready", ready), ("/health/live", live)):
+        app.head(path, include_in_schema=False)(handler)
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}

@@ -21,7 +21,7 @@ from octavo.errors import EngineDeadError, EngineError, QueueFullError, RequestE
 
 log = logging.getLogger("octavo.server")
 
-RETRY_DEAD_SECONDS = 5
+RETRY_SECONDS = 5
 TYPES = {408: "timeout", 404: "not_found_error", 413: "request_too_large", 503: "service_unavailable"}
 CODES = {408: "timeout", 404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
 PYDANTIC_CODES = {"extra_forbidden": "unsupported_parameter", "missing": "missing_required_parameter"}
@@ -55,8 +55,10 @@ def failure_of(error: Exception, request_id: str) -> Failure:
     if isinstance(error, RequestError):
         headers = {"Retry-After": str(math.ceil(error.retry_after))} if isinstance(error, QueueFullError) else {}
         return Failure(error.status, str(error), error.type, error.param, error.code, headers)
+    if isinstance(error, Refused):
+        return error.failure
     if isinstance(error, EngineDeadError):
-        return engine_dead(str(error))
+        return unavailable(f"the engine is not running: {error}", str(error.code))
     if isinstance(error, HTTPException):
         if error.status_code == 400:  # fastapi could not decode the body and keeps the reason to itself
             return Failure(400, "the body is not JSON in UTF-8, or is nested too deeply", code="invalid_json")
@@ -69,11 +71,17 @@ def failure_of(error: Exception, request_id: str) -> Failure:
     return Failure(500, f"internal error; the server's log has more under request id {request_id}", "server_error")
 
 
-def engine_dead(reason: str) -> Failure:
-    """The answer of a server whose engine is gone."""
-    kind = EngineDeadError
-    headers = {"Retry-After": str(RETRY_DEAD_SECONDS)}
-    return Failure(kind.status, f"the engine is not running: {reason}", kind.type, None, kind.code, headers)
+class Refused(Exception):
+    """Carries an answer that is an error."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def unavailable(message: str, code: str) -> Failure:
+    """The answer of a server that cannot serve now."""
+    return Failure(503, message, TYPES[503], code=code, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def install(app: FastAPI) -> None:
@@ -87,7 +95,7 @@ def install(app: FastAPI) -> None:
             )
         return failure_of(error, request.state.request_id).response()
 
-    for kind in (RequestValidationError, RequestError, EngineError, HTTPException):
+    for kind in (RequestValidationError, RequestError, EngineError, HTTPException, Refused):
         app.add_exception_handler(kind, answer)
 
 

@@ -17,6 +17,7 @@ from octavo.engine.frontend import MODEL_DEFAULTS, default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.server.errors import Failure, Refused, unavailable
 from octavo.server.keys import Key
 from octavo.server.protocol import ChatRequest, GenerationRequest, TokenizeRequest
 from octavo.text.chat import cut_after_last_message, missing_template, plain_message
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
     from octavo.text.tokenizer import Tokenizer
 
+PING_SECONDS = 15.0  # of silence in a stream
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -48,8 +50,28 @@ class Front:
 
     engine: AsyncEngine
     model_names: list[str]
+    ping_seconds: float = PING_SECONDS
+    draining: bool = False  # running answers end, new ones are refused
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def unready(self) -> Failure | None:
+        """Why this server should get no new requests now, if it should not."""
+        engine = self.engine
+        if self.draining:
+            return unavailable("the server is shutting down: ask another one", "draining")
+        if engine.dead:
+            return unavailable(f"the engine is not running: {engine.dead}", "engine_dead")
+        if engine.restarting:
+            return unavailable(f"the engine is being loaded again: {engine.restarting}", "loading")
+        if engine.progress().stage == "stalled":
+            return unavailable("the engine has work and makes no progress; it will be restarted", "stalled")
+        return None
+
+    def check_open(self) -> None:
+        """Raises Refused when the server is shutting down."""
+        if self.draining and (failure := self.unready()):
+            raise Refused(failure)
 
     def model(self, asked: str | None) -> str:
         """The name to answer under. Raises UnknownModelError for one that is not served."""

@@ -75,7 +75,8 @@ class Generation(ABC):
         """The HTTP response."""
         stream = bool(self.body.stream)
         parts = self._events() if stream else self._whole()
-        return Answer(parts, request_id=self.caller.request_id, stream=stream, ended=self._book)
+        ping = self.front.ping_seconds
+        return Answer(parts, request_id=self.caller.request_id, stream=stream, ended=self._book, ping_seconds=ping)
 
     def _book(self) -> None:
         """Books what was generated on the caller's key, however the answer ended."""

@@ -20,14 +20,15 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
-    from octavo.engine.async_engine import AsyncEngine
+    from octavo.server.front import Front
 
 KEEP_ALIVE_SECONDS = 75
 DRAIN_SECONDS = 30
 DRAIN_POLL_SECONDS = 0.05
+DEAD_SECONDS = 5.0  # of telling everybody, before a server whose engine is gone for good ends
 CLOSE_SECONDS = 5  # for the last bytes, when nothing is generated any more
 
 
@@ -58,14 +59,17 @@ async def run_server(
     tls: Tls | None = None,
     head_seconds: float = KEEP_ALIVE_SECONDS,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, then gives open answers `drain_seconds` to end; a second signal gives none.
+    """Serves until SIGINT or SIGTERM, then refuses new requests and gives open answers `drain_seconds` to end; a second
+    signal gives none.
 
     What is open after that ends with the error that the engine was shut down. Port 0 takes a free one; `ready` is
     called with the real port once connections are accepted. A connection on which no request arrives for twice
     `head_seconds` is closed, however slowly it sends.
 
-    Raises ConfigError when the address cannot be bound. Prints nothing.
+    Raises ConfigError when the address cannot be bound, EngineDeadError some seconds after the engine is gone for good.
+    Prints nothing.
     """
+    front: Front = app.state.front
     listener = _bind(host, port)
     config = uvicorn.Config(
         app,
@@ -82,7 +86,10 @@ async def run_server(
         ssl_keyfile=tls.keyfile if tls else None,
     )
     with listener:
-        await _Server(config, app.state.engine, drain_seconds, ready).serve(sockets=[listener])
+        server = _Server(config, front, drain_seconds, ready)
+        await server.serve(sockets=[listener])
+    if server.dead_since is not None:
+        raise EngineDeadError(front.engine.dead)
 
 
 class _Connection(H11Protocol):
@@ -135,12 +142,13 @@ class _Server(uvicorn.Server):
     called us cleans up afterwards."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float, ready: Callable[[int], None] | None
+        self, config: uvicorn.Config, front: Front, drain_seconds: float, ready: Callable[[int], None] | None
     ) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._front = front
         self._drain_seconds = drain_seconds
         self._ready = ready
+        self.dead_since: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Calls `ready` once connections are accepted."""
@@ -148,17 +156,25 @@ class _Server(uvicorn.Server):
         if self._ready and sockets:
             self._ready(sockets[0].getsockname()[1])
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the loop some time after the engine's end, too."""
+        if self._front.engine.dead and self.dead_since is None:
+            self.dead_since = time.monotonic()
+        if self.dead_since is not None and time.monotonic() - self.dead_since > DEAD_SECONDS:
+            return True
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more, lets open answers end in time, ends the others by ending the engine."""
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
+        """Refuses new requests, lets open answers end in time, then accepts no more and ends the others by ending the
+        engine."""
+        self._front.draining = True
         deadline = time.monotonic() + self._drain_seconds
         while self.server_state.tasks and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
+        for server in self.servers:
+            server.close()
         if self.server_state.tasks:
-            await self._engine.shutdown()
+            await self._front.engine.shutdown()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

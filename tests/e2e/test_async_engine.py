@@ -2,13 +2,11 @@
 
 import asyncio
 import json
-import os
-import signal
 
 import pytest
 
 from octavo import AsyncEngine, EngineConfig, RequestOutputKind, SamplingParams
-from octavo.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidValueError, MemoryPlanError
+from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, MemoryPlanError
 from tests.engine.test_core import TINY
 
 PROMPT = [5, 6, 7]
@@ -114,50 +112,6 @@ def test_wrong_requests_are_refused_before_the_first_output(folder):
         return await collect(engine, "d")
 
     assert len(with_engine(folder, use)[-1].outputs[0].token_ids) == 40
-
-
-def test_a_killed_engine_is_told_to_everybody(folder):
-    async def use(engine):
-        async def stream():
-            async for _ in engine.generate(PROMPT, params(max_tokens=250), "r"):
-                os.kill(engine._process.pid, signal.SIGKILL)
-
-        with pytest.raises(EngineDeadError, match="signal 9"):
-            await stream()
-        assert "signal 9" in engine.dead
-        with pytest.raises(EngineDeadError, match="signal 9"):
-            await anext(engine.generate(PROMPT, params(), "later"))
-        assert 'finished_reason="error",model_name' in engine.metrics.render().decode()
-
-    with_engine(folder, use)
-
-
-def test_a_death_while_a_prompt_is_tokenised_is_noticed(folder):
-    async def use(engine):
-        async def dies_meanwhile(prompt):
-            engine._process.kill()
-            while engine.dead is None:
-                await asyncio.sleep(0.01)
-            return None, prompt
-
-        engine.tokenize = dies_meanwhile
-        with pytest.raises(EngineDeadError, match="signal 9"):
-            await anext(engine.generate(PROMPT, params(), "r"))
-
-    with_engine(folder, use)
-
-
-def test_a_front_that_cannot_read_says_so_and_leaves_nobody_waiting(folder):
-    async def use(engine):
-        def fails(deltas):
-            raise RuntimeError("a bug of ours")
-
-        engine._frontend.process = fails
-        with pytest.raises(EngineDeadError, match="a bug of ours"):
-            await anext(engine.generate(PROMPT, params(), "r"))
-        assert "a bug of ours" in engine.dead
-
-    with_engine(folder, use)
 
 
 def test_what_the_engine_cannot_start_with_is_raised_here(folder):

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
+from octavo.engine.watchdog import Progress
 from octavo.errors import EngineDeadError, InvalidValueError
 from octavo.observe.metrics import Metrics
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput
@@ -74,6 +75,8 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.dead: str | None = None
+        self.restarting: str | None = None
+        self.stage = "idle"
         self.tokenizer = FakeTokenizer() if self.has_text else None
         self.chat_template = FakeTemplate() if self.has_text else None
         self.spec = SimpleNamespace(vocab_size=VOCAB_SIZE, generation_defaults=self.generation_defaults)
@@ -98,6 +101,9 @@ class FakeEngine:
             self.running.discard(request_id)
             if not ended:
                 self.aborted.append(request_id)
+
+    def progress(self) -> Progress:
+        return Progress(self.stage, len(self.running), 0.5, 0.0, 0.01, 5.0, 0)
 
     async def shutdown(self) -> None:
         self.dead = "the engine was shut down"

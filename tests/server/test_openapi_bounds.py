@@ -65,6 +65,9 @@ def test_routes() -> None:
         ("/tokenize", "post"),
         ("/detokenize", "post"),
         ("/health", "get"),
+        ("/health/live", "get"),
+        ("/health/ready", "get"),
+        ("/health/progress", "get"),
         ("/metrics", "get"),
         ("/version", "get"),
     }

@@ -1,0 +1,181 @@
+"""The engine process dies in the middle of streams: they go on, with the tokens they would have had anyway."""
+
+import asyncio
+import json
+import os
+import signal
+
+import pytest
+
+from octavo import AsyncEngine, EngineConfig, RequestOutputKind, SamplingParams
+from octavo.engine import watchdog
+from octavo.errors import EngineDeadError, EngineLoadingError, StepError
+from tests.engine.test_core import TINY
+
+NUM_STREAMS = 16
+MAX_TOKENS = 80
+POISON = [77, 78, 77, 78]
+# every process that starts with this on its path kills itself when it is to compute these tokens
+CRASHES = f"""
+import os, signal
+import octavo.worker.batch as batch
+build = batch.build_batch
+def crash(scheduled, rows):
+    built = build(scheduled, rows)
+    if {str(POISON)[1:-1]!r} in str(built.inputs.token_ids.tolist()):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return built
+batch.build_batch = crash
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    (path / "config.json").write_text(json.dumps(TINY))
+    return path
+
+
+def with_engine(folder, use, **settings):
+    async def body():
+        settings_ = {"load_format": "dummy", "runtime": "reference", "max_num_seqs": NUM_STREAMS, **settings}
+        engine = await AsyncEngine.start(EngineConfig(model=str(folder), **settings_))
+        try:
+            return await use(engine)
+        finally:
+            await engine.shutdown()
+
+    return asyncio.run(asyncio.wait_for(body(), 120))
+
+
+def sampling(number):
+    """Greedy, or sampled from a seed with penalties: both must come out the same."""
+    sampled = {"temperature": 0.9, "seed": number, "presence_penalty": 0.5} if number % 3 == 0 else {"temperature": 0.0}
+    kind = RequestOutputKind.DELTA
+    return SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0, output_kind=kind, **sampled)
+
+
+class Streams:
+    """Streams side by side; `tokens` grows as they go, `pieces` counts what arrived."""
+
+    def __init__(self, engine, num=NUM_STREAMS):
+        self.engine = engine
+        self.tokens = [[] for _ in range(num)]
+        self.logprobs = [0 for _ in range(num)]
+
+    async def run(self):
+        return await asyncio.gather(*map(self.one, range(len(self.tokens))), return_exceptions=True)
+
+    async def one(self, number):
+        prompt = [5, 6, 7 + number]
+        async for output in self.engine.generate(prompt, sampling(number), f"r{number}"):
+            self.tokens[number] += output.outputs[0].token_ids
+            self.logprobs[number] += len(output.outputs[0].logprobs)
+        return output.outputs[0].finish_reason
+
+    async def reached(self, num_tokens):
+        """Waits until so many tokens came over all streams."""
+        while sum(map(len, self.tokens)) < num_tokens:
+            await asyncio.sleep(0.001)
+
+    def under_way(self):
+        return sum(0 < len(tokens) < MAX_TOKENS for tokens in self.tokens)
+
+
+def undisturbed(folder):
+    async def use(engine):
+        streams = Streams(engine)
+        assert await streams.run() == ["length"] * NUM_STREAMS
+        return streams.tokens
+
+    return with_engine(folder, use)
+
+
+def test_kill_nine_twice_is_a_pause(folder, monkeypatch):
+    monkeypatch.setattr(watchdog, "BACK_OFF", (0.0, 0.1))
+
+    async def use(engine):
+        streams = Streams(engine)
+        running = asyncio.create_task(streams.run())
+        first = engine._process.pid
+        under_way = []
+        for share in (0.2, 0.6):
+            await streams.reached(share * NUM_STREAMS * MAX_TOKENS)
+            under_way.append(streams.under_way())
+            os.kill(engine._process.pid, signal.SIGKILL)
+            while engine.restarting is None:
+                await asyncio.sleep(0.001)
+            with pytest.raises(EngineLoadingError, match="signal 9"):
+                await anext(engine.generate([1], sampling(1), "meanwhile"))
+            assert engine.progress().stage == "restarting"
+        assert await running == ["length"] * NUM_STREAMS
+        assert engine._process.pid != first
+        assert engine.progress().num_restarts == 2
+        assert b"octavo:engine_restarts_total" in engine.metrics.render()
+        return streams, under_way
+
+    streams, under_way = with_engine(folder, use)
+    assert min(under_way) >= 4, "streams were cut in the middle"
+    assert streams.tokens == undisturbed(folder)
+    assert streams.logprobs == [MAX_TOKENS] * NUM_STREAMS
+
+
+def test_a_stopped_engine_is_replaced(folder, monkeypatch):
+    monkeypatch.setattr(watchdog, "MIN_SILENCE", 0.6)
+    monkeypatch.setattr(watchdog, "MIN_SLEEP", 0.5)
+
+    async def use(engine):
+        streams = Streams(engine)
+        running = asyncio.create_task(streams.run())
+        await streams.reached(0.3 * NUM_STREAMS * MAX_TOKENS)
+        os.kill(engine._process.pid, signal.SIGSTOP)
+        stages = set()
+        while not engine.restarting:
+            stages.add(engine.progress().stage)
+            await asyncio.sleep(0.05)
+        assert await running == ["length"] * NUM_STREAMS
+        return streams.tokens, stages
+
+    tokens, stages = with_engine(folder, use)
+    assert "working" in stages
+    assert tokens == undisturbed(folder)
+
+
+def test_a_request_that_kills_engines_ends_alone(folder, tmp_path, monkeypatch):
+    """Its engine dies, so does the next one; then it is known by running alone, and the others end well."""
+    monkeypatch.setattr(watchdog, "BACK_OFF", (0.0, 0.1))
+    (tmp_path / "sitecustomize.py").write_text(CRASHES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}:{os.getcwd()}")
+
+    async def use(engine):
+        streams = Streams(engine, num=6)
+        running = asyncio.create_task(streams.run())
+        await streams.reached(20)
+        with pytest.raises(StepError, match="ran this request alone"):
+            await anext(engine.generate([5, *POISON], sampling(1), "poison"))
+        ended = await running
+        return ended, engine.progress().num_restarts
+
+    ended, num_restarts = with_engine(folder, use)
+    assert ended == ["length"] * 6
+    assert num_restarts == 2
+
+
+def test_too_many_deaths_are_told_to_everybody(folder, monkeypatch):
+    monkeypatch.setattr(watchdog, "BACK_OFF", (0.0,))
+    monkeypatch.setattr(watchdog, "MAX_RESTARTS", 1)
+
+    async def use(engine):
+        streams = Streams(engine)
+        running = asyncio.create_task(streams.run())
+        for share in (0.2, 0.5):
+            await streams.reached(share * NUM_STREAMS * MAX_TOKENS)
+            os.kill(engine._process.pid, signal.SIGKILL)
+        ended = await running
+        with pytest.raises(EngineDeadError, match="restarts within 10 minutes"):
+            await anext(engine.generate([1], sampling(1), "later"))
+        return ended
+
+    ended = with_engine(folder, use)
+    assert any(isinstance(end, EngineDeadError) for end in ended)
+    assert all(end == "length" or isinstance(end, EngineDeadError) for end in ended)
