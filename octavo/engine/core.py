@@ -55,14 +55,17 @@ class EngineCore:
         *,
         depth: int | None = None,
         default_queue: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             depth: most steps in flight; by default what the workers can, and 1 without --async-scheduling.
             default_queue: requests that may wait where the config does not say; 0 for no bound.
+            clock: seconds, monotonic.
         """
         self.config = config
         self.info = info
+        self._clock = clock
         self.log = StepLog()
         self._executor = executor
         self._depth = depth or (info.max_depth if config.async_scheduling else 1)
@@ -88,6 +91,7 @@ class EngineCore:
             policy=make_policy(config),
             max_num_queued_reqs=default_queue if config.max_num_queued_reqs is None else config.max_num_queued_reqs,
             max_num_queued_tokens=config.max_num_queued_tokens,
+            clock=clock,
         )
 
     def ready(self) -> EngineReady:
@@ -137,7 +141,7 @@ class EngineCore:
     def _add(self, message: AddRequest) -> None:
         params = message.params
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        now = time.monotonic()
+        now = self._clock()
         request = Request(
             request_id=message.request_id,
             prompt_token_ids=message.prompt_token_ids,
@@ -165,19 +169,19 @@ class EngineCore:
             self._pending.append(_failed(request.request_id, str(error)))
 
     def _launch(self) -> bool:
-        record = StepRecord(step=self.log.num_steps + len(self._in_flight), time=time.monotonic())
+        record = StepRecord(step=self.log.num_steps + len(self._in_flight), time=self._clock())
         output = self.scheduler.schedule()
         if not output.scheduled:
             return False
         self.scheduler.fill(record, output)
         if self.announce and len(output.scheduled) == 1 and output.scheduled[0].request_id in self.scheduler.suspects:
             self.announce(StepOutputs([RequestDelta(output.scheduled[0].request_id, alone=True)], []))
-        scheduled_at = time.monotonic()
+        scheduled_at = self._clock()
         record.schedule_seconds = scheduled_at - record.time
         calls = self._executor.num_foreign_calls
         self._executor.execute(output)
         result = self._executor.sample()
-        record.launch_seconds = record.execute_seconds = time.monotonic() - scheduled_at
+        record.launch_seconds = record.execute_seconds = self._clock() - scheduled_at
         record.num_foreign_calls = self._executor.num_foreign_calls - calls
         self._in_flight.append(_InFlight(output, record, result))
         return True
@@ -185,17 +189,17 @@ class EngineCore:
     def _finish_oldest(self) -> list[StepRecord]:
         oldest = self._in_flight.popleft()
         record = oldest.record
-        waiting_since = time.monotonic()
+        waiting_since = self._clock()
         try:
             result = oldest.result.result()
         except Exception as error:
             return self._fail_all(oldest, f"{type(error).__name__}: {error}")
-        done_at = time.monotonic()
+        done_at = self._clock()
         record.execute_seconds += done_at - waiting_since
         deltas = self.scheduler.update(oldest.output, result)
         record.num_sampled = sum(len(tokens) for tokens in result.token_ids)
         record.num_finished = sum(d.finish_reason is not None for d in deltas)
-        record.update_seconds = time.monotonic() - done_at
+        record.update_seconds = self._clock() - done_at
         self._pending.extend(deltas)
         self.log.append(record)
         return [record]

@@ -15,9 +15,10 @@ LEAVES = {"config", "errors", "messages", "outputs", "request", "sampling_params
 
 # room -> the rooms it may import, itself and the leaves aside
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"server", "engine", "models", "program", "runtime", "text", "observe", "worker"},
+    "cli": {"server", "engine", "models", "program", "runtime", "text", "observe", "worker", "simulate"},
     "server": {"engine", "text", "observe", "models"},
     "engine": {"scheduler", "kvcache", "executor", "worker", "observe", "text", "models"},
+    "simulate": {"engine", "scheduler", "kvcache"},
     "scheduler": {"kvcache"},
     "kvcache": set(),
     "executor": {"worker", "models", "runtime"},

@@ -1,0 +1,232 @@
+"""`octavo simulate`: what a trace of requests would see, without running the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
+
+import typer
+from typer import Option
+
+from octavo.cli.flags import engine_flags
+from octavo.cli.help import Verb
+from octavo.cli.terminal import console, say, say_table
+from octavo.config import EngineConfig, SchedulingPolicy
+from octavo.errors import ConfigError
+from octavo.simulate.trace import Arrival, Workload, clipped, read_trace
+
+if TYPE_CHECKING:
+    from octavo.engine.core import EngineCore
+    from octavo.simulate.costs import Costs
+    from octavo.simulate.outcome import Outcome
+    from octavo.simulate.simulator import Machine
+
+CALIBRATION_SECONDS = 30.0
+EXIT_OFF = 1  # a simulation further off than it may be
+_EXAMPLES = (
+    "octavo simulate --calibrate smollm2                  time steps of the model here, into octavo-costs.json\n\n"
+    "octavo simulate --load 1.2 --compare                 every policy at 120 % of what the machine can do\n\n"
+    "octavo simulate --trace mooncake.jsonl --limit 500   somebody else's traffic on this machine\n\n"
+    "octavo simulate --num-gpu-blocks-override 200        the same with a smaller KV cache\n\n"
+    "octavo simulate --validate smollm2 --rate 3          is the simulation right? run both"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command(cls=Verb, epilog=_EXAMPLES)(simulate)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFlags:
+    """Which requests."""
+
+    panel: ClassVar[str] = "Trace"
+    trace: Annotated[
+        Path | None,
+        Option(help="File instead of generated requests: .jsonl of Mooncake, .csv of BurstGPT.", metavar="FILE"),
+    ] = None
+    limit: Annotated[int, Option(help="Requests to take from the file.", metavar="N", min=1)] = 1000
+    num_requests: Annotated[int, Option(help="Requests to generate.", metavar="N")] = 200
+    rate: Annotated[float, Option(help="Requests a second.", metavar="X")] = 1.0
+    load: Annotated[
+        float | None, Option(help="Instead of --rate: a share of what the machine can do, such as 1.2.", metavar="X")
+    ] = None
+    burstiness: Annotated[float, Option(help="1: Poisson; below 1 requests come in clumps.", metavar="X")] = 1.0
+    burst_size: Annotated[int, Option(help="Requests that arrive together.", metavar="N")] = 1
+    prompt_median: Annotated[int, Option(help="Tokens; lengths are log-normal.", metavar="N")] = 128
+    output_median: Annotated[int, Option(help="Tokens.", metavar="N")] = 64
+    sigma: Annotated[float, Option(help="Spread of the lengths; 0: all equal.", metavar="X")] = 0.8
+    shared_prefix: Annotated[int, Option(help="Tokens that all prompts begin with.", metavar="N")] = 0
+    turns: Annotated[int, Option(help="Turns of a conversation; each repeats the ones before.", metavar="N")] = 1
+    think_time: Annotated[float, Option(help="Mean seconds between turns.", metavar="X")] = 5.0
+    num_tenants: Annotated[int, Option(help="Users that send.", metavar="N")] = 1
+    tenant_skew: Annotated[float, Option(help="How uneven: user k sends (k + 1) ** -X as much.", metavar="X")] = 0.0
+    num_priorities: Annotated[int, Option(help="Priorities, drawn evenly.", metavar="N")] = 1
+    trace_seed: Annotated[int, Option(help="Another one gives other requests.", metavar="N")] = 0
+
+    def workload(self) -> Workload:
+        """The generated trace's description. Raises ConfigError for what cannot be."""
+        shared = {f.name for f in fields(Workload)} & {f.name for f in fields(self)}
+        return Workload(**{name: getattr(self, name) for name in shared}, seed=self.trace_seed)
+
+
+@engine_flags(
+    only=(
+        *("revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"),
+        *("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "kv_cache_dtype"),
+        *("enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold"),
+        *("scheduling_policy", "priority_ageing", "slo_ttft_ms", "slo_itl_ms"),
+        *("max_num_queued_reqs", "max_num_queued_tokens"),
+    )
+)
+def simulate(
+    config: EngineConfig,
+    trace: TraceFlags,
+    costs: Annotated[Path, Option(help="Step costs, made by --calibrate.", metavar="FILE")] = Path("octavo-costs.json"),
+    calibrate: Annotated[bool, Option("--calibrate", help="Time steps of MODEL here and write --costs.")] = False,
+    validate: Annotated[
+        bool, Option("--validate", help="Run the trace on MODEL as well, and say how far the simulation is off.")
+    ] = False,
+    compare: Annotated[bool, Option("--compare", help="All scheduling policies side by side.")] = False,
+    output: Annotated[Path | None, Option(help="Write the figures as JSON too.", metavar="FILE")] = None,
+) -> int:
+    """Run the real scheduler on a trace of requests, in virtual time: throughput, latencies, fairness, waste.
+
+    Only the model is missing: a step takes what a linear model of its work says, fitted to steps timed on this machine
+    (under a minute, once). Flags of the scheduler and the KV cache mean what they mean to octavo serve.
+    """
+    if calibrate or validate:
+        return _with_engine(config, trace, costs, validate, output)
+    from octavo.simulate.costs import Costs
+    from octavo.simulate.simulator import simulate as run
+
+    measured = Costs.read(costs)
+    num_blocks = config.num_gpu_blocks_override or measured.num_blocks * measured.block_size // config.block_size
+    machine = replace(measured.machine, num_blocks=num_blocks)
+    machine = replace(machine, max_model_len=config.max_model_len or machine.max_model_len)
+    arrivals = _arrivals(trace, machine, config)
+    policies = get_args(SchedulingPolicy) if compare else (config.scheduling_policy,)
+    outcomes = {}
+    with _progress(len(arrivals) * len(policies), "Simulating") as tell:
+        for place, policy in enumerate(policies):
+            outcomes[policy] = run(
+                arrivals,
+                machine,
+                replace(config, scheduling_policy=policy),
+                tell=lambda done, place=place: tell(done + place * len(arrivals)),  # type: ignore[misc]
+            )
+    _say_outcomes(measured, arrivals, outcomes, config, output)
+    return 0
+
+
+def _arrivals(trace: TraceFlags, machine: Machine, config: EngineConfig) -> list[Arrival]:
+    """The requests that fit, at the rate or the load that was asked for."""
+    from octavo.simulate.simulator import capacity
+
+    if trace.trace is not None and trace.load is not None:
+        raise ConfigError("--load is for generated requests: a trace file has its own times")
+    given = read_trace(trace.trace, limit=trace.limit) if trace.trace else trace.workload().generate()
+    longest = min(machine.max_model_len, machine.num_blocks * config.block_size)
+    arrivals, num_left_out = clipped(given, longest)
+    if not arrivals:
+        raise ConfigError(f"none of the {len(given)} requests fits {longest} tokens: raise --max-model-len")
+    if num_left_out:
+        say(f"{num_left_out} requests longer than {longest} tokens were left out", style="yellow")
+    if trace.load is not None:
+        slower = trace.rate / (trace.load * capacity(arrivals, machine, config))
+        arrivals = [replace(arrival, time=arrival.time * slower) for arrival in arrivals]
+    return arrivals
+
+
+def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, validating: bool, output: Path | None) -> int:
+    from octavo.engine.llm import LLM
+    from octavo.simulate.costs import Costs
+
+    settings = {f.name: getattr(config, f.name) for f in fields(config)}
+    with LLM(**{**settings, "skip_tokenizer_init": True}) as llm:
+        with _progress(1.0, "Calibrating") as tell:
+            costs = Costs.measure(config.model, llm.core, seconds=CALIBRATION_SECONDS, tell=tell)
+        costs.write(path)
+        _say_costs(costs, path)
+        if not validating:
+            return 0
+        return _validate(_arrivals(trace, costs.machine, config), llm.core, costs, output)
+
+
+def _validate(arrivals: list[Arrival], core: EngineCore, costs: Costs, output: Path | None) -> int:
+    from octavo.simulate.validate import TOLERANCE, validate
+
+    with _progress(len(arrivals), "Running") as tell:
+        rows = validate(arrivals, core, costs.machine, tell=tell)
+    say()
+    say(f"{'':18}{'simulated':>12}{'measured':>12}{'off by':>10}", style="bold")
+    for row in rows:
+        style = None if row.within else "red"
+        say(f"{row.name:18}{row.simulated:12,.1f}{row.measured:12,.1f}{100 * row.error:+9.1f}%", style=style)
+    say(f"{len(arrivals)} requests; within {100 * TOLERANCE:.0f} % is close enough", style="dim")
+    if output is not None:
+        _write(output, {"costs": asdict(costs), "figures": [{**asdict(r), "error": r.error} for r in rows]})
+    return 0 if all(row.within for row in rows if not row.name.startswith("ITL")) else EXIT_OFF
+
+
+def _say_costs(costs: Costs, path: Path) -> None:
+    names = {
+        "fixed": "a step",
+        "per_token": "a token",
+        "per_row": "a sampled row",
+        "per_position": "a KV position read",
+        "per_pair": "a query-key pair of a prefill",
+    }
+    rows = [(names[name], f"{1e6 * seconds:12,.4f} µs") for name, seconds in asdict(costs.seconds).items()]
+    say_table(f"{costs.model}, {costs.runtime}, {costs.dtype}", rows)
+    say(f"{costs.num_steps} steps timed; half of them are predicted within {100 * costs.typical_error:.1f} %: {path}")
+
+
+def _say_outcomes(
+    costs: Costs, arrivals: list[Arrival], outcomes: dict[str, Outcome], config: EngineConfig, output: Path | None
+) -> None:
+    """The figures of each policy in a column."""
+    ttft, itl = config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000
+    figures = {policy: outcome.figures(ttft=ttft, itl=itl) for policy, outcome in outcomes.items()}
+    span = arrivals[-1].time or 1.0
+    say(
+        f"{costs.model} on {costs.runtime}: {len(arrivals)} requests, {len(arrivals) / span:.2f} a second; "
+        f"targets {config.slo_ttft_ms} ms to the first token, {config.slo_itl_ms} ms between tokens"
+    )
+    typer.echo(typer.style(" " * 24 + "".join(f"{policy:>12}" for policy in figures), bold=True))
+    for name in next(iter(figures.values())):
+        digits = 3 if name == "Jain fairness" else 0 if name in ("preemptions", "refused") else 2
+        typer.echo(f"{name:24}" + "".join(f"{values[name]:12,.{digits}f}" for values in figures.values()))
+    if output is not None:
+        _write(output, {"costs": asdict(costs), "num_requests": len(arrivals), "figures": figures})
+
+
+def _write(path: Path, document: dict[str, object]) -> None:
+    try:
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def _progress(total: float, name: str) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal; it is told how far things are."""
+    from tqdm.auto import tqdm
+
+    with tqdm(
+        total=total,
+        desc=name,
+        disable=not console().is_terminal,
+        leave=False,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining}",
+    ) as bar:
+
+        def tell(done: float) -> None:
+            bar.update(done - bar.n)
+
+        yield tell

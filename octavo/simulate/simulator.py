@@ -1,0 +1,113 @@
+"""Runs the engine's scheduler (not a copy) and its KV cache manager on a trace. Only the computing half is replaced: a
+step takes what the cost model says, in virtual time, and the model says what the trace says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from octavo.config import EngineConfig
+from octavo.errors import QueueFullError
+from octavo.kvcache.manager import KVCacheManager
+from octavo.messages import StepRecord
+from octavo.request import Request
+from octavo.sampling_params import SamplingParams
+from octavo.scheduler.choose import make_policy
+from octavo.scheduler.cost import CostModel, StepWork
+from octavo.scheduler.scheduler import Scheduler
+from octavo.simulate.outcome import Outcome, Seen
+from octavo.simulate.trace import Arrival
+from octavo.step import ModelRunnerOutput, SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is simulated: a model on a machine, in numbers."""
+
+    cost: CostModel
+    num_blocks: int
+    max_model_len: int
+
+
+def simulate(
+    trace: Sequence[Arrival],
+    machine: Machine,
+    config: EngineConfig,
+    *,
+    tell: Callable[[int], None] = lambda num_done: None,
+) -> Outcome:
+    """Runs a trace to its end, one step in flight; `tell` hears how many requests have ended.
+
+    Arrivals are noticed between steps, as by an engine whose inbox is drained there.
+    """
+    now = 0.0
+    kv = KVCacheManager(
+        machine.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching, hash_key=b""
+    )
+    scheduler = Scheduler(
+        kv,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=machine.max_model_len,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        policy=make_policy(config, machine.cost),
+        max_num_queued_reqs=config.max_num_queued_reqs or 0,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+        clock=lambda: now,
+    )
+    outcome = Outcome([Seen(arrival) for arrival in trace], [])
+    next_arrival = num_done = 0
+    while next_arrival < len(trace) or scheduler.has_unfinished:
+        while next_arrival < len(trace) and trace[next_arrival].time <= now:
+            try:
+                scheduler.add(_request(next_arrival, trace[next_arrival], now))
+            except QueueFullError:
+                outcome.seen[next_arrival].refused = True
+                num_done += 1
+            next_arrival += 1
+        output = scheduler.schedule()
+        if not output.scheduled:
+            now = trace[next_arrival].time
+            continue
+        record = StepRecord(step=len(outcome.records), time=now)
+        scheduler.fill(record, output)
+        result = _answers(output, outcome)
+        record.num_sampled = sum(map(len, result.token_ids))
+        record.execute_seconds = machine.cost.seconds(StepWork.of(record))
+        now += record.execute_seconds
+        deltas = scheduler.update(output, result)
+        outcome.take(deltas, now)
+        outcome.records.append(record)
+        if ended := sum(delta.finish_reason is not None for delta in deltas):
+            num_done += ended
+            tell(num_done)
+    return outcome
+
+
+def capacity(trace: Sequence[Arrival], machine: Machine, config: EngineConfig) -> float:
+    """Requests a second when all of the trace wait from the start: load 1.0."""
+    outcome = simulate(
+        [replace(arrival, time=0.0) for arrival in trace],
+        machine,
+        replace(config, scheduling_policy="fcfs", max_num_queued_reqs=0, max_num_queued_tokens=0),
+    )
+    return len(outcome.seen) / outcome.seconds
+
+
+def _request(place: int, arrival: Arrival, now: float) -> Request:
+    return Request(
+        request_id=str(place),
+        prompt_token_ids=arrival.token_ids(),
+        params=SamplingParams(ignore_eos=True, max_tokens=arrival.num_output),
+        stop_ids=frozenset(),
+        max_tokens=arrival.num_output,
+        arrival_time=now,
+        priority=arrival.priority,
+        tenant=arrival.tenant,
+    )
+
+
+def _answers(output: SchedulerOutput, outcome: Outcome) -> ModelRunnerOutput:
+    """What the trace lets the model say: for each row that samples, the content id of its answer."""
+    tokens = [[outcome.seen[int(row.request_id)].arrival.answer] if row.samples else [] for row in output.scheduled]
+    return ModelRunnerOutput(token_ids=tokens, logprobs=[None] * len(tokens))
