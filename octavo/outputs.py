@@ -39,6 +39,7 @@ class RequestMetrics:
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None
+    queue_seconds: float = 0.0  # from arrival to first scheduling
 
 
 @dataclass(slots=True)

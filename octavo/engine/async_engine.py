@@ -15,8 +15,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any
 
-from octavo import errors
+from octavo import __version__, errors
 from octavo.config import EngineConfig
 from octavo.engine.child import EngineProcess
 from octavo.engine.frontend import Frontend, Group, Prompt, Update
@@ -199,6 +201,18 @@ class AsyncEngine:
             return "idle"
         return "stalled" if self._watchdog.stalled(self._process.cpu_seconds()) else "working"
 
+    def describe(self) -> dict[str, Any]:
+        """The settings and what came of them, for people."""
+        config = asdict(self.config)
+        config.pop("prefix_caching_hash_key")  # a secret
+        ready = asdict(self.ready)
+        return {"version": __version__, "config": config, "engine": ready, "start_up_seconds": self.timings}
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run, the n answers to one counted apart."""
+        return self._frontend.num_unfinished
+
     async def shutdown(self) -> None:
         """Ends the engine process; running requests get EngineDeadError."""
         if self.dead is None:
@@ -351,7 +365,7 @@ class AsyncEngine:
                 n=group.params.n if child is group.children[0] else None,
                 max_tokens=group.params.max_tokens,
                 arrival=times.arrival_time,
-                queue_seconds=group.queue_seconds,
+                queue_seconds=times.queue_seconds,
                 first_token=child.first_token_time,
                 last_token=child.last_token_time,
                 finished=times.finished_time or time.monotonic(),

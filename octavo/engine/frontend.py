@@ -57,7 +57,6 @@ class Group:
     prompt_token_ids: list[int]
     params: SamplingParams
     metrics: RequestMetrics
-    queue_seconds: float = 0.0
     num_cached_tokens: int = 0
     children: list[Child] = field(default_factory=list)
 
@@ -274,7 +273,7 @@ class Frontend:
     def _apply(self, child: Child, delta: RequestDelta) -> FinishRequest | None:
         group, output = child.parent, child.output
         group.num_cached_tokens = delta.num_cached_tokens or group.num_cached_tokens
-        group.queue_seconds = delta.queue_time or group.queue_seconds
+        group.metrics.queue_seconds = delta.queue_time or group.metrics.queue_seconds
         output.token_ids.extend(delta.token_ids)
         if output.logprobs is not None:
             self._add_logprobs(output, delta.token_ids, delta.logprobs or [])

@@ -1,8 +1,8 @@
 """The application: routes to handlers.
 
 Routes: POST /v1/chat/completions, /v1/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /health,
-/health/live, /health/ready, /health/progress, /metrics, /version, /openapi.json. No documentation page: those load
-their scripts from elsewhere.
+/health/live, /health/ready, /health/progress, /metrics, /load, /server_info, /version, /openapi.json. No documentation
+page: those load their scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _add_text(app: FastAPI, front: Front) -> None:
     async def detokenize(body: DetokenizeRequest) -> Response:
         front.model(body.model)
         if body.tokens:
-            front.check_prompt_ids(body.tokens, "tokens")
+            front.check_ids(body.tokens, "tokens")
         return _json({"prompt": front.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
@@ -127,6 +127,14 @@ def _add_information(app: FastAPI, front: Front) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(engine.metrics.render(), media_type=engine.metrics.content_type)
+
+    @app.get("/load")
+    async def load() -> Response:
+        return _json({"server_load": engine.num_unfinished})
+
+    @app.get("/server_info")
+    async def server_info() -> Response:
+        return _json(engine.describe())
 
     @app.get("/version")
     async def version() -> Response:

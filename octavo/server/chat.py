@@ -43,8 +43,7 @@ async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
     """Checks a chat request and begins to answer it. max_tokens defaults to the rest of the context."""
     front.model(body.model)
     text = await front.render(body)
-    ids = await front.encode_prompt(text, add_special_tokens=body.add_special_tokens, param="messages")
-    front.check_prompt_ids(ids, "messages")
+    ids = await front.prompt_ids(text, body, add_special_tokens=body.add_special_tokens, param="messages")
     asked = body.max_completion_tokens or body.max_tokens
     max_tokens = front.max_tokens(len(ids), asked, default=None, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None

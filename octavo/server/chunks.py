@@ -6,6 +6,7 @@ through a dictionary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,40 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(slots=True)
+class Timing:
+    """When the prompts of one HTTP request were served; vLLM's names, milliseconds."""
+
+    arrival: float = math.inf
+    first_token: float = math.inf
+    last_token: float = 0.0
+    queue_seconds: float = 0.0
+
+    def add(self, output: RequestOutput) -> None:
+        """Takes the last output to a prompt."""
+        times = output.metrics
+        if times is None or times.first_token_time is None or times.last_token_time is None:
+            return
+        self.arrival = min(self.arrival, times.arrival_time)
+        self.first_token = min(self.first_token, times.first_token_time)
+        self.last_token = max(self.last_token, times.last_token_time)
+        self.queue_seconds = max(self.queue_seconds, times.queue_seconds)
+
+    def as_dict(self, num_tokens: int) -> dict[str, float] | None:
+        """The `metrics` object of an answer of `num_tokens` tokens; None when there was no token."""
+        if not num_tokens or self.last_token == 0.0:
+            return None
+        decode = self.last_token - self.first_token
+        whole = self.last_token - self.arrival
+        return {
+            "time_to_first_token_ms": 1e3 * (self.first_token - self.arrival),
+            "generation_time_ms": 1e3 * decode,
+            "queue_time_ms": 1e3 * self.queue_seconds,
+            "mean_itl_ms": 1e3 * decode / max(num_tokens - 1, 1),
+            "tokens_per_second": num_tokens / whole if whole > 0 else 0.0,
         }
 
 
@@ -83,9 +118,11 @@ class ChunkWriter:
             chunk["usage"] = self._usage.as_dict() if self._continuous else None
         return b"data: " + encode(chunk) + b"\n\n"
 
-    def last(self) -> bytes:
-        """The chunk without choices that carries the usage, if it was asked for; then the end."""
+    def last(self, timing: Timing) -> bytes:
+        """The chunk without choices that carries usage and times, if usage was asked for; then the end."""
         end = b"data: [DONE]\n\n"
         if self._usage is None:
             return end
-        return b"data: " + encode({**self._head, "choices": [], "usage": self._usage.as_dict()}) + b"\n\n" + end
+        times = timing.as_dict(self._usage.completion_tokens)
+        chunk = {**self._head, "choices": [], "usage": self._usage.as_dict(), "metrics": times}
+        return b"data: " + encode(chunk) + b"\n\n" + end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 from octavo.outputs import CompletionOutput
@@ -29,13 +30,20 @@ class Completion(Generation):
             choice["prompt_token_ids"] = self.prompts[number]
         return choice
 
+    def chosen(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
+        """Of `best_of` answers the n with the highest mean logprob, best first."""
+        if len(answers) <= self.n:
+            return answers
+        answers = sorted(answers, key=lambda a: -(a.cumulative_logprob or 0.0) / max(len(a.token_ids), 1))[: self.n]
+        return [replace(answer, index=index) for index, answer in enumerate(answers)]
+
     def opening(self, writer: ChunkWriter, number: int) -> list[bytes]:
         """The echoed prompt and its ids, if asked for."""
         if not self.echoes[number] and not self.body.return_token_ids:
             return []
         fields: dict[str, Any] = {"prompt_token_ids": self.prompts[number]} if self.body.return_token_ids else {}
-        first = number * self.params.n
-        return [writer.choice(index, self.echoes[number], **fields) for index in range(first, first + self.params.n)]
+        first = number * self.n
+        return [writer.choice(index, self.echoes[number], **fields) for index in range(first, first + self.n)]
 
     def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
         """Four parallel lists."""
@@ -46,17 +54,13 @@ async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Ans
     """Checks a completion request and begins to answer it. max_tokens defaults to 16, as OpenAI's."""
     front.model(body.model)
     texts = _prompts(body)
-    prompts = []
-    for prompt in texts:
-        if isinstance(prompt, str):
-            ids = await front.encode_prompt(prompt, add_special_tokens=body.add_special_tokens, param="prompt")
-        else:
-            ids = prompt
-        front.check_prompt_ids(ids, "prompt")
-        prompts.append(ids)
+    special = body.add_special_tokens
+    prompts = [await front.prompt_ids(prompt, body, add_special_tokens=special, param="prompt") for prompt in texts]
     longest = max(map(len, prompts))
     max_tokens = front.max_tokens(longest, body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
+    if body.best_of:  # ranked by their logprobs
+        params = replace(params, n=body.best_of, logprobs=body.logprobs or 0)
     job = Completion(front, caller, body, prompts, params, f"cmpl-{body.request_id or caller.request_id}")
     job.echoes = [_echo(front, prompt) if body.echo else "" for prompt in texts]
     return job.answer()

@@ -114,13 +114,23 @@ class Front:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def encode_prompt(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """`encode`, but a text that is too long whatever its tokens are is refused without counting them.
+    async def prompt_ids(
+        self, prompt: str | list[int], body: GenerationRequest, *, add_special_tokens: bool, param: str
+    ) -> list[int]:
+        """Checked token ids of a prompt, the last `truncate_prompt_tokens` of them where that is asked for. A text that
+        is too long whatever its tokens are is refused without counting them.
 
-        Raises ContextLengthError.
+        Raises ContextLengthError, InvalidValueError.
         """
-        refuse_hopeless(self.tokenizer, text, self.engine.max_model_len, param=param)
-        return await self.encode(text, add_special_tokens=add_special_tokens)
+        most = body.truncate_prompt_tokens
+        if isinstance(prompt, str):
+            if most is None:
+                refuse_hopeless(self.tokenizer, prompt, self.engine.max_model_len, param=param)
+            prompt = await self.encode(prompt, add_special_tokens=add_special_tokens)
+        if most is not None:
+            prompt = prompt[-(self.engine.max_model_len - 1 if most < 0 else most) :]
+        self.check_ids(prompt, param)
+        return prompt
 
     async def render(self, body: ChatRequest | TokenizeRequest) -> str:
         """The messages of `body` as one prompt, through the model's chat template."""
@@ -142,7 +152,7 @@ class Front:
         text = template.render(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
         return cut_after_last_message(text, messages) if body.continue_final_message else text
 
-    def check_prompt_ids(self, ids: list[int], param: str) -> None:
+    def check_ids(self, ids: list[int], param: str) -> None:
         """Raises InvalidValueError for an empty prompt or an id that the model does not have."""
         vocab_size = self.engine.spec.vocab_size
         if not ids:
@@ -194,7 +204,6 @@ class Front:
         }
         params = SamplingParams(
             **{**default_sampling(engine.spec), **given},
-            best_of=getattr(body, "best_of", None),
             seed=body.seed,
             stop=body.stop,
             stop_token_ids=body.stop_token_ids,

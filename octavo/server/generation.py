@@ -14,7 +14,7 @@ from typing import Any
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.server.answer import Answer, merge
-from octavo.server.chunks import ChunkWriter, Usage, encode
+from octavo.server.chunks import ChunkWriter, Timing, Usage, encode
 from octavo.server.front import Caller, Front
 from octavo.server.logprobs import LogprobsWriter
 from octavo.server.protocol import GenerationRequest
@@ -46,11 +46,13 @@ class Generation(ABC):
         self.prompts = prompts
         self.params = params
         self.id = id
-        self.num_choices = len(prompts) * params.n
+        self.n = body.n or 1
+        self.num_choices = len(prompts) * self.n
+        self.timing = Timing()
         self.usage = Usage()
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
         self._logprobs: list[LogprobsWriter] | None = None
-        if params.logprobs is not None:
+        if params.logprobs is not None and body.shows_logprobs:
             tokenizer = front.engine.tokenizer
             as_ids = bool(body.return_tokens_as_token_ids)
             unseen = tokenizer.special_ids if tokenizer and params.skip_special_tokens else frozenset()
@@ -70,6 +72,10 @@ class Generation(ABC):
     @abstractmethod
     def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
         """The logprobs of an output, as this endpoint shows them."""
+
+    def chosen(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
+        """Which of the answers to a prompt are shown."""
+        return answers
 
     def answer(self) -> Answer:
         """The HTTP response."""
@@ -92,11 +98,13 @@ class Generation(ABC):
         async with aclosing(self._outputs()) as outputs:
             async for number, output in outputs:
                 usage.add_prompt(output)
-                for answer in output.outputs:
-                    usage.completion_tokens += len(answer.token_ids)
-                    choices.append(self._finished(number, answer))
+                self.timing.add(output)
+                usage.completion_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+                choices += [self._finished(number, answer) for answer in self.chosen(output.outputs)]
         choices.sort(key=lambda choice: choice["index"])
-        yield encode({**self._head, "object": self.object, "choices": choices, "usage": usage.as_dict()})
+        times = self.timing.as_dict(usage.completion_tokens)
+        end = {"choices": choices, "usage": usage.as_dict(), "metrics": times}
+        yield encode({**self._head, "object": self.object, **end})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         body, usage = self.body, self.usage
@@ -118,19 +126,21 @@ class Generation(ABC):
                     parts = self.opening(writer, number)
                 for answer in output.outputs:
                     usage.completion_tokens += len(answer.token_ids)
-                    index = number * self.params.n + answer.index
+                    index = number * self.n + answer.index
                     if tells_tokens and answer.token_ids:
                         parts.append(writer.choice(index, answer.text, **self._token_fields(index, answer)))
                     elif answer.text:
                         parts.append(writer.text(index, answer.text))
                     if answer.finish_reason is not None:
                         parts.append(writer.choice(index, "", **_ending(answer)))
+                if output.finished:
+                    self.timing.add(output)
                 if parts:
                     yield b"".join(parts)
-        yield writer.last()
+        yield writer.last(self.timing)
 
     def _finished(self, number: int, answer: CompletionOutput) -> dict[str, Any]:
-        index = number * self.params.n + answer.index
+        index = number * self.n + answer.index
         fields = {"logprobs": None, **self._token_fields(index, answer), **_ending(answer)}
         return {"index": index, **self.choice(number, answer), **fields}
 

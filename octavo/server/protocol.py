@@ -39,7 +39,6 @@ UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -213,6 +212,7 @@ class GenerationRequest(Strict):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     request_id: Annotated[str, Field(max_length=128, pattern=REQUEST_ID)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_PROMPT_TOKENS)] | None = None  # the last ones are kept
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)] | None = None  # lower runs first
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds; then the request is ended with 408
@@ -226,6 +226,11 @@ class GenerationRequest(Strict):
     ) = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+
+    @property
+    def shows_logprobs(self) -> bool:
+        """True when the answer tells log probabilities."""
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
@@ -258,6 +263,11 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: bool = False  # a template writes its own
     chat_template_kwargs: TemplateKwargs | None = None
 
+    @property
+    def shows_logprobs(self) -> bool:
+        """True when the answer tells log probabilities."""
+        return bool(self.logprobs)
+
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
@@ -279,14 +289,24 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
     add_special_tokens: bool = True
 
+    @property
+    def shows_logprobs(self) -> bool:
+        """True when the answer tells log probabilities."""
+        return self.logprobs is not None
+
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
             raise UnsupportedParameterError("echo with logprobs is not supported: leave one out", param="echo")
+        num_answers = max(self.n or 1, self.best_of or 1)
+        if num_answers > (self.n or 1) and self.stream:
+            raise InvalidValueError("best_of above n cannot be streamed: the best is known at the end", param="best_of")
+        if self.best_of is not None and num_answers > self.best_of:
+            raise InvalidValueError(f"best_of must be at least n ({num_answers}), not {self.best_of}", param="best_of")
         num_prompts = len(self.prompt) if _prompt_kind(self.prompt) in ("<strings>", "<lists of ids>") else 1
-        if num_prompts * (self.n or 1) > MAX_CHOICES:
+        if num_prompts * num_answers > MAX_CHOICES:
             raise InvalidValueError(
-                f"prompts x n must be at most {MAX_CHOICES}, not {num_prompts * (self.n or 1)}", param="n"
+                f"prompts x n must be at most {MAX_CHOICES}, not {num_prompts * num_answers}", param="n"
             )
         return self
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from octavo.engine.watchdog import Progress
 from octavo.errors import EngineDeadError, InvalidValueError
 from octavo.observe.metrics import Metrics
-from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 
 BOS, EOS = 256, 257
@@ -102,6 +102,13 @@ class FakeEngine:
             if not ended:
                 self.aborted.append(request_id)
 
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.running)
+
+    def describe(self) -> dict:
+        return {"version": "0"}
+
     def progress(self) -> Progress:
         return Progress(self.stage, len(self.running), 0.5, 0.0, 0.01, 5.0, 0)
 
@@ -111,7 +118,9 @@ class FakeEngine:
     async def _outputs(self, prompt, params, request_id):
         began = time.monotonic()
         scripts = [_Script(self, len(prompt), index, params) for index in range(params.n)]
-        output = RequestOutput(request_id, None, list(prompt), [], False, num_cached_tokens=len(prompt) // 16 * 16)
+        times = RequestMetrics(began, began + 0.1, began + 0.4, queue_seconds=0.05)
+        cached = len(prompt) // 16 * 16
+        output = RequestOutput(request_id, None, list(prompt), [], False, times, num_cached_tokens=cached)
         num_tokens = 0
         while any(script.output.finish_reason is None for script in scripts):
             if num_tokens == self.fail_after:
@@ -151,6 +160,7 @@ class _Script:
         if full.logprobs is not None:
             delta.logprobs = [self._logprobs(token)]
             full.logprobs += delta.logprobs
+            full.cumulative_logprob = -1.0 * len(full.token_ids) + full.index  # the last answer is the best
         if token != EOS and self.has_text:
             self.raw += bytes([token])
             full.text = self.raw.decode("utf-8", "ignore")

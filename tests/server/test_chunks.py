@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.server.chunks import ChunkWriter, Usage
+from octavo.server.chunks import ChunkWriter, Timing, Usage
 
 HEAD = {"id": 'a"b', "created": 1, "model": 'm\\%d"{}', "object": "x"}
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -41,8 +41,8 @@ def test_the_end_of_a_chat_choice_has_an_empty_delta() -> None:
 
 
 def test_the_last_chunk() -> None:
-    assert ChunkWriter(HEAD, 1, chat=True, usage=None).last() == b"data: [DONE]\n\n"
-    usage, done, _ = ChunkWriter(HEAD, 1, chat=True, usage=Usage(3, 4, 2)).last().split(b"\n\n")
+    assert ChunkWriter(HEAD, 1, chat=True, usage=None).last(Timing()) == b"data: [DONE]\n\n"
+    usage, done, _ = ChunkWriter(HEAD, 1, chat=True, usage=Usage(3, 4, 2)).last(Timing()).split(b"\n\n")
     assert json.loads(usage[6:])["choices"] == []
     assert json.loads(usage[6:])["usage"] == {
         "prompt_tokens": 3,

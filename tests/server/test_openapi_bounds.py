@@ -70,4 +70,6 @@ def test_routes() -> None:
         ("/health/progress", "get"),
         ("/metrics", "get"),
         ("/version", "get"),
+        ("/load", "get"),
+        ("/server_info", "get"),
     }

@@ -5,6 +5,7 @@ A new field of the protocol without a row here (or a place in `BOOKKEEPING`) fai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -46,7 +47,7 @@ CHAT_ROWS = [
     ("logprobs", True, {"logprobs": 0}),
     ("n", 1, {"n": 1}),
 ]
-COMPLETION_ROWS = [("logprobs", 4, {"logprobs": 4}), ("best_of", 1, {"best_of": 1})]
+COMPLETION_ROWS = [("logprobs", 4, {"logprobs": 4}), ("best_of", 3, {"n": 3, "logprobs": 0})]
 
 # parameter, value, what the first choice's text becomes; "defghijk" without it
 TEXT_ROWS = [
@@ -59,6 +60,8 @@ TEXT_ROWS = [
     ("stop_token_ids", [ord("f")], "def"),
     ("echo", True, "abdefghijk"),
     ("add_special_tokens", False, "cdefghij"),
+    ("truncate_prompt_tokens", 2, "cdefghij"),
+    ("truncate_prompt_tokens", -1, "defghijk"),
 ]
 
 
@@ -102,6 +105,46 @@ def test_one_parameter_changes_nothing_else(server: Server, name: str, value: ob
 def test_completion_parameter_changes_the_text(server: Server, name: str, value: object, text: str) -> None:
     assert post(server, "/v1/completions", **COMPLETION)["choices"][0]["text"] == "defghijk"
     assert post(server, "/v1/completions", **{**COMPLETION, name: value})["choices"][0]["text"] == text
+
+
+def test_best_of_shows_the_best(server: Server) -> None:
+    """The fake's answers begin a letter later each and have better logprobs each."""
+    answer = post(server, "/v1/completions", **COMPLETION, best_of=4, n=2)
+    assert [(c["index"], c["text"], c["logprobs"]) for c in answer["choices"]] == [
+        (0, "ghijklmn", None),
+        (1, "fghijklm", None),
+    ]
+    assert answer["usage"]["completion_tokens"] == 32, "all four were generated"
+    for body, word in (({"best_of": 2, "stream": True}, "streamed"), ({"best_of": 2, "n": 3}, "at least n")):
+        refused = server.http.post("/v1/completions", json={**COMPLETION, **body})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "best_of")
+        assert word in refused.json()["error"]["message"]
+
+
+def test_truncation_lets_a_long_prompt_in(server: Server) -> None:
+    long = {"prompt": "a" * 5000, "max_tokens": 2}
+    assert server.http.post("/v1/completions", json=long).status_code == 400
+    post(server, "/v1/completions", **long, truncate_prompt_tokens=100)
+    assert server.engine.seen[-1].prompt == list(b"a" * 100)
+    post(server, "/v1/completions", **{**long, "max_tokens": 1}, truncate_prompt_tokens=-1)
+    assert len(server.engine.seen[-1].prompt) == server.engine.max_model_len - 1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_times_are_told(server: Server, path: str) -> None:
+    body = CHAT if "chat" in path else COMPLETION
+    expected = {"time_to_first_token_ms": 100, "generation_time_ms": 300, "queue_time_ms": 50, "mean_itl_ms": 300 / 7}
+    expected["tokens_per_second"] = 20
+    assert post(server, path, **body)["metrics"] == pytest.approx(expected)
+    streamed = server.http.post(path, json={**body, "stream": True, "stream_options": {"include_usage": True}}).text
+    last = json.loads(streamed.split("\n\n")[-3].removeprefix("data: "))
+    assert last["metrics"] == pytest.approx(expected)
+    assert last["usage"]["completion_tokens"] == 8
+
+
+def test_load_and_server_info(server: Server) -> None:
+    assert server.http.get("/load").json() == {"server_load": 0}
+    assert server.http.get("/server_info").json()["version"]
 
 
 def test_include_stop_str_in_output(server: Server) -> None:

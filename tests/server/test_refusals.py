@@ -17,7 +17,6 @@ REFUSED = {
     "bad_words": ["no"],
     "allowed_token_ids": [1],
     "prompt_logprobs": 0,
-    "truncate_prompt_tokens": 4,
     "spaces_between_special_tokens": False,
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a"},
@@ -70,7 +69,7 @@ def test_unbuilt_chat_parameter(shared: Server, name: str, value: object) -> Non
     assert (error["code"], error["param"]) == ("unsupported_parameter", name)
 
 
-@pytest.mark.parametrize(("name", "value"), [("suffix", "end"), ("best_of", 2), ("tools", [])])
+@pytest.mark.parametrize(("name", "value"), [("suffix", "end"), ("tools", [])])
 def test_unbuilt_completion_parameter(shared: Server, name: str, value: object) -> None:
     error = refused(shared, "/v1/completions", {**COMPLETION, name: value})
     assert (error["code"], error["param"]) == ("unsupported_parameter", name)
