@@ -61,6 +61,9 @@ class EngineConfig:
     max_num_queued_tokens: int = 0  # prompt tokens; 0: no bound
     async_scheduling: bool = True  # read on a GPU only: a step is launched while the one before it runs
 
+    record: str = "auto"  # auto: behind a server, in the cache folder; off; or a folder
+    record_bytes: int = 64 << 20
+
     block_size: int = BLOCK_SIZE
     kv_cache_dtype: KVCacheDType = "auto"  # auto: float32 beside float32 weights, else bfloat16
     kv_cache_memory_bytes: int | None = None
@@ -91,6 +94,9 @@ class EngineConfig:
         _range("max_logprobs", self.max_logprobs, 0, 20)
         _range("num_threads", self.num_threads, 1, 1024)
         _range("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        _range("record_bytes", self.record_bytes, 1 << 16, 1 << 40)
+        if not self.record:
+            raise ConfigError("record must be auto, off or a folder")
         _range("slo_ttft_ms", self.slo_ttft_ms, 1, 3_600_000)
         _range("slo_itl_ms", self.slo_itl_ms, 1, 3_600_000)
         _range("max_num_queued_reqs", self.max_num_queued_reqs, 0, 1 << 20)

@@ -66,6 +66,7 @@ class EngineReady:
     dtype: str
     timings: dict[str, float]  # phase -> seconds; they add up to the start-up time
     plan: str  # the memory plan, as printed
+    record: str | None = None  # file that the scheduler is recorded to
 
 
 @dataclass(slots=True)

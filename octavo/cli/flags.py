@@ -95,6 +95,13 @@ FLAGS: dict[str, Flag] = {
         is_size=True,
     ),
     "max_num_queued_tokens": Flag("Scheduler", "Prompt tokens that may wait; 0: no bound.", is_size=True),
+    "record": Flag(
+        "Scheduler",
+        "Folder for a recording of every decision of the scheduler, without text; see octavo replay. auto: behind a "
+        "server, in the cache folder, kept only if the engine dies.",
+        "auto|off|FOLDER",
+    ),
+    "record_bytes": Flag("Scheduler", "Size of that recording; the oldest goes first.", is_size=True),
     "max_logprobs": Flag("Scheduler", "Most alternatives a request may ask for per token."),
     "runtime": Flag(
         "Execution", "native: compiled for the CPU; cuda: a GPU; reference: numpy, the definition of every op."

@@ -112,7 +112,7 @@ def simulate(
     arrivals = _arrivals(trace, machine, config)
     policies = get_args(SchedulingPolicy) if compare else (config.scheduling_policy,)
     outcomes = {}
-    with _progress(len(arrivals) * len(policies), "Simulating") as tell:
+    with progress(len(arrivals) * len(policies), "Simulating") as tell:
         for place, policy in enumerate(policies):
             outcomes[policy] = run(
                 arrivals,
@@ -149,7 +149,7 @@ def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, validating
 
     settings = {f.name: getattr(config, f.name) for f in fields(config)}
     with LLM(**{**settings, "skip_tokenizer_init": True}) as llm:
-        with _progress(1.0, "Calibrating") as tell:
+        with progress(1.0, "Calibrating") as tell:
             costs = Costs.measure(config.model, llm.core, seconds=CALIBRATION_SECONDS, tell=tell)
         costs.write(path)
         _say_costs(costs, path)
@@ -161,7 +161,7 @@ def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, validating
 def _validate(arrivals: list[Arrival], core: EngineCore, costs: Costs, output: Path | None) -> int:
     from octavo.simulate.validate import TOLERANCE, validate
 
-    with _progress(len(arrivals), "Running") as tell:
+    with progress(len(arrivals), "Running") as tell:
         rows = validate(arrivals, core, costs.machine, tell=tell)
     say()
     say(f"{'':18}{'simulated':>12}{'measured':>12}{'off by':>10}", style="bold")
@@ -190,20 +190,30 @@ def _say_costs(costs: Costs, path: Path) -> None:
 def _say_outcomes(
     costs: Costs, arrivals: list[Arrival], outcomes: dict[str, Outcome], config: EngineConfig, output: Path | None
 ) -> None:
-    """The figures of each policy in a column."""
-    ttft, itl = config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000
-    figures = {policy: outcome.figures(ttft=ttft, itl=itl) for policy, outcome in outcomes.items()}
+    figures = figures_of(outcomes, config)
     span = arrivals[-1].time or 1.0
     say(
         f"{costs.model} on {costs.runtime}: {len(arrivals)} requests, {len(arrivals) / span:.2f} a second; "
         f"targets {config.slo_ttft_ms} ms to the first token, {config.slo_itl_ms} ms between tokens"
     )
-    typer.echo(typer.style(" " * 24 + "".join(f"{policy:>12}" for policy in figures), bold=True))
+    say_figures(outcomes, config)
+    if output is not None:
+        _write(output, {"costs": asdict(costs), "num_requests": len(arrivals), "figures": figures})
+
+
+def figures_of(outcomes: dict[str, Outcome], config: EngineConfig) -> dict[str, dict[str, float]]:
+    """The figures of each outcome, goodput against the config's targets."""
+    ttft, itl = config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000
+    return {name: outcome.figures(ttft=ttft, itl=itl) for name, outcome in outcomes.items()}
+
+
+def say_figures(outcomes: dict[str, Outcome], config: EngineConfig) -> None:
+    """A table, one column an outcome."""
+    figures = figures_of(outcomes, config)
+    typer.echo(typer.style(" " * 24 + "".join(f"{name:>12}" for name in figures), bold=True))
     for name in next(iter(figures.values())):
         digits = 3 if name == "Jain fairness" else 0 if name in ("preemptions", "refused") else 2
         typer.echo(f"{name:24}" + "".join(f"{values[name]:12,.{digits}f}" for values in figures.values()))
-    if output is not None:
-        _write(output, {"costs": asdict(costs), "num_requests": len(arrivals), "figures": figures})
 
 
 def _write(path: Path, document: dict[str, object]) -> None:
@@ -214,7 +224,7 @@ def _write(path: Path, document: dict[str, object]) -> None:
 
 
 @contextmanager
-def _progress(total: float, name: str) -> Iterator[Callable[[float], None]]:
+def progress(total: float, name: str) -> Iterator[Callable[[float], None]]:
     """A bar on a terminal; it is told how far things are."""
     from tqdm.auto import tqdm
 

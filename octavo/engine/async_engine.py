@@ -281,7 +281,8 @@ class AsyncEngine:
             self._process.kill()
             return f"its outputs could not be read: {error}"
         await self._process.end()
-        return f"the engine process {self._process.status()}"
+        record = f"; what its scheduler did: octavo replay {self.ready.record}" if self.ready.record else ""
+        return f"the engine process {self._process.status()}{record}"
 
     async def _restart(self, reason: str) -> bool:
         """Starts another engine and tells it what was running; False when there were too many."""

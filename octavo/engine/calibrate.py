@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from octavo.engine.core import EngineCore
+from octavo.engine.record import start_recording
 from octavo.messages import AbortRequests, AddRequest, StepRecord
 from octavo.observe.step_log import StepLog
 from octavo.sampling_params import SamplingParams
@@ -20,12 +21,15 @@ NUM_NEW = 6  # tokens each calibration request generates: one from its prompt, t
 LONGEST = 1024  # tokens of a prompt
 
 
-def prepare(core: EngineCore) -> None:
-    """Gives a policy that predicts steps what it predicts them with; books the time among the start's phases."""
+def prepare(core: EngineCore, *, serving: bool = False) -> None:
+    """Gives a policy that predicts steps what it predicts them with, booking the time among the start's phases; then
+    begins the recording, if there is to be one."""
     if isinstance(core.scheduler.policy, SloPolicy):
         began = time.monotonic()
         core.scheduler.policy.cost = calibrate(core, seconds=START_SECONDS)
         core.info.timings["calibrate policy"] = time.monotonic() - began
+    path = start_recording(core, serving=serving)
+    core.record = None if path is None else str(path)
 
 
 def calibrate(core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None) -> CostModel:

@@ -32,6 +32,7 @@ from octavo.messages import (
 from octavo.observe.step_log import StepLog
 from octavo.request import FinishReason, Request
 from octavo.scheduler.choose import make_policy
+from octavo.scheduler.recorder import RecordingScheduler
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import SchedulerOutput
 from octavo.worker.worker import WorkerInfo
@@ -70,6 +71,7 @@ class EngineCore:
         self._executor = executor
         self._depth = depth or (info.max_depth if config.async_scheduling else 1)
         self._in_flight: deque[_InFlight] = deque()
+        self.record: str | None = None  # where the scheduler is recorded
         self.announce: Callable[[StepOutputs], None] | None = None  # called before a suspect runs alone
         self._pending: list[RequestDelta] = []  # of requests that ended outside a step
         self._eos_ids = frozenset(info.spec.eos_token_ids)
@@ -81,7 +83,8 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
             hash_key=key.encode() if key is not None else secrets.token_bytes(32),
         )
-        self.scheduler = Scheduler(
+        kind = Scheduler if config.record == "off" else RecordingScheduler
+        self.scheduler = kind(
             kv,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -107,6 +110,7 @@ class EngineCore:
             dtype=self.info.dtype,
             timings=self.info.timings,
             plan=plan.describe(),
+            record=self.record,
         )
 
     @property
@@ -136,6 +140,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Ends the workers."""
+        self.scheduler.close()
         self._executor.close()
 
     def _add(self, message: AddRequest) -> None:

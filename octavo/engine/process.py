@@ -55,7 +55,7 @@ def _build(start: StartEngine) -> EngineCore:
     files = ModelFiles(start.model_name, "gguf" if start.model_format == "gguf" else "hf", Path(start.model_path))
     executor = LocalExecutor(start.config, files)
     core = EngineCore(start.config, executor, executor.start(), default_queue=DEFAULT_QUEUE)
-    prepare(core)
+    prepare(core, serving=True)
     return core
 
 

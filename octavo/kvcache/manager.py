@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from octavo.errors import ConfigError, UnsupportedError
@@ -54,6 +54,7 @@ class KVCacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = BlockPool(num_blocks)
         self._hasher = BlockHasher(block_size, hash_key if hash_key is not None else secrets.token_bytes(32))
+        self.on_digest: Callable[[Request, int, bytes], None] | None = None  # told each block's digest, once known
         self._tables: dict[str, _Table] = {}
         self._copies: list[tuple[int, int]] = []
 
@@ -148,6 +149,15 @@ class KVCacheManager:
                 table.num_hashed = index + 1
         return hashed
 
+    def known_digests(self, request_id: str) -> list[bytes]:
+        """Digests of a live Request's leading full blocks, as far as they were needed yet."""
+        return self._tables[request_id].digests
+
+    def digest_all(self, request: Request) -> None:
+        """Hashes the full blocks of a Request that will be hashed anyway, ahead of time."""
+        if self.enable_prefix_caching and request.num_tokens >= self.block_size:
+            self._digest(request, self._tables[request.request_id], request.num_tokens // self.block_size - 1)
+
     def unhash(self, hashed: list[tuple[int, bytes]]) -> None:
         """Takes hash_full() back, where the block was not evicted meanwhile: the step that fills it failed."""
         for block, digest in hashed:
@@ -172,4 +182,6 @@ class KVCacheManager:
             start = len(digests) * self.block_size
             parent = digests[-1] if digests else table.root
             digests.append(self._hasher.digest(parent, request.token_ids[start : start + self.block_size]))
+            if self.on_digest is not None:
+                self.on_digest(request, len(digests) - 1, digests[-1])
         return digests[index]

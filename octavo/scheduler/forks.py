@@ -19,7 +19,7 @@ class Forks:
         """Holds a new Request until `parent` has its prompt computed; False when that is in the past."""
         if parent.num_computed_tokens >= parent.num_prompt_tokens or parent.num_output_tokens:
             return False
-        if parent.fork_of is not None or _prefix(parent) != _prefix(child):
+        if parent.fork_of is not None or not same_prefix(parent, child):
             return False
         self._children.setdefault(parent.request_id, []).append(child)
         return True
@@ -55,6 +55,8 @@ class Forks:
         return True
 
 
-def _prefix(request: Request) -> tuple[list[int], str | None, int]:
-    """What two Requests must have in common to share KV."""
-    return request.prompt_token_ids, request.cache_salt, request.adapter_id
+def same_prefix(one: Request, other: Request) -> bool:
+    """Whether two Requests' prompts may share all their KV."""
+    if (one.cache_salt, one.adapter_id) != (other.cache_salt, other.adapter_id):
+        return False
+    return one.prompt_token_ids == other.prompt_token_ids

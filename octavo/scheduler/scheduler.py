@@ -102,6 +102,7 @@ class Scheduler:
         self.policy: Policy = policy if policy is not None else FcfsPolicy()
         self._door = Door(max_num_queued_reqs, max_num_queued_tokens)
         self._now = clock()  # read once per call: what a recorded run needs to be replayed
+        self.preempted: list[tuple[Request, Request]] = []  # by the last schedule(): who, and for whom
         self._prefill_left = NO_CAP  # prompt tokens that the policy still allows in this step
         self._running: dict[str, Request] = {}  # in the order of admission
         self._forks = Forks()
@@ -116,6 +117,18 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         """True while any Request has not ended. With no step in flight, schedule() then makes progress."""
         return bool(self._requests)
+
+    @property
+    def next_step(self) -> int:
+        """The number that the next step will have."""
+        return self._next_step
+
+    def find(self, request_id: str) -> Request | None:
+        """A live Request."""
+        return self._requests.get(request_id)
+
+    def close(self) -> None:
+        """The engine ends well; nothing is called any more."""
 
     @property
     def num_running(self) -> int:
@@ -205,6 +218,7 @@ class Scheduler:
         """
         output, step = SchedulerOutput(step=self._next_step), _Step()
         self._now = self._clock()
+        self.preempted.clear()
         self._prefill_left = self.policy.prefill_cap(self._running.values())
         if self.suspects:
             self._schedule_suspect(output, step)
@@ -243,7 +257,7 @@ class Scheduler:
             end = request.num_computed_tokens + share
             while (blocks := self.kv.try_allocate(request, end)) is None and not request.num_pending:
                 victim = order.pop()
-                self._preempt(victim)
+                self._preempt(victim, request)
                 if victim is request:
                     break
             if blocks is not None:
@@ -455,8 +469,9 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------------- ends and counts
 
-    def _preempt(self, request: Request) -> None:
-        """Takes a running Request's row and blocks; it waits again, before all others."""
+    def _preempt(self, request: Request, whom: Request) -> None:
+        """Takes a running Request's row and blocks, because `whom` needs blocks; it waits again."""
+        self.preempted.append((request, whom))
         self._counts.num_preempted += 1
         self._counts.num_preempted_tokens += request.num_computed_tokens
         request.num_preemptions += 1

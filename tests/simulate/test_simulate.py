@@ -40,7 +40,7 @@ class KnownCosts:
         return self.now
 
     def wait(self, seconds: float) -> None:
-        self.now += seconds
+        self.now += max(seconds, 1e-9)  # a rest that is lost in rounding must not be waited for for ever
 
     def execute(self, output: SchedulerOutput) -> None:
         self._output = output
@@ -60,11 +60,11 @@ class KnownCosts:
         pass
 
 
-def known_core(config: EngineConfig) -> tuple[EngineCore, KnownCosts]:
+def known_core(config: EngineConfig, num_blocks: int = MACHINE.num_blocks) -> tuple[EngineCore, KnownCosts]:
     executor = KnownCosts()
     spec = SimpleNamespace(eos_token_ids=(), max_model_len=MACHINE.max_model_len, vocab_size=1 << 20)
-    plan = SimpleNamespace(num_blocks=MACHINE.num_blocks)
-    info = SimpleNamespace(spec=spec, plan=plan, num_kv_groups=1, max_depth=1)
+    plan = SimpleNamespace(num_blocks=num_blocks)
+    info = SimpleNamespace(spec=spec, plan=plan, num_kv_groups=1, max_depth=1, timings={})
     return EngineCore(config, executor, info, clock=executor.clock), executor  # type: ignore[arg-type]
 
 

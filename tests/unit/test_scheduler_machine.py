@@ -3,8 +3,11 @@ step. The fake executor checks what each Request attends to; here: the counts, a
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis.strategies as st
 from fake import FakeExecutor, kv_of, make_request, naive
@@ -29,8 +32,10 @@ from octavo.request import Request, RequestStatus
 from octavo.scheduler.cost import CostModel
 from octavo.scheduler.fair import FairPolicy
 from octavo.scheduler.policies import FcfsPolicy, Policy, PriorityPolicy
+from octavo.scheduler.recorder import RecordingScheduler, Ring
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.slo import SloPolicy
+from octavo.simulate.replay import Replay
 
 KEY = b"machine"
 STOP_IDS = frozenset({3})
@@ -60,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         runs_ahead=st.booleans(),
         policy=st.sampled_from(list(POLICIES)),
         max_queued=st.sampled_from([0, 0, 0, 1, 5]),
+        record_bytes=st.sampled_from([0, 0, 4_000, 1 << 20]),
     )
     def start(
         self,
@@ -74,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         runs_ahead: bool,
         policy: str,
         max_queued: int,
+        record_bytes: int,
     ) -> None:
         self.kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching, hash_key=KEY)
         self.max_num_seqs = max_num_seqs
@@ -82,7 +89,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_model_len = max_model_len = max(2, num_blocks * block_size + 1 + spare_len)
         self.depth = depth
         self.now = 0.0
-        self.scheduler = Scheduler(
+        self.recording = (Path(tempfile.mkdtemp()) / "walk.jsonl") if record_bytes else None
+        self.scheduler = (RecordingScheduler if self.recording else Scheduler)(
             self.kv,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.budget,
@@ -94,6 +102,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             clock=lambda: self.now,
         )
         self.max_queued = max_queued
+        if isinstance(self.scheduler, RecordingScheduler) and self.recording:
+            self.scheduler.record(Ring(self.recording, record_bytes), {"block_size": block_size})
         self.executor = FakeExecutor(num_blocks, block_size)
         self.live: dict[str, Request] = {}
         self.received: dict[str, list[int]] = {}
@@ -343,6 +353,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.live, f"never finished: {self.live}"
         assert self.kv.pool.num_used == 0
         assert sorted(self.scheduler._free_rows) == list(range(self.max_num_seqs))
+        if self.recording is not None:
+            self.scheduler.close()
+            assert Replay(self.recording).run() is None
+            shutil.rmtree(self.recording.parent)
 
 
 SchedulerMachine.TestCase.settings = settings(

@@ -1,0 +1,61 @@
+"""Where the recording of an engine's scheduler goes, and for how long it stays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from octavo.engine.core import EngineCore
+from octavo.errors import ConfigError
+from octavo.models.hub import cache_folder
+from octavo.scheduler.recorder import RecordingScheduler, Ring
+
+MAX_LEFT = 8  # recordings of engines that died, in the cache folder
+WHAT_IF = (  # settings that a replay may change
+    "block_size",
+    "enable_prefix_caching",
+    "long_prefill_token_threshold",
+    "max_num_batched_tokens",
+    "max_num_queued_tokens",
+    "max_num_seqs",
+    "priority_ageing",
+    "scheduling_policy",
+    "slo_itl_ms",
+    "slo_ttft_ms",
+)
+
+
+def start_recording(core: EngineCore, *, serving: bool) -> Path | None:
+    """Begins to record an idle engine, as its config says: `auto` does so behind a server, in the cache folder, and
+    the file goes when the engine ends well. A folder is written to in any case, and its files stay.
+
+    Raises ConfigError: the folder cannot be written.
+    """
+    config = core.config
+    scheduler = core.scheduler
+    if not isinstance(scheduler, RecordingScheduler) or (config.record == "auto" and not serving):
+        return None
+    keep = config.record != "auto"
+    folder = Path(config.record).expanduser() if keep else cache_folder(config.download_dir) / "records"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot record to {folder}: {error}; take another --record, or off") from error
+    if not keep:
+        _forget_old(folder)
+    path = folder / f"engine-{os.getpid()}.jsonl"
+    settings = asdict(config)
+    known = {name: settings[name] for name in WHAT_IF}
+    known |= {"num_blocks": core.info.plan.num_blocks, "max_model_len": core.info.spec.max_model_len}
+    scheduler.record(Ring(path, config.record_bytes, keep=keep), known)
+    return path
+
+
+def _forget_old(folder: Path) -> None:
+    """Removes all but the newest files that earlier engines left when they died."""
+    with contextlib.suppress(OSError):  # another engine may be doing the same
+        left = sorted(folder.glob("engine-*.jsonl*"), key=lambda path: path.stat().st_mtime)
+        for path in left[: -2 * MAX_LEFT]:
+            path.unlink()

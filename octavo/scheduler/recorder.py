@@ -1,0 +1,270 @@
+"""The black box: everything that goes into a scheduler and everything it decides, in a bounded file of JSON lines.
+
+What goes in: arrivals (lengths, and digests of the prompt's blocks under the engine's secret key: no text, no token
+ids), aborts, results (how many tokens, who stopped), the clock. What comes out: rows, blocks, preemptions. That is
+enough to run the real scheduler again without a model and get the same decisions, bit for bit (simulate/replay.py).
+
+The file is a ring of two halves, FILE and FILE.1. Each begins with a state (snapshot.py), so the older can be dropped.
+A row that goes on by one token in its old block is not written: most are like that. Lines, by their "e":
+
+    state  the scheduler as it is; who is who ("numbers": request id -> number in this recording)
+    add    a Request, its number "r"; "refused": what was raised
+    abort, finish, expire    of number "r"
+    step   "t" the clock, "n" the step; "new" rows admitted: [row, number, computed, runs of blocks]; "rows" that do not
+           just go on: [row, start, tokens, samples, runs of added blocks, row forked from]; "crc" of all rows in their
+           order; "pre": [number, number of the one it made way for]; "copy": block copies
+    done   "t", "n": update() took the step's result; "tokens": [place, how many] where that is not one per sampling
+           row, "stop": [place, tokens kept]. fail: fail() did
+
+Any line may tell digests that became known: "h": [number, block, digest].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import ConfigError, RequestError
+from octavo.messages import RequestDelta
+from octavo.request import FinishReason, Request
+from octavo.scheduler.forks import same_prefix
+from octavo.scheduler.scheduler import Scheduler
+from octavo.scheduler.snapshot import LeftOut, facts, freeze
+from octavo.step import ModelRunnerOutput, SchedulerOutput
+
+FORMAT = "octavo-record-1"
+
+
+class Ring(LeftOut):
+    """A file that keeps its last lines, at most about `max_bytes` with its older half, PATH.1. Without `keep` both go
+    when it is closed; who crashes does not close it.
+
+    Raises ConfigError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, *, keep: bool = True) -> None:
+        self._keep = keep
+        self.path = path
+        self.older = path.with_name(path.name + ".1")
+        self._half = max_bytes // 2
+        self._size = 0
+        self._lines: list[str] = []
+        self._file = -1
+        try:
+            self.older.unlink(missing_ok=True)
+            self._open()
+        except OSError as error:
+            raise ConfigError(f"cannot record to {path}: {error}; take another --record, or off") from error
+
+    @property
+    def is_full(self) -> bool:
+        """True when a new half should begin, with a state."""
+        return self._size >= self._half
+
+    def turn(self) -> None:
+        """Begins a new half; the older one is dropped."""
+        self.flush()
+        os.close(self._file)
+        self.path.replace(self.older)
+        self._open()
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Adds a line; it is in the file after the next flush()."""
+        self._lines.append(json.dumps(event, separators=(",", ":")) + "\n")
+
+    def flush(self) -> None:
+        """Hands the lines to the system: a crash of this process does not lose them."""
+        data = "".join(self._lines).encode()
+        self._lines.clear()
+        self._size += len(data)
+        while data:
+            data = data[os.write(self._file, data) :]
+
+    def close(self) -> None:
+        """Ends the recording."""
+        self.flush()
+        os.close(self._file)
+        if not self._keep:
+            self.path.unlink(missing_ok=True)
+            self.older.unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._size = 0
+
+
+class Describer(LeftOut):
+    """Turns decisions into what a line says about them; the recorder and the replay use the same."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}  # request id -> number, of live Requests
+        self._ends: dict[int, int] = {}  # row -> where it stood after its last step
+
+    def restart(self) -> None:
+        """Forgets where rows stood: the next step tells all."""
+        self._ends.clear()
+
+    def step(self, output: SchedulerOutput, preempted: Iterable[tuple[Request, Request]]) -> dict[str, Any]:
+        """What one schedule() decided."""
+        ends, rows = self._ends, []
+        for item in output.scheduled:
+            start, count = item.start, item.num_tokens
+            if count != 1 or not item.samples or item.new_block_ids[0] or ends.get(item.row) != start:
+                rows.append([item.row, start, count, item.samples, _runs(item.new_block_ids[0]), item.fork_of])
+            ends[item.row] = start + count
+        event: dict[str, Any] = {"n": output.step, "rows": rows}
+        event["crc"] = zlib.crc32(array("I", [item.row for item in output.scheduled]).tobytes())
+        if output.new_rows:
+            event["new"] = [
+                [new.row, self.numbers[new.request_id], new.num_computed_tokens, *map(_runs, new.block_ids)]
+                for new in output.new_rows
+            ]
+        if pairs := [[self.numbers[who.request_id], self.numbers[whom.request_id]] for who, whom in preempted]:
+            event["pre"] = pairs
+        if output.copy_blocks:
+            event["copy"] = output.copy_blocks
+        return event
+
+
+class RecordingScheduler(Scheduler):
+    """The scheduler, and from record() on a recording of it. Its clock stands still within a call, as it will in a
+    replay."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._real_clock, self._clock = self._clock, self._held
+        self._time = 0.0
+        self._ring: Ring | None = None
+        self._settings: dict[str, Any] = {}
+        self._describer = Describer()
+        self._count = 0
+        self._hashed: list[list[Any]] = []
+
+    def record(self, ring: Ring, settings: dict[str, Any]) -> None:
+        """Begins the recording; `settings` are written down for a replay under other ones."""
+        self._ring, self._settings = ring, settings
+        self.kv.on_digest = self._learn
+        self._write_state(ring)
+
+    def add(self, request: Request) -> None:
+        self._tick()
+        if self._ring is None:
+            return super().add(request)
+        numbers = self._describer.numbers
+        event = {"e": "add", "t": self._time, "r": self._count, "request": _unusual(facts(request))}
+        parent = self._requests.get(request.fork_of or "")
+        if parent is not None and same_prefix(parent, request):
+            event["like"] = numbers[parent.request_id]
+        try:
+            super().add(request)
+        except RequestError as error:
+            event["refused"] = type(error).__name__
+            raise
+        else:
+            numbers[request.request_id] = self._count
+            if "like" not in event:
+                self.kv.digest_all(request)
+        finally:
+            self._count += 1
+            self._write(event)
+
+    def close(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = self.kv.on_digest = None
+
+    def abort(self, request_id: str) -> list[RequestDelta]:
+        self._write({"e": "abort", "r": self._describer.numbers.get(request_id, -1)})
+        return super().abort(request_id)
+
+    def finish(self, request_id: str, num_kept: int) -> None:
+        self._write({"e": "finish", "r": self._describer.numbers.get(request_id, -1), "kept": num_kept})
+        super().finish(request_id, num_kept)
+
+    def expire(self) -> list[RequestDelta]:
+        self._tick()
+        deltas = super().expire()
+        if deltas:
+            self._write({"e": "expire", "t": self._time})
+        return deltas
+
+    def schedule(self) -> SchedulerOutput:
+        ring = self._ring
+        if ring is not None and ring.is_full:
+            ring.turn()
+            self._write_state(ring)
+        self._tick()
+        output = super().schedule()
+        if ring is not None:
+            self._write({"e": "step", "t": self._time, **self._describer.step(output, self.preempted)})
+            ring.flush()  # before anything is executed that might crash
+        return output
+
+    def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestDelta]:
+        self._tick()
+        deltas = super().update(output, result)
+        if self._ring is not None:
+            self._write({"e": "done", "t": self._time, **_result(output, result, deltas)})
+        return deltas
+
+    def fail(self, output: SchedulerOutput, error: str) -> list[RequestDelta]:
+        self._write({"e": "fail", "n": output.step})
+        return super().fail(output, error)
+
+    def _end(self, request: Request) -> None:
+        super()._end(request)
+        self._describer.numbers.pop(request.request_id, None)
+
+    def _tick(self) -> None:
+        self._time = self._real_clock()
+
+    def _held(self) -> float:
+        return self._time
+
+    def _learn(self, request: Request, index: int, digest: bytes) -> None:
+        self._hashed.append([self._describer.numbers[request.request_id], index, digest.hex()])
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if self._ring is not None:
+            if self._hashed:
+                event["h"], self._hashed = self._hashed, []
+            self._ring.write(event)
+
+    def _write_state(self, ring: Ring) -> None:
+        self._describer.restart()
+        known = {"format": FORMAT, "settings": self._settings, "numbers": self._describer.numbers, "count": self._count}
+        ring.write({"e": "state", **known, "scheduler": freeze(self)})
+        ring.flush()
+
+
+def _result(output: SchedulerOutput, result: ModelRunnerOutput, deltas: list[RequestDelta]) -> dict[str, Any]:
+    """What update() was given, as far as it is not the usual."""
+    event: dict[str, Any] = {"n": output.step}
+    pairs = enumerate(zip(output.scheduled, result.token_ids, strict=True))
+    if others := [[place, len(tokens)] for place, (item, tokens) in pairs if len(tokens) != item.samples]:
+        event["tokens"] = others
+    if stopped := {d.request_id: len(d.token_ids) for d in deltas if d.finish_reason == FinishReason.STOP}:
+        places = enumerate(output.scheduled)
+        event["stop"] = [[p, stopped[item.request_id]] for p, item in places if item.request_id in stopped]
+    return event
+
+
+def _runs(blocks: list[int]) -> list[int]:
+    """Block ids as first, length, first, length, ..."""
+    runs: list[int] = []
+    for block in blocks:
+        if runs and block == runs[-2] + runs[-1]:
+            runs[-1] += 1
+        else:
+            runs += [block, 1]
+    return runs
+
+
+def _unusual(given: dict[str, Any]) -> dict[str, Any]:
+    """Only what differs from a new Request's usual values."""
+    return {name: value for name, value in given.items() if value not in (None, 0, "", "waiting", -1)}

@@ -1,0 +1,160 @@
+"""Recordings: replayed bit for bit, a flipped decision found, no token in the file, bounded, kept when it matters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_simulate import MACHINE, WORKLOAD, known_core
+
+from octavo.cli.app import run
+from octavo.config import EngineConfig
+from octavo.engine.calibrate import prepare
+from octavo.errors import ConfigError
+from octavo.messages import AddRequest
+from octavo.sampling_params import SamplingParams
+from octavo.simulate.outcome import Outcome
+from octavo.simulate.real import run_real
+from octavo.simulate.replay import Replay
+
+
+def recorded(folder: Path, **settings: object) -> tuple[Path, Outcome]:
+    """A run that preempts, chunks and hits, with its recording."""
+    config = EngineConfig(max_num_seqs=12, max_num_batched_tokens=128, record=str(folder), **settings)  # type: ignore[arg-type]
+    core, executor = known_core(config, num_blocks=44)
+    prepare(core)
+    trace = [a for a in WORKLOAD.at(30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
+    outcome = run_real(trace, core, clock=executor.clock, wait=executor.wait)
+    assert core.record is not None
+    core.close()
+    return Path(core.record), outcome
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair", "slo"])
+def test_a_recording_replays_to_the_same_decisions(tmp_path, policy: str) -> None:
+    path, outcome = recorded(tmp_path, scheduling_policy=policy)
+    for happened in ("num_preempted", "num_chunked", "prefix_hits"):
+        assert outcome.total(happened) > 0
+    replay = Replay(path)
+    assert replay.run() is None
+    assert len(replay.steps) == len(outcome.records)
+    assert not replay.scheduler.has_unfinished
+    assert [seconds for _, seconds in replay.steps] == pytest.approx([r.execute_seconds for r in outcome.records])
+    assert [a.num_output for a in replay.trace()] == [len(seen.times) for seen in outcome.seen]
+
+
+def test_a_ring_stays_bounded_and_replays_from_its_older_half(tmp_path) -> None:
+    path, outcome = recorded(tmp_path, record_bytes=1 << 16)
+    older = path.with_name(path.name + ".1")
+    assert older.exists()
+    assert path.stat().st_size + older.stat().st_size < 3 << 16  # a state may come on top
+    replay = Replay(path)
+    assert replay.run() is None
+    assert 0 < len(replay.steps) < len(outcome.records)
+
+
+def test_every_flipped_decision_is_the_first_divergence(tmp_path) -> None:
+    path, _ = recorded(tmp_path)
+    lines = path.read_text().splitlines()
+    steps = [(place, json.loads(line)) for place, line in enumerate(lines)]
+    flips = {
+        "crc": lambda e: e["crc"] + 1,
+        "rows": lambda e: [[*e["rows"][0][:2], e["rows"][0][2] + 1, *e["rows"][0][3:]], *e["rows"][1:]],
+        "new": lambda e: [[e["new"][0][0], e["new"][0][1], e["new"][0][2] + 16, *e["new"][0][3:]], *e["new"][1:]],
+        "pre": lambda e: [[e["pre"][0][1], e["pre"][0][0]]],
+    }
+    for what, flip in flips.items():
+        place, event = [(p, e) for p, e in steps if e["e"] == "step" and e.get(what)][-1]
+        broken = tmp_path / f"{what}.jsonl"
+        broken.write_text("\n".join([*lines[:place], json.dumps({**event, what: flip(event)}), *lines[place + 1 :]]))
+        found = Replay(broken).run()
+        assert found is not None
+        assert (found.step, found.line, found.what) == (event["n"], place + 1, what)
+        assert found.recorded != found.replayed
+
+
+def test_no_token_is_in_the_file_and_equal_prompts_cannot_be_compared_across_engines(tmp_path) -> None:
+    digests = []
+    for name in "ab":
+        core, _ = known_core(EngineConfig(record=str(tmp_path / name)))
+        prepare(core)
+        prompt = [987_654] * 40
+        core.handle(AddRequest("r", prompt, SamplingParams(ignore_eos=True, max_tokens=3), 3, seed=0))
+        while core.has_work:
+            core.step()
+        core.close()
+        text = Path(core.record or "").read_text()
+        assert "987654" not in text
+        digests.append([event["h"] for event in map(json.loads, text.splitlines()) if "h" in event])
+    assert digests[0]
+    assert digests[0] != digests[1]
+
+
+def test_a_recording_that_was_cut_off_replays_up_to_there(tmp_path) -> None:
+    path, outcome = recorded(tmp_path)
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    replay = Replay(path)
+    assert replay.run() is None
+    assert 0 < len(replay.steps) < len(outcome.records)
+    with pytest.raises(ConfigError, match="no recording"):
+        Replay(_written(tmp_path / "x", '{"e": "add"}\n'))
+    with pytest.raises(ConfigError, match="line 1"):
+        Replay(_written(tmp_path / "y", "text\nmore\n"))
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_auto_records_behind_a_server_only_and_leaves_nothing_when_it_ends_well(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
+    core, _ = known_core(EngineConfig())
+    prepare(core)
+    assert core.record is None
+    core, _ = known_core(EngineConfig())
+    prepare(core, serving=True)
+    path = Path(core.record or "")
+    assert path.parent == tmp_path / "records"
+    assert path.exists()  # and so it stays if the process dies
+    core.close()
+    assert not path.exists()
+    core, _ = known_core(EngineConfig(record="off"))
+    prepare(core, serving=True)
+    assert core.record is None
+
+
+def test_the_verb_says_what_it_found(tmp_path, capfd) -> None:
+    path, outcome = recorded(tmp_path)
+    assert run(["replay", str(path)]) == 0
+    assert f"{len(outcome.records)} steps" in capfd.readouterr().err
+    assert run(["replay", str(path), "--until", "40"]) == 0
+    captured = capfd.readouterr()
+    assert "Before step 41" in captured.err
+    assert "running" in captured.out
+    assert run(["replay", str(path), "--what-if", "max_num_seqs=2,scheduling_policy=slo"]) == 0
+    head, first, *_ = capfd.readouterr().out.splitlines()
+    assert head.split() == ["as", "it", "was", "what", "if"]
+    as_it_was, what_if = map(float, first.split()[1:])
+    assert what_if < as_it_was
+    for wrong in ("colour=red", "max_num_seqs", "max_num_seqs=many", "scheduling_policy=best"):
+        assert run(["replay", str(path), "--what-if", wrong]) == 2
+    broken = path.read_text().replace('"crc":', '"crc":1', 1)
+    assert run(["replay", str(_written(tmp_path / "b.jsonl", broken))]) == 1
+    assert "step 0 (line" in capfd.readouterr().err
+
+
+def test_the_simulated_recording_is_the_recorded_run(tmp_path) -> None:
+    """What --what-if compares with: with the costs known, simulating the recorded requests gives the run itself."""
+    from octavo.scheduler.cost import fit
+    from octavo.simulate.simulator import simulate
+
+    path, outcome = recorded(tmp_path)
+    replay = Replay(path)
+    replay.run()
+    machine = replace(MACHINE, num_blocks=44, cost=fit(replay.steps))
+    again = simulate(replay.trace(), machine, EngineConfig(max_num_seqs=12, max_num_batched_tokens=128))
+    assert again.seconds == pytest.approx(outcome.seconds, rel=0.05)
