@@ -22,6 +22,7 @@ from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, Ti
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
+from octavo.scheduler.counts import Counts, fill_pool, make_delta
 from octavo.scheduler.door import Door
 from octavo.scheduler.forks import Forks
 from octavo.scheduler.policies import NO_CAP, FcfsPolicy, Policy
@@ -34,22 +35,6 @@ class _Step:
 
     requests: list[Request] = field(default_factory=list)  # parallel to SchedulerOutput.scheduled
     hashed: list[tuple[int, bytes]] = field(default_factory=list)  # blocks made findable before they are written
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What happened since the last StepRecord was filled; the fields are StepRecord's."""
-
-    num_prefill_tokens: int = 0
-    num_chunked: int = 0
-    num_preempted: int = 0
-    num_preempted_tokens: int = 0
-    num_recomputed_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    num_forked: int = 0
-    num_kv_read: int = 0
-    num_prefill_pairs: int = 0
 
 
 class Scheduler:
@@ -110,7 +95,7 @@ class Scheduler:
         self.suspects: dict[str, Request] = {}  # waiting or running, to be tried alone, in this order
         self._in_flight: dict[int, _Step] = {}
         self._next_step = 0
-        self._counts = _Counts()
+        self._counts = Counts()
         self._evictions_told = 0
 
     @property
@@ -183,7 +168,7 @@ class Scheduler:
         if request is None:
             return []
         self._end(request)
-        return [_delta(request, finish_reason=FinishReason.ABORT)]
+        return [make_delta(request, finish_reason=FinishReason.ABORT)]
 
     def expire(self) -> list[RequestDelta]:
         """Ends the Requests whose deadline has passed: their last deltas."""
@@ -194,7 +179,7 @@ class Scheduler:
                 allowed = deadline - request.arrival_time
                 self._end(request)
                 error = f"the request's timeout of {allowed:g} s has passed: allow more, or ask for fewer tokens"
-                deltas.append(_delta(request, finish_reason=FinishReason.ERROR, error=error))
+                deltas.append(make_delta(request, finish_reason=FinishReason.ERROR, error=error))
                 deltas[-1].error_kind = TimeLimitError.__name__
         return deltas
 
@@ -428,11 +413,11 @@ class Scheduler:
             reason = self._finish_reason(request, token)
             if reason is not None:
                 self._end(request)
-                delta = _delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
+                delta = make_delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
                 if reason is FinishReason.STOP and token in (request.params.stop_token_ids or ()):
                     delta.stop_reason = token
                 return delta
-        return _delta(request, tokens, logprobs)
+        return make_delta(request, tokens, logprobs)
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         num_output = request.num_output_tokens
@@ -457,7 +442,7 @@ class Scheduler:
                 continue
             if request.retry_alone:
                 self._end(request)
-                deltas.append(_delta(request, finish_reason=FinishReason.ERROR, error=error))
+                deltas.append(make_delta(request, finish_reason=FinishReason.ERROR, error=error))
                 continue
             request.num_computed_tokens = item.start
             self._release(request)
@@ -506,43 +491,10 @@ class Scheduler:
 
     def fill(self, record: StepRecord, output: SchedulerOutput) -> None:
         """Writes the counts of schedule() into the step's record; preemptions since the last record included."""
-        counts, self._counts = self._counts, _Counts()
-        pool = self.kv.pool
+        counts, self._counts = self._counts, Counts()
         record.num_running = len(output.scheduled)
         record.num_waiting = self.num_waiting
         record.num_tokens = output.num_tokens
-        record.num_prefill_tokens = counts.num_prefill_tokens
-        record.num_chunked = counts.num_chunked
-        record.num_preempted = counts.num_preempted
-        record.num_preempted_tokens = counts.num_preempted_tokens
-        record.num_recomputed_tokens = counts.num_recomputed_tokens
-        record.prefix_queries = counts.prefix_queries
-        record.prefix_hits = counts.prefix_hits
-        record.num_forked = counts.num_forked
         record.num_copied_blocks = len(output.copy_blocks)
-        record.num_kv_read = counts.num_kv_read
-        record.num_prefill_pairs = counts.num_prefill_pairs
-        record.num_evicted_blocks = pool.num_evictions - self._evictions_told
-        self._evictions_told = pool.num_evictions
-        record.num_free_blocks = pool.num_free
-        record.num_cached_blocks = pool.num_cached
-        record.num_used_blocks = pool.num_used
-
-
-def _delta(
-    request: Request,
-    token_ids: list[int] | None = None,
-    logprobs: list[TokenLogprobs] | None = None,
-    finish_reason: FinishReason | None = None,
-    error: str | None = None,
-) -> RequestDelta:
-    first = request.first_scheduled_time
-    return RequestDelta(
-        request_id=request.request_id,
-        token_ids=token_ids if token_ids is not None else [],
-        logprobs=logprobs,
-        finish_reason=finish_reason,
-        num_cached_tokens=request.num_cached_tokens,
-        queue_time=first - request.arrival_time if first is not None else 0.0,
-        error=error,
-    )
+        counts.fill(record)
+        self._evictions_told = fill_pool(record, self.kv.pool, self._evictions_told)
