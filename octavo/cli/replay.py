@@ -102,14 +102,13 @@ def _say_state(run: Replay) -> None:
 
 
 def _say_what_if(run: Replay, changes: str) -> None:
-    from octavo.scheduler.cost import fit, typical
     from octavo.simulate.simulator import Machine, simulate
     from octavo.simulate.trace import clipped
 
     if not run.steps:
         raise ConfigError("the recording holds no whole step: nothing to price other ones with")
     known = dict(run.settings)
-    machine = Machine(fit(typical(run.steps)), known.pop("num_blocks"), known.pop("max_model_len"))
+    machine = Machine(run.cost(), known.pop("num_blocks"), known.pop("max_model_len"))
     config = EngineConfig(**known)
     changed, other = config, machine
     for name, value in _changes(changes, {*known, "num_blocks", "max_model_len"}).items():

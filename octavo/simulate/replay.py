@@ -18,7 +18,7 @@ from octavo.kvcache.block_hash import BlockHasher
 from octavo.messages import StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
 from octavo.sampling_params import SamplingParams
-from octavo.scheduler.cost import StepWork
+from octavo.scheduler.cost import CostModel, StepWork, fit, typical
 from octavo.scheduler.recorder import FORMAT, Describer
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import ROOMS, Thaw
@@ -96,6 +96,10 @@ class Replay:
             elif (divergence := self._feed(line, event)) is not None:
                 return divergence
         return None
+
+    def cost(self) -> CostModel:
+        """What steps cost, fitted to those that were run again."""
+        return fit(typical(self.steps))
 
     def trace(self) -> list[Arrival]:
         """The requests of the recording, with as many tokens as each had got by the point that was reached."""

@@ -149,12 +149,11 @@ def test_the_verb_says_what_it_found(tmp_path, capfd) -> None:
 
 def test_the_simulated_recording_is_the_recorded_run(tmp_path) -> None:
     """What --what-if compares with: with the costs known, simulating the recorded requests gives the run itself."""
-    from octavo.scheduler.cost import fit
     from octavo.simulate.simulator import simulate
 
     path, outcome = recorded(tmp_path)
     replay = Replay(path)
     replay.run()
-    machine = replace(MACHINE, num_blocks=44, cost=fit(replay.steps))
+    machine = replace(MACHINE, num_blocks=44, cost=replay.cost())
     again = simulate(replay.trace(), machine, EngineConfig(max_num_seqs=12, max_num_batched_tokens=128))
     assert again.seconds == pytest.approx(outcome.seconds, rel=0.05)
