@@ -12,9 +12,9 @@ if find_spec("torch") and find_spec("triton"):
     torch.set_num_threads(1)
     if DEVICE == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any import of them
-        from tests.gpu.interpreter import mend_dot
+        from tests.gpu.interpreter import mend
 
-        mend_dot()
+        mend()
 else:
     DEVICE = "none"
     collect_ignore_glob = ["test_*.py"]  # the kernels are Triton's: pip install 'octavo[gpu]'
