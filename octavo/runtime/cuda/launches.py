@@ -23,6 +23,7 @@ from octavo.program.ops import (
     Weight,
 )
 from octavo.program.program import Program
+from octavo.runtime.cuda.fusion import Fusion, find_fusion
 from octavo.runtime.cuda.kernels import attention, linear, rope, rows
 from octavo.runtime.cuda.packing import rope_tables
 from octavo.runtime.cuda.staging import DeviceStep
@@ -82,15 +83,28 @@ class Launches:
     """Makes the closures. Weights are looked up by parts, so that a tied one is there once."""
 
     def __init__(
-        self, program: Program, weights: dict[tuple[str, ...], torch.Tensor], arena: Arena, kv: KVPool, max_decodes: int
+        self,
+        program: Program,
+        weights: dict[tuple[str, ...], torch.Tensor],
+        arena: Arena,
+        kv: KVPool,
+        max_decodes: int,
+        *,
+        fuses: bool = True,
     ) -> None:
         self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
         self._device = arena.view(program.logits).device
+        self._fusion = find_fusion(program) if fuses else Fusion()
+        self._chained = fuses and can_chain(self._device)
         self._ropes: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, Attention)}
         sizes = [(attention.partial_rows(max_decodes, heads, kv_heads), dim) for heads, kv_heads, dim in shapes]
-        self._partial = torch.empty(max((n * d for n, d in sizes), default=0), device=self._device)
-        self._partial_sums = torch.empty(max((n for n, _ in sizes), default=0), device=self._device)
+        kv_heads = max((shape[1] for shape in shapes), default=0)
+        self._partials = attention.Partials(
+            torch.empty(max((n * d for n, d in sizes), default=0), device=self._device),
+            torch.empty(max((n for n, _ in sizes), default=0), device=self._device),
+            torch.zeros(max_decodes * kv_heads, dtype=torch.int32, device=self._device),
+        )
 
     def make(self) -> list[Launch]:
         """One closure for each node, in order."""
@@ -132,11 +146,12 @@ class Launches:
         x, out = self._arena.view(node.x), self._arena.view(node.out)
         residual, kept = self._optional(node.residual), self._optional(node.residual_out)
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
-        count, eps, is_layer = _row_count(node.out), node.eps, node.kind == "layer"
+        count, eps, is_layer, chained = _row_count(node.out), node.eps, node.kind == "layer", self._chained
+        least = linear.MAX_FEW_ROWS if node in self._fusion.norms else 0
 
         def launch(step: DeviceStep) -> None:
-            if num_rows := count(step):
-                rows.norm(num_rows, x, residual, weight, bias, out, kept, eps=eps, is_layer=is_layer)
+            if (num_rows := count(step)) > least:
+                rows.norm(num_rows, x, residual, weight, bias, out, kept, eps=eps, is_layer=is_layer, chained=chained)
 
         return launch
 
@@ -163,24 +178,44 @@ class Launches:
         x, out = self._arena.view(node.x), self._arena.view(node.out)
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
         transposed = weight.t()
-        count, arena, num_in_rows = _row_count(node.out), self._arena, weight.shape[0]
+        count, arena, num_in_rows, chained = _row_count(node.out), self._arena, weight.shape[0], self._chained
         gated = node.activation.endswith("_mul")
         is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
         activation, scale, softcap = node.activation, node.scale, node.softcap
+        fused_x, fused_out, fused = self._fused(node)
 
         def launch(step: DeviceStep) -> None:
             num_rows = count(step)
             if not num_rows:
                 return
-            if linear.can_be_few(num_rows, out.shape[1]):
-                linear.few_rows(num_rows, x, weight, bias, out, activation=activation, scale=scale, softcap=softcap)
+            if num_rows <= linear.MAX_FEW_ROWS:
+                linear.few_rows(
+                    num_rows, fused_x, weight, bias, fused_out, activation=activation, scale=scale, softcap=softcap,
+                    fused=fused, chained=chained,
+                )  # fmt: skip
                 return
             product = arena.product(num_rows, num_in_rows) if gated else out[:num_rows]
             torch.mm(x[:num_rows], transposed, out=product)
             if not is_plain:
-                rows.epilogue(num_rows, product, bias, out, activation=activation, scale=scale, softcap=softcap)
+                rows.epilogue(
+                    num_rows, product, bias, out, activation=activation, scale=scale, softcap=softcap, chained=chained
+                )
 
         return launch
+
+    def _fused(self, node: Linear) -> tuple[torch.Tensor, torch.Tensor, linear.Fused]:
+        """What a product of few rows reads and writes, and what it takes over from the norms beside it."""
+        norm, stream = self._fusion.norm_of.get(node), self._fusion.residual_of.get(node)
+        x, out = self._arena.view(node.x), self._arena.view(node.out)
+        if norm is not None:
+            x = self._arena.view(norm.x if norm.residual is None else norm.residual)
+        residual = None if stream is None else self._arena.view(stream)
+        fused = linear.Fused(
+            norm_weight=None if norm is None else self._weights[norm.weight.parts],
+            eps=0.0 if norm is None else norm.eps,
+            residual=residual,
+        )
+        return x, out if residual is None else residual, fused
 
     def _rope_kv_write(self, node: RopeKVWrite) -> Launch:
         qkv, out = self._arena.view(node.qkv), self._arena.view(node.out)
@@ -189,12 +224,14 @@ class Launches:
         q_norm, k_norm = self._weight(node.q_norm), self._weight(node.k_norm)
         if (q_norm is None) != (k_norm is None):
             raise UnsupportedModelError(f"{node.label}: the cuda runtime norms both q and k, or neither")
-        norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+        norms, chained = None if q_norm is None or k_norm is None else (q_norm, k_norm), self._chained
 
         def launch(step: DeviceStep) -> None:
             slots = step.slots_of(group)
             keys, values = kv.keys[layer], kv.values[layer]
-            rope.rope_kv_write(step.num_tokens, node, qkv, step.positions, slots, table, norms, out, keys, values)
+            rope.rope_kv_write(
+                step.num_tokens, node, qkv, step.positions, slots, table, norms, out, keys, values, chained=chained
+            )
 
         return launch
 
@@ -208,16 +245,21 @@ class Launches:
     def _attention(self, node: Attention) -> Launch:
         q, out = self._arena.view(node.q), self._arena.view(node.out)
         group, layer, kv = self._program.kv_layers[node.kv_layer].group, node.kv_layer, self._kv
-        partial, sums = self._partial, self._partial_sums
+        partials, chained = self._partials, self._chained
 
         def launch(step: DeviceStep) -> None:
             inputs, keys, values = step.attention, kv.keys[layer], kv.values[layer]
             if inputs.num_decodes:
-                attention.decode_attention(inputs, node, group, q, keys, values, out, partial, sums)
+                attention.decode_attention(inputs, node, group, q, keys, values, out, partials, chained=chained)
             if inputs.num_tiles:
                 attention.prefill_attention(inputs, node, group, q, keys, values, out)
 
         return launch
+
+
+def can_chain(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it has ended (programmatic dependent launch: Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _row_count(buffer: Buffer) -> Callable[[DeviceStep], int]:

@@ -98,6 +98,16 @@ def round_to_int8(x: Float32) -> Float32:
     return np.asarray(np.rint(x * factor) * (largest / np.float32(127)), dtype=np.float32)
 
 
+def round_to_e4m3(x: Float32) -> Float32:
+    """The nearest 8-bit floats of 4 exponent and 3 mantissa bits, ties to even; beyond 448 they saturate.
+
+    Source: Micikevicius et al. 2022 (FP8 formats for deep learning), E4M3.
+    """
+    _, exponent = np.frexp(x)
+    step = np.ldexp(np.float32(1), np.maximum(exponent - 1, -6) - 3)  # below 2^-6 numbers are denormal
+    return np.asarray(np.clip(np.rint(x / step) * step, -448, 448), dtype=np.float32)
+
+
 def slots_of(positions: npt.NDArray[np.intp], block_table: Int32, block_size: int) -> Int64:
     """The slots of one request's positions."""
     return block_table[positions // block_size].astype(np.int64) * block_size + positions % block_size

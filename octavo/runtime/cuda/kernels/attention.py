@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import Attention
 from octavo.runtime.cuda.kernels.rows import softcapped
@@ -23,6 +24,7 @@ from octavo.runtime.cuda.kernels.rows import softcapped
 _LOG2E = tl.constexpr(math.log2(math.e))
 _PROGRAMS_WANTED = 528  # four for each multiprocessor of a large card
 MAX_SPLITS = 32
+MIN_CHUNK = 256  # positions; shorter parts cost more to join than they save
 
 
 @dataclass(slots=True)
@@ -41,6 +43,12 @@ class AttentionInputs:
     num_tiles: int
 
 
+@triton.constexpr_function
+def operand_type(computed, kept):
+    """What queries, K and V multiply as: of an 8-bit cache float16, which holds each of its values exactly."""
+    return tl.float16 if kept.primitive_bitwidth == 8 and computed == tl.bfloat16 else computed
+
+
 @triton.jit
 def _scores(q, k, visible, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores in base 2: softmax over exp2 of these is softmax(softcap(q . k * scale))."""
@@ -51,14 +59,18 @@ def _scores(q, k, visible, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["table_base", "num_splits", "window"])
-def _decode(q, keys, values, out, partial, partial_sums, rows, query_start_loc, seq_lens, tables, table_stride,
-            table_base, num_splits, scale, softcap, window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-            HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-            IS_SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _decode(q, keys, values, out, partial, partial_sums, arrived, rows, query_start_loc, seq_lens, tables, table_stride,
+            table_base, num_splits, scale, v_scale, softcap, window, NUM_HEADS: tl.constexpr,
+            NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+            HAS_WINDOW: tl.constexpr, IS_SPLIT: tl.constexpr, MIN_CHUNK: tl.constexpr, MOST: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    index = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
+    index = tl.program_id(1)
     split = tl.program_id(2)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     request = tl.load(rows + index)
     seq_len = tl.load(seq_lens + request)
     token = tl.load(query_start_loc + request).to(tl.int64)
@@ -68,8 +80,15 @@ def _decode(q, keys, values, out, partial, partial_sums, rows, query_start_loc, 
     if HAS_WINDOW:
         oldest = tl.maximum(seq_len - window, 0)
     begin = oldest // BLOCK_N * BLOCK_N
-    chunk = tl.cdiv(tl.cdiv(seq_len - begin, num_splits), BLOCK_N) * BLOCK_N
-    begin += split * chunk
+    num_parts = 1
+    chunk = seq_len
+    if IS_SPLIT:  # a graph's grid is fixed; how much of it has work is each request's own length's to say
+        num_parts = tl.maximum(tl.minimum(tl.cdiv(seq_len - begin, MIN_CHUNK), num_splits), 1)
+        chunk = tl.cdiv(tl.cdiv(seq_len - begin, num_parts), BLOCK_N) * BLOCK_N
+        num_parts = tl.maximum(tl.cdiv(seq_len - begin, tl.maximum(chunk, 1)), 1)
+        if split >= num_parts:
+            return
+        begin += split * chunk
     end = tl.minimum(begin + chunk, seq_len)
 
     m = tl.arange(0, BLOCK_M)
@@ -79,17 +98,20 @@ def _decode(q, keys, values, out, partial, partial_sums, rows, query_start_loc, 
     valid = m < GROUP
     q_at = token * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + d[None, :]
     query = tl.load(q + q_at, mask=valid[:, None] & in_head[None, :], other=0.0)
+    query = query.to(operand_type(query.dtype, keys.dtype.element_ty))
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    position = begin + tl.arange(0, BLOCK_N)
+    block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0)
     for start in range(begin, end, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
         inside = position < end
-        block = tl.load(table + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        at = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
+        at = ((block.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
         mask = inside[:, None] & in_head[None, :]
-        k = tl.load(keys + at[:, None] + d[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(values + at[:, None] + d[None, :], mask=mask, other=0.0)
+        k = tl.load(keys + at[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)  # [BLOCK_N, BLOCK_D]
+        v = tl.load(values + at[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        block = tl.load(table + (position + BLOCK_N) // BLOCK_SIZE, mask=position + BLOCK_N < end, other=0)
         s = _scores(query, tl.trans(k), (inside & (position >= oldest))[None, :], scale, softcap, HAS_SOFTCAP)
         new_best = tl.maximum(best, tl.max(s, 1))
         shift = tl.where(new_best == float("-inf"), 0.0, new_best)
@@ -99,35 +121,48 @@ def _decode(q, keys, values, out, partial, partial_sums, rows, query_start_loc, 
         mixed = mixed * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         best = new_best
     safe = tl.where(total > 0, total, 1.0)
-    mixed = mixed / safe[:, None]
-    if IS_SPLIT:
+    mixed = mixed * (v_scale / safe)[:, None]
+    if num_parts > 1:
         row = (index * NUM_HEADS + head).to(tl.int64) * num_splits + split
         tl.store(partial_sums + row, tl.where(total > 0, best + tl.log2(safe), float("-inf")), mask=valid)
-        tl.store(partial + row[:, None] * HEAD_DIM + d[None, :], mixed,
-                 mask=valid[:, None] & in_head[None, :] & (total > 0)[:, None])  # fmt: skip
+        tl.store(partial + row[:, None] * HEAD_DIM + d[None, :], mixed, mask=valid[:, None] & in_head[None, :])
+        _merge_if_last(partial, partial_sums, arrived + index * NUM_KV_HEADS + kv_head, out, token,
+                       (index * NUM_HEADS).to(tl.int64), kv_head, num_splits, num_parts, NUM_HEADS, GROUP, HEAD_DIM,
+                       MOST, BLOCK_D)  # fmt: skip
     else:
         tl.store(out + q_at, mixed.to(out.dtype.element_ty), mask=valid[:, None] & in_head[None, :])
 
 
-@triton.jit(do_not_specialize=["num_splits"])
-def _merge(partial, partial_sums, out, rows, query_start_loc, num_splits, HEAD_DIM: tl.constexpr,
-           MOST: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    index = tl.program_id(0)
-    head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
-    token = tl.load(query_start_loc + tl.load(rows + index)).to(tl.int64)
-    s = tl.arange(0, MOST)
-    d = tl.arange(0, BLOCK_D)
-    row = (index * num_heads + head).to(tl.int64) * num_splits + s
-    sums = tl.load(partial_sums + row, mask=s < num_splits, other=float("-inf"))
-    best = tl.max(sums, 0)
-    weight = tl.exp2(sums - tl.where(best == float("-inf"), 0.0, best))
-    mask = (sums > float("-inf"))[:, None] & (d < HEAD_DIM)[None, :]
-    parts = tl.load(partial + row[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
-    total = tl.sum(weight, 0)
-    mixed = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    at = (token * num_heads + head) * HEAD_DIM
-    tl.store(out + at + d, mixed.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+@triton.jit
+def _merge_if_last(partial, partial_sums, arrived, out, token, first_row, kv_head, num_splits, num_parts,
+                   NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MOST: tl.constexpr,
+                   BLOCK_D: tl.constexpr):  # fmt: skip
+    """The program that ends last of a request's and KV head's parts joins what all of them left."""
+    tl.debug_barrier()  # every thread's stores come before the count
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+        tl.store(arrived, 0)
+        s = tl.arange(0, MOST)
+        d = tl.arange(0, BLOCK_D)
+        for m in tl.static_range(GROUP):
+            head = kv_head * GROUP + m
+            row = (first_row + head) * num_splits + s
+            sums = tl.load(partial_sums + row, mask=s < num_parts, other=float("-inf"), cache_modifier=".cg")
+            best = tl.max(sums, 0)
+            weight = tl.exp2(sums - tl.where(best == float("-inf"), 0.0, best))
+            mask = (s < num_parts)[:, None] & (d < HEAD_DIM)[None, :]
+            parts = tl.load(partial + row[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            total = tl.sum(weight, 0)
+            mixed = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+            tl.store(out + (token * NUM_HEADS + head) * HEAD_DIM + d, mixed.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """What the programs of a split decode leave for the one that ends last."""
+
+    mixed: torch.Tensor  # float32 [partial_rows, D]
+    sums: torch.Tensor  # float32 [partial_rows]
+    arrived: torch.Tensor  # int32 [max decodes * KV heads]: zero between launches
 
 
 def num_splits(num_decodes: int, num_kv_heads: int) -> int:
@@ -142,6 +177,22 @@ def partial_rows(max_decodes: int, num_heads: int, num_kv_heads: int) -> int:
     return max(n * num_splits(n, num_kv_heads) for n in counts if n == 1 or num_splits(n, num_kv_heads) > 1) * num_heads
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """Keys of one turn of the decode kernel, and how many turns are on their way."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def decode_tile(head_dim: int, kv_bytes: int) -> DecodeTile:
+    """The tile for a head size and the bytes of a KV element: 8-bit ones cost arithmetic, so few threads a tile."""
+    if kv_bytes == 1:
+        return DecodeTile(32, 2, 4)
+    return DecodeTile(64 if head_dim * kv_bytes <= 256 else 32, 4, 2)
+
+
 def decode_attention(
     inputs: AttentionInputs,
     node: Attention,
@@ -150,26 +201,31 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,  # [T, H * D]
-    partial: torch.Tensor,  # float32 [partial_rows, D]
-    partial_sums: torch.Tensor,  # float32 [partial_rows]
+    partials: Partials,
+    *,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
+    chained: bool = False,
+    tile: DecodeTile | None = None,
+    splits: int = 0,
+    min_chunk: int = MIN_CHUNK,
 ) -> None:
-    """Attention of the requests that have one query in this step."""
-    splits = num_splits(inputs.num_decodes, node.num_kv_heads)
+    """Attention of the requests that have one query in this step. Stored K and V are to be multiplied by `kv_scales`.
+
+    A context is cut into at most `splits` parts (0: what fills the card), none shorter than `min_chunk`.
+    """
+    splits = splits or num_splits(inputs.num_decodes, node.num_kv_heads)
     block_d = max(triton.next_power_of_2(node.head_dim), 16)
     block_m = max(triton.next_power_of_2(node.num_heads // node.num_kv_heads), 16)
-    block_n = 64 if block_d * q.element_size() <= 256 else 32
-    _decode[(inputs.num_decodes, node.num_kv_heads, splits)](
-        q, keys, values, out, partial, partial_sums, inputs.decode_rows, inputs.query_start_loc, inputs.seq_lens,
-        inputs.tables, inputs.table_stride, group * inputs.num_requests, splits, node.scale, node.softcap, node.window,
+    tile = tile or decode_tile(block_d, keys.element_size())
+    _decode[(node.num_kv_heads, inputs.num_decodes, splits)](
+        q, keys, values, out, partials.mixed, partials.sums, partials.arrived, inputs.decode_rows,
+        inputs.query_start_loc, inputs.seq_lens, inputs.tables, inputs.table_stride, group * inputs.num_requests,
+        splits, node.scale * kv_scales[0], kv_scales[1], node.softcap, node.window,
         NUM_HEADS=node.num_heads, NUM_KV_HEADS=node.num_kv_heads, HEAD_DIM=node.head_dim, BLOCK_SIZE=keys.shape[2],
-        HAS_SOFTCAP=node.softcap > 0, HAS_WINDOW=node.window > 0, IS_SPLIT=splits > 1, BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=3 if block_d <= 128 else 2,
+        HAS_SOFTCAP=node.softcap > 0, HAS_WINDOW=node.window > 0, IS_SPLIT=splits > 1, MIN_CHUNK=min_chunk,
+        MOST=triton.next_power_of_2(splits), BLOCK_M=block_m, BLOCK_N=tile.keys, BLOCK_D=block_d, CHAINED=chained,
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
     )  # fmt: skip
-    if splits > 1:
-        _merge[(inputs.num_decodes, node.num_heads)](
-            partial, partial_sums, out, inputs.decode_rows, inputs.query_start_loc, splits,
-            HEAD_DIM=node.head_dim, MOST=MAX_SPLITS, BLOCK_D=block_d, num_warps=2,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -180,44 +236,52 @@ def _attend(best, total, mixed, query, keys, values, table, begin, end, query_po
     """Adds the keys of [begin, end) to a tile's running softmax; without masks where every query sees every key."""
     d = tl.arange(0, BLOCK_D)
     in_head = d < HEAD_DIM
+    position = begin + tl.arange(0, BLOCK_N)
+    block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0)
     for start in range(begin, end, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        if IS_MASKED:
-            inside = position < seq_len
-            block = tl.load(table + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            mask = inside[:, None] & in_head[None, :]
-        else:
-            block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
-            mask = (position >= 0)[:, None] & in_head[None, :]
-        at = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
+        at = ((block.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
         if not IS_MASKED and BLOCK_D == HEAD_DIM:
             k = tl.load(keys + at[:, None] + d[None, :])
             v = tl.load(values + at[:, None] + d[None, :])
         else:
+            mask = in_head[None, :]
+            if IS_MASKED:
+                mask = mask & (position < seq_len)[:, None]
             k = tl.load(keys + at[:, None] + d[None, :], mask=mask, other=0.0)
             v = tl.load(values + at[:, None] + d[None, :], mask=mask, other=0.0)
-        s = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        block = tl.load(table + (position + BLOCK_N) // BLOCK_SIZE, mask=position + BLOCK_N < end, other=0)
+        s = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision="ieee")
         if HAS_SOFTCAP:
-            s = softcapped(s, softcap)
-        s *= _LOG2E
+            s = softcapped(s * scale, softcap) * _LOG2E
         if IS_MASKED:
             visible = (position[None, :] <= query_position[:, None]) & (position[None, :] >= oldest[:, None])
             s = tl.where(visible, s, float("-inf"))
-        new_best = tl.maximum(best, tl.max(s, 1))
-        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-        p = tl.exp2(s - shift[:, None])
+        if HAS_SOFTCAP:
+            new_best = tl.maximum(best, tl.max(s, 1))
+        else:
+            scale2 = scale * _LOG2E
+            new_best = tl.maximum(best, tl.max(s, 1) * scale2)
+        shift = new_best
+        if IS_MASKED:
+            shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+        if HAS_SOFTCAP:
+            p = tl.exp2(s - shift[:, None])
+        else:
+            p = tl.exp2(s * scale2 - shift[:, None])  # one multiply-add
         keep = tl.exp2(best - shift)
         total = total * keep + tl.sum(p, 1)
-        mixed = mixed * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        mixed = mixed * keep[:, None]
+        mixed += tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision="ieee")
         best = new_best
     return best, total, mixed
 
 
 @triton.jit(do_not_specialize=["table_base", "window"])
 def _prefill(q, keys, values, out, tile_rows, tile_starts, query_start_loc, seq_lens, tables, table_stride, table_base,
-             scale, softcap, window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-             BLOCK_SIZE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+             scale, v_scale, softcap, window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+             HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts of a request first
@@ -238,6 +302,7 @@ def _prefill(q, keys, values, out, tile_rows, tile_starts, query_start_loc, seq_
     q_at = ((token + query_index).to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
     query = tl.load(q + q_at, mask=mask, other=0.0)
+    query = query.to(operand_type(query.dtype, keys.dtype.element_ty))
     lowest = seq_len - num_queries + first
     highest = tl.minimum(lowest + QUERIES - 1, seq_len - 1)
     oldest = query_position * 0
@@ -265,7 +330,7 @@ def _prefill(q, keys, values, out, tile_rows, tile_starts, query_start_loc, seq_
     best, total, mixed = _attend(best, total, mixed, query, keys, values, table, full_to, end, query_position, oldest,
                                  seq_len, kv_head, scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_SOFTCAP,
                                  True, BLOCK_N, BLOCK_D)  # fmt: skip
-    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    mixed = mixed * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
     tl.store(out + q_at, mixed.to(out.dtype.element_ty), mask=mask)
 
 
@@ -285,7 +350,7 @@ def prefill_tile(head_dim: int, group: int, item_bytes: int) -> PrefillTile:
     if item_bytes == 4:
         return PrefillTile(max(32, need), 32, 4, 1)
     if head_dim <= 128:
-        return PrefillTile(max(128, need), 64, 8, 3)
+        return PrefillTile(max(64, need), 64, 4, 3)  # two programs fit a multiprocessor, one multiplies while one exps
     return PrefillTile(max(64, need), 32, 4, 2)
 
 
@@ -302,13 +367,17 @@ def prefill_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,  # [T, H * D]
+    *,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
+    tile: PrefillTile | None = None,
 ) -> None:
-    """Attention of the requests that have several queries in this step."""
-    tile = prefill_tile(node.head_dim, node.num_heads // node.num_kv_heads, q.element_size())
+    """Attention of the requests that have several queries. Stored K and V are to be multiplied by `kv_scales`."""
+    tile = tile or prefill_tile(node.head_dim, node.num_heads // node.num_kv_heads, q.element_size())
     _prefill[(inputs.num_tiles, node.num_kv_heads)](
         q, keys, values, out, inputs.tile_rows, inputs.tile_starts, inputs.query_start_loc, inputs.seq_lens,
-        inputs.tables, inputs.table_stride, group * inputs.num_requests, node.scale, node.softcap, node.window,
-        NUM_HEADS=node.num_heads, NUM_KV_HEADS=node.num_kv_heads, HEAD_DIM=node.head_dim, BLOCK_SIZE=keys.shape[2],
-        HAS_SOFTCAP=node.softcap > 0, HAS_WINDOW=node.window > 0, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-        BLOCK_D=max(triton.next_power_of_2(node.head_dim), 16), num_warps=tile.warps, num_stages=tile.stages,
+        inputs.tables, inputs.table_stride, group * inputs.num_requests, node.scale * kv_scales[0], kv_scales[1],
+        node.softcap, node.window, NUM_HEADS=node.num_heads, NUM_KV_HEADS=node.num_kv_heads, HEAD_DIM=node.head_dim,
+        BLOCK_SIZE=keys.shape[2], HAS_SOFTCAP=node.softcap > 0, HAS_WINDOW=node.window > 0, BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys, BLOCK_D=max(triton.next_power_of_2(node.head_dim), 16), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip

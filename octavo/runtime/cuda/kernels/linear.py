@@ -1,7 +1,8 @@
-"""Matrix products for few rows, where time is the reading of the weights: one pass over them, everything fused.
+"""Matrix products for one to four rows, where time is the reading of the weights: one pass over them, all else fused.
 
-One to four rows multiply on the CUDA cores (the weights are read once for all rows); five to sixteen use the tensor
-cores, padded to sixteen. More rows are cuBLAS's. The bias, the activation and the soft-cap happen before the store.
+The weights are read once for all rows and multiplied on the CUDA cores. The norm in front, the bias, the activation,
+the soft-cap and the residual sum happen in the same pass. More rows are cuBLAS's: a kernel of ours on the tensor cores
+for five to sixteen rows was no faster (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import Activation
 from octavo.runtime.cuda.kernels.rows import ACTIVATION_CODES, activated, softcapped
 
-MAX_VECTOR_ROWS = 4
-MAX_FEW_ROWS = 16
-MIN_PROGRAMS = 128  # fewer cannot keep a large card's memory busy: cuBLAS splits the inner dimension instead
+MAX_FEW_ROWS = 4
 
 
 @triton.jit
@@ -38,59 +38,60 @@ def _finish(y, up, bias, cols, num_out, scale, softcap, ACTIVATION: tl.constexpr
 
 
 @triton.jit
-def _vector(x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, ACTIVATION: tl.constexpr,
-            GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _weights(pointer, inside, k, num_in):
+    """A tile of the weights, each of which is read once."""
+    return tl.load(pointer, mask=inside[:, None] & (k < num_in)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _vector(x, weight, bias, norm_weight, residual, out, num_rows, num_out, num_in, scale, softcap, eps,
+            ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+            HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_K: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < num_out
     rows = tl.arange(0, ROWS)
     present = rows < num_rows
-    at = n.to(tl.int64)[:, None] * num_in
+    k = tl.arange(0, BLOCK_K)
+    first = weight + n.to(tl.int64)[:, None] * num_in + k[None, :]
+    second = first + num_out.to(tl.int64) * num_in
+    w = _weights(first, inside, k, num_in)  # weights never change: they are on their way before the wait
+    if GATED:
+        w_up = _weights(second, inside, k, num_in)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     y = tl.zeros([ROWS, BLOCK_N], tl.float32)
     up = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, num_in, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (k < num_in)[None, :]
+        first += BLOCK_K
+        second += BLOCK_K
+        w_next = _weights(first, inside, k + BLOCK_K, num_in)
+        if GATED:
+            w_up_next = _weights(second, inside, k + BLOCK_K, num_in)
         values = tl.load(
             x + rows[:, None] * num_in + k[None, :], mask=present[:, None] & (k < num_in)[None, :], other=0.0
-        )
-        values = values.to(tl.float32)[:, None, :]  # [ROWS, 1, BLOCK_K]
-        w = tl.load(weight + at + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        y += tl.sum(values * w.to(tl.float32)[None, :, :], 2)
+        ).to(tl.float32)  # [ROWS, BLOCK_K]
+        if HAS_NORM:
+            squares += tl.sum(values * values, 1)
+            values *= tl.load(norm_weight + k, mask=k < num_in, other=0.0)[None, :]
+        y += tl.sum(values[:, None, :] * w.to(tl.float32)[None, :, :], 2)
+        w = w_next
         if GATED:
-            second = weight + num_out.to(tl.int64) * num_in
-            w = tl.load(second + at + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-            up += tl.sum(values * w.to(tl.float32)[None, :, :], 2)
+            up += tl.sum(values[:, None, :] * w_up.to(tl.float32)[None, :, :], 2)
+            w_up = w_up_next
+    if HAS_NORM:
+        factor = tl.rsqrt(squares / num_in + eps)[:, None]
+        y *= factor
+        up *= factor
     y = _finish(y, up, bias, n[None, :], num_out, scale, softcap, ACTIVATION, GATED, HAS_BIAS, HAS_SOFTCAP)
+    at = rows[:, None] * num_out + n[None, :]
     keep = present[:, None] & inside[None, :]
-    tl.store(out + rows[:, None] * num_out + n[None, :], y.to(out.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _few(x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, ACTIVATION: tl.constexpr,
-         GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
-         BLOCK_K: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < num_out
-    rows = tl.arange(0, 16)
-    present = rows < num_rows
-    at = n.to(tl.int64)[:, None] * num_in
-    y = tl.zeros([BLOCK_N, 16], tl.float32)
-    up = tl.zeros([BLOCK_N, 16], tl.float32)
-    for start in range(0, num_in, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (k < num_in)[None, :]
-        values = tl.load(  # [BLOCK_K, 16]
-            x + rows[None, :] * num_in + k[:, None], mask=present[None, :] & (k < num_in)[:, None], other=0.0
-        )
-        w = tl.load(weight + at + k[None, :], mask=mask, other=0.0)
-        y += tl.dot(w, values, input_precision="ieee")
-        if GATED:
-            w = tl.load(weight + num_out.to(tl.int64) * num_in + at + k[None, :], mask=mask, other=0.0)
-            up += tl.dot(w, values, input_precision="ieee")
-    y = _finish(y, up, bias, n[:, None], num_out, scale, softcap, ACTIVATION, GATED, HAS_BIAS, HAS_SOFTCAP)
-    keep = inside[:, None] & present[None, :]
-    tl.store(out + rows[None, :] * num_out + n[:, None], y.to(out.dtype.element_ty), mask=keep)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,31 +103,32 @@ class Tile:
     warps: int
 
 
-def vector_tile(num_out: int, num_in: int, num_rows: int, *, gated: bool) -> Tile:
-    """The tile for one to four rows: wide steps; more warps a program where there are few programs.
+def tile_of(num_out: int, num_in: int, num_rows: int, *, gated: bool) -> Tile:
+    """The tile by shape: narrow outputs take the whole depth at once with four warps, wide ones a warp a program.
 
-    Measured on an H200 in bfloat16 at one row (TB/s of 4.37): 12288x4096 3.92 and 22016x4096 4.16 with (2, 2048, 2),
-    4096x11008 3.84 with (1, 512, 2), 4096x4096 3.17 with (2, 2048, 2), 1024x3072 1.60 with (1, 1024, 8),
-    1024x2048 1.30 with (2, 2048, 8), 32000x4096 4.26 with (2, 2048, 2).
+    Tuned over the shapes of 0.6B, 7B and 8B models (docs/kernels.md has the table). More rows take more warps: each
+    thread holds the values of all of them.
     """
-    cols = min(triton.next_power_of_2(num_in), 2048)
+    depth = triton.next_power_of_2(num_in)
     if num_out <= 2048:
-        return Tile(1, min(cols, 1024), 8)
-    if num_rows > 1:
-        return Tile(1, min(cols, 2048 // num_rows), 2)
-    if num_in > 2 * num_out:
-        return Tile(1, min(cols, 512), 2)
-    return Tile(1 if gated else 2, cols, 2)
+        tile = Tile(2, min(depth, 4096), 4)
+    elif gated and num_in > 2048:
+        tile = Tile(1, min(depth, 1024), 1)
+    else:
+        tile = Tile(2, min(depth, 512 if gated else 1024), 1)
+    return Tile(tile.rows, tile.cols, min(tile.warps * num_rows, 8))
 
 
-def few_tile(num_in: int, item_bytes: int) -> Tile:
-    """The tile for five to sixteen rows."""
-    return Tile(16, min(max(triton.next_power_of_2(num_in), 16), 512 // item_bytes), 4)
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What a product of few rows takes over from its neighbours."""
+
+    norm_weight: torch.Tensor | None = None  # float32 [in]: x is RMS-normed first
+    eps: float = 0.0
+    residual: torch.Tensor | None = None  # [>= num_rows, out], added last; may be the memory of `out`
 
 
-def can_be_few(num_rows: int, num_out: int) -> bool:
-    """True where these kernels beat cuBLAS: few rows, and outputs enough to fill the card."""
-    return num_rows <= MAX_VECTOR_ROWS or (num_rows <= MAX_FEW_ROWS and num_out >= 16 * MIN_PROGRAMS)
+PLAIN = Fused()
 
 
 def few_rows(
@@ -136,30 +138,28 @@ def few_rows(
     bias: torch.Tensor | None,  # float32
     out: torch.Tensor,  # [>= num_rows, out]
     *,
-    activation: Activation,
-    scale: float,
-    softcap: float,
+    activation: Activation = "none",
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    fused: Fused = PLAIN,
+    chained: bool = False,
+    tile: Tile | None = None,
 ) -> None:
-    """out = softcap(act(x @ weight.T * scale + bias)) for one to sixteen rows."""
+    """out = softcap(act(norm(x) @ weight.T * scale + bias)) + residual for one to four rows.
+
+    `chained`: may start before the kernel in front of it has ended; it reads its weights, which nobody writes, first.
+    """
     num_out, num_in = out.shape[1], weight.shape[1]
     gated = activation.endswith("_mul")
-    options = {
-        "ACTIVATION": ACTIVATION_CODES[activation],
-        "GATED": gated,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": softcap > 0,
-    }
+    has_bias = bias is not None
     bias = x if bias is None else bias
-    if num_rows <= MAX_VECTOR_ROWS:
-        rows = triton.next_power_of_2(num_rows)
-        tile = vector_tile(num_out, num_in, rows, gated=gated)
-        _vector[(triton.cdiv(num_out, tile.rows),)](
-            x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, **options,
-            ROWS=rows, BLOCK_N=tile.rows, BLOCK_K=tile.cols, num_warps=tile.warps,
-        )  # fmt: skip
-        return
-    tile = few_tile(num_in, x.element_size())
-    _few[(triton.cdiv(num_out, tile.rows),)](
-        x, weight, bias, out, num_rows, num_out, num_in, scale, softcap, **options,
-        BLOCK_N=tile.rows, BLOCK_K=tile.cols, num_warps=tile.warps, num_stages=4,
+    rows = triton.next_power_of_2(num_rows)
+    tile = tile or tile_of(num_out, num_in, rows, gated=gated)
+    norm_weight = x if fused.norm_weight is None else fused.norm_weight
+    residual = x if fused.residual is None else fused.residual
+    _vector[(triton.cdiv(num_out, tile.rows),)](
+        x, weight, bias, norm_weight, residual, out, num_rows, num_out, num_in, scale, softcap, fused.eps,
+        ACTIVATION=ACTIVATION_CODES[activation], GATED=gated, HAS_BIAS=has_bias, HAS_SOFTCAP=softcap > 0,
+        HAS_NORM=fused.norm_weight is not None, HAS_RESIDUAL=fused.residual is not None, ROWS=rows,
+        BLOCK_N=tile.rows, BLOCK_K=tile.cols, CHAINED=chained, num_warps=tile.warps, launch_pdl=chained,
     )  # fmt: skip

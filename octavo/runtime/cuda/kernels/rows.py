@@ -10,6 +10,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import Activation
 
@@ -91,7 +92,10 @@ def embedding(
 
 @triton.jit
 def _norm(x, residual, weight, bias, out, residual_out, eps, width, LAYER: tl.constexpr, HAS_BIAS: tl.constexpr,
-          HAS_RESIDUAL: tl.constexpr, KEEPS_SUM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+          HAS_RESIDUAL: tl.constexpr, KEEPS_SUM: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     start = tl.program_id(0).to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -120,6 +124,7 @@ def norm(
     *,
     eps: float,
     is_layer: bool,
+    chained: bool = False,
 ) -> None:
     """RMS or layer norm of x (+ residual), the sum kept in `residual_out`; one pass over the row."""
     width = out.shape[1]
@@ -128,7 +133,7 @@ def norm(
         x, x if residual is None else residual, weight, weight if bias is None else bias, out,
         out if residual_out is None else residual_out, eps, width, LAYER=is_layer, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, KEEPS_SUM=residual_out is not None, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),
+        CHAINED=chained, num_warps=min(max(block // 512, 1), 16), launch_pdl=chained,
     )  # fmt: skip
 
 
@@ -164,7 +169,11 @@ def gather(num_rows: int, x: torch.Tensor, indices: torch.Tensor, out: torch.Ten
 
 @triton.jit
 def _epilogue(x, bias, out, scale, softcap, width, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-              HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+              CHAINED: tl.constexpr):  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
@@ -192,6 +201,7 @@ def epilogue(
     activation: Activation,
     scale: float,
     softcap: float,
+    chained: bool = False,
 ) -> None:
     """out = softcap(act(product * scale + bias)); the gated activations halve the width."""
     width = out.shape[1]
@@ -199,5 +209,5 @@ def epilogue(
     _epilogue[(num_rows, triton.cdiv(width, block))](
         product, product if bias is None else bias, out, scale, softcap, width,
         ACTIVATION=ACTIVATION_CODES[activation], GATED=activation.endswith("_mul"), HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap > 0, BLOCK=block,
+        HAS_SOFTCAP=softcap > 0, BLOCK=block, CHAINED=chained, launch_pdl=chained,
     )  # fmt: skip

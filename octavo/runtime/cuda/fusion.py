@@ -1,0 +1,62 @@
+"""RMS norms and residual sums that the products beside them take over in steps of few rows.
+
+There a kernel's time is mostly that it starts and waits for the one in front of it, so fewer kernels are faster. In
+product -> (residual + norm) -> product, the first product adds the residual to what it stores, in the residual's place,
+and the second norms what it reads: the norm's factor is one number a row, which is as well applied to the sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from octavo.program.ops import AnyOp, Buffer, Linear, Norm
+from octavo.program.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What is taken over. A norm whose product is found here is not run by itself in a step of few rows."""
+
+    norms: set[Norm] = field(default_factory=set)
+    norm_of: dict[Linear, Norm] = field(default_factory=dict)  # what a product does to its input
+    residual_of: dict[Linear, Buffer] = field(default_factory=dict)  # where a product adds its output, and stores it
+
+
+def find_fusion(program: Program) -> Fusion:
+    """The norms that can go: neighbours of their products, read by one alone, with the residual sum in place."""
+    plan = program.plan_buffers()
+    slots = dict(zip(program.buffers, plan.slot_of, strict=True))
+    num_readers: dict[Buffer, int] = {}
+    for node in program.nodes:
+        for buffer in node.inputs:
+            num_readers[buffer] = num_readers.get(buffer, 0) + 1
+    fusion = Fusion()
+    for before, norm, product in zip(program.nodes, program.nodes[1:], program.nodes[2:], strict=False):
+        if not isinstance(norm, Norm) or not isinstance(product, Linear) or not _can_go(program, norm, product):
+            continue
+        if num_readers[norm.out] > 1:
+            continue
+        if norm.residual is None:
+            if norm.residual_out is None and slots[norm.x] != slots[product.out]:
+                fusion.norms.add(norm)
+                fusion.norm_of[product] = norm
+        elif _can_add(before, norm) and num_readers[norm.x] == 1 and _is_in_place(norm, product, slots):
+            assert isinstance(before, Linear)
+            fusion.norms.add(norm)
+            fusion.norm_of[product] = norm
+            fusion.residual_of[before] = norm.residual
+    return fusion
+
+
+def _can_go(program: Program, norm: Norm, product: Linear) -> bool:
+    return norm.kind == "rms" and norm.bias is None and product.x is norm.out and norm.out is not program.hidden
+
+
+def _can_add(before: AnyOp, norm: Norm) -> bool:
+    return isinstance(before, Linear) and before.out is norm.x and norm.x is not norm.residual
+
+
+def _is_in_place(norm: Norm, product: Linear, slots: dict[Buffer, int]) -> bool:
+    if norm.residual is None or norm.residual_out is None:
+        return False
+    return slots[norm.residual] == slots[norm.residual_out] != slots[product.out]
