@@ -18,7 +18,7 @@ DEFAULT_QUEUE = 1024  # requests that may wait behind a server
 
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
-KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair", "slo"]
 RuntimeName = Literal["auto", "native", "cuda", "reference"]
 
@@ -83,7 +83,7 @@ class EngineConfig:
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8", "fp8"))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
         _range("max_num_seqs", self.max_num_seqs, 1, 4096)
         _range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)

@@ -62,7 +62,9 @@ FLAGS: dict[str, Flag] = {
     ),
     "block_size": Flag("Memory", "Tokens of one KV block."),
     "kv_cache_dtype": Flag(
-        "Memory", "Number type of the KV cache; auto: float32 beside float32 weights, else bfloat16."
+        "Memory",
+        "Number type of the KV cache; auto: float32 beside float32 weights, else bfloat16; int8 on a CPU, fp8 on "
+        "a GPU.",
     ),
     "enable_prefix_caching": Flag("Memory", "Keep the KV of finished prefixes and share it."),
     "enable_copy_on_write": Flag(

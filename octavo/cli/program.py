@@ -57,7 +57,7 @@ def program(
     computed = config.quantization or dtype
     recorded = record(spec)
     kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
-    kv_bytes = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / spec.head_dim}[kv_dtype]
+    kv_bytes = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / spec.head_dim, "fp8": 1.0}[kv_dtype]
     kept: dict[tuple[str, ...], int] = {}  # the reference keeps float32 whatever it rounds to
     if choice.runtime == "reference":
         kv_bytes = 4.0

@@ -178,8 +178,8 @@ class Runtime(Protocol):
 
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves the pool; untouched blocks cost no resident memory. `dtype` is how K and V are kept: "float32",
-        "bfloat16", or "int8" with one float32 scale per token and KV head. The narrow ones round queries and
-        softmax weights to bfloat16 too."""
+        "bfloat16", "int8" with one float32 scale per token and KV head, or "fp8" (e4m3). The narrow ones round
+        queries and softmax weights to bfloat16 too. Raises UnsupportedError for one that it does not keep."""
         ...
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

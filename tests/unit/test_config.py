@@ -15,7 +15,7 @@ from octavo.errors import ConfigError, UnsupportedError
         ("load_format", "pickle"),
         ("runtime", "tpu"),
         ("scheduling_policy", "random"),
-        ("kv_cache_dtype", "fp8"),
+        ("kv_cache_dtype", "fp9"),
         ("max_model_len", 0),
         ("max_num_seqs", 0),
         ("max_num_seqs", 600),  # above max_num_batched_tokens

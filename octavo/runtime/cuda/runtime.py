@@ -21,6 +21,7 @@ from octavo.runtime.cuda.sampler import Sampler
 from octavo.runtime.cuda.staging import DeviceStep, Staging, send_step
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FP8 = torch.float8_e4m3fn  # how "fp8" keeps K and V, with a scale of one
 _RESERVE = 1 << 30  # bytes for cuBLAS, graphs, kernels and what torch rounds up
 
 
@@ -109,17 +110,16 @@ class CudaRuntime:
 
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str | None = None) -> int:
         """Bytes of one KV block over all layers."""
-        self._check_kv_dtype(dtype)
-        return program.kv_elements_per_block(block_size) * self._dtype.itemsize
+        return program.kv_elements_per_block(block_size) * self._kv_type(dtype).itemsize
 
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str | None = None) -> None:
         """Reserves the pool, one block more than asked for: padding rows of graphs write there.
 
         Raises:
             MemoryPlanError: the device has no room.
-            UnsupportedError: a KV type other than the one computed in.
+            UnsupportedError: a KV type other than the one computed in and fp8.
         """
-        self._check_kv_dtype(dtype)
+        kv_type = self._kv_type(dtype)
         program = self._loaded()
         max_tokens, max_logits, max_requests = self._limits
         self._null_slot, self._block_size = num_blocks * block_size, block_size
@@ -127,7 +127,7 @@ class CudaRuntime:
             for layer in program.kv_layers:
                 shape = (num_blocks + 1, layer.num_kv_heads, block_size, layer.head_dim)
                 for pool in (self._kv.keys, self._kv.values):
-                    pool.append(torch.empty(shape, dtype=self._dtype, device=self._device))
+                    pool.append(torch.empty(shape, dtype=kv_type, device=self._device))
                     pool[-1][num_blocks].zero_()
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for {num_blocks} KV blocks: {error}") from None
@@ -240,9 +240,12 @@ class CudaRuntime:
         if _torch_dtype(dtype) != self._dtype:
             raise UnsupportedError(f"this cuda runtime was made for {self._dtype}, not {dtype}")
 
-    def _check_kv_dtype(self, dtype: str | None) -> None:
-        if dtype is not None and _torch_dtype(dtype) != self._dtype:
-            raise UnsupportedError(f"--kv-cache-dtype {dtype}: the cuda runtime keeps KV as {self._dtype} here")
+    def _kv_type(self, dtype: str | None) -> torch.dtype:
+        if dtype == "fp8":
+            return _FP8
+        if dtype is not None and _DTYPES.get(dtype) != self._dtype:
+            raise UnsupportedError(f"--kv-cache-dtype {dtype}: the cuda runtime keeps KV as {self._dtype} or fp8 here")
+        return self._dtype
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "Triton's interpreter"

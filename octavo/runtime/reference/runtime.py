@@ -34,6 +34,7 @@ KV_ROUNDING: dict[str, Callable[[Float32], Float32]] = {
     "float32": lambda x: x,
     "bfloat16": round_to_bfloat16,
     "int8": ops.round_to_int8,
+    "fp8": ops.round_to_e4m3,
 }
 
 
