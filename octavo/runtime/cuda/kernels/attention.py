@@ -58,6 +58,17 @@ def _scores(q, k, visible, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     return tl.where(visible, s * _LOG2E, float("-inf"))
 
 
+@triton.jit
+def _parts(length, num_splits, MIN_CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many parts a context has and how long they are.
+
+    A graph's grid is fixed; how much of it has work is each request's own length's to say.
+    """
+    num_parts = tl.maximum(tl.minimum(tl.cdiv(length, MIN_CHUNK), num_splits), 1)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, num_parts), BLOCK_N) * BLOCK_N, BLOCK_N)
+    return tl.maximum(tl.cdiv(length, chunk), 1), chunk
+
+
 @triton.jit(do_not_specialize=["table_base", "num_splits", "window"])
 def _decode(q, keys, values, out, partial, partial_sums, arrived, rows, query_start_loc, seq_lens, tables, table_stride,
             table_base, num_splits, scale, v_scale, softcap, window, NUM_HEADS: tl.constexpr,
@@ -65,27 +76,20 @@ def _decode(q, keys, values, out, partial, partial_sums, arrived, rows, query_st
             HAS_WINDOW: tl.constexpr, IS_SPLIT: tl.constexpr, MIN_CHUNK: tl.constexpr, MOST: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    kv_head = tl.program_id(0)
-    index = tl.program_id(1)
-    split = tl.program_id(2)
+    kv_head, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
     request = tl.load(rows + index)
     seq_len = tl.load(seq_lens + request)
     token = tl.load(query_start_loc + request).to(tl.int64)
-    stride = tl.load(table_stride)
-    table = tables + (table_base + request).to(tl.int64) * stride
-    oldest = 0
-    if HAS_WINDOW:
-        oldest = tl.maximum(seq_len - window, 0)
+    table = tables + (table_base + request).to(tl.int64) * tl.load(table_stride)
+    oldest = tl.maximum(seq_len - window, 0) if HAS_WINDOW else 0
     begin = oldest // BLOCK_N * BLOCK_N
     num_parts = 1
     chunk = seq_len
-    if IS_SPLIT:  # a graph's grid is fixed; how much of it has work is each request's own length's to say
-        num_parts = tl.maximum(tl.minimum(tl.cdiv(seq_len - begin, MIN_CHUNK), num_splits), 1)
-        chunk = tl.cdiv(tl.cdiv(seq_len - begin, num_parts), BLOCK_N) * BLOCK_N
-        num_parts = tl.maximum(tl.cdiv(seq_len - begin, tl.maximum(chunk, 1)), 1)
+    if IS_SPLIT:
+        num_parts, chunk = _parts(seq_len - begin, num_splits, MIN_CHUNK, BLOCK_N)
         if split >= num_parts:
             return
         begin += split * chunk
