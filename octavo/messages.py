@@ -126,6 +126,7 @@ class StepRecord:
     num_cached_blocks: int = 0  # free for the taking, but still holding a hashed prefix
     num_used_blocks: int = 0
     num_foreign_calls: int = 0  # into the native library
+    foreign_seconds: float = 0.0  # of execute_seconds, inside it
     num_failed: int = 0  # requests whose step failed
 
 

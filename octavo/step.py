@@ -71,3 +71,4 @@ class ModelRunnerOutput:
 
     token_ids: list[list[int]]  # new tokens per scheduled row; [] in mid-prefill
     logprobs: list[list[TokenLogprobs] | None]  # one entry per new token where asked for
+    foreign_seconds: float = 0.0  # of the step, inside compiled code

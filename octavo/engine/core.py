@@ -201,6 +201,7 @@ class EngineCore:
             return self._fail_all(oldest, f"{type(error).__name__}: {error}")
         done_at = self._clock()
         record.execute_seconds += done_at - waiting_since
+        record.foreign_seconds = result.foreign_seconds
         deltas = self.scheduler.update(oldest.output, result)
         record.num_sampled = sum(len(tokens) for tokens in result.token_ids)
         record.num_finished = sum(d.finish_reason is not None for d in deltas)

@@ -121,6 +121,7 @@ class SamplerOutput:
     ranks: Int32  # [R]: 1 is the most likely (0 where not asked for)
     top_ids: Int32  # [R, K], best first
     top_logprobs: Float32  # [R, K]
+    foreign_seconds: float = 0.0  # inside compiled code, where a call returns when its work is done
 
 
 @dataclass(slots=True)

@@ -43,7 +43,9 @@ class ModelRunner:
         def finish() -> ModelRunnerOutput:
             out = wait()
             self._rows.append(batch.tokens_of, out.token_ids)
-            return _spread(batch.samples, out.token_ids.tolist(), _logprobs(batch, out))
+            result = _spread(batch.samples, out.token_ids.tolist(), _logprobs(batch, out))
+            result.foreign_seconds = out.foreign_seconds
+            return result
 
         return finish
 

@@ -134,3 +134,4 @@ def test_reference_runtime_gives_the_same_tokens(native):
 def test_one_foreign_call_per_step():
     _, _, log = answers(PROMPTS[:4])
     assert [r.num_foreign_calls for r in log] == [1] * len(log)
+    assert all(0 < r.foreign_seconds < r.execute_seconds for r in log)

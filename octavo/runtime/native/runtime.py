@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -151,10 +152,12 @@ class NativeRuntime:
         for name in lib.OUTPUT_ARRAYS:
             setattr(step, f"out_{name}", _address(getattr(output, name)))
         self.num_foreign_calls += 1
+        began = time.perf_counter()
         if self._profile is None:
             self._call(self._library.octavo_step, self._step_pointer)
         else:
             self._measured_step(self._profile, inputs)
+        output.foreign_seconds = time.perf_counter() - began
         return output
 
     def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
