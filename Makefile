@@ -28,7 +28,7 @@ check: $(VENV)/.installed-dev  ## format, lint, types, ceilings, who may import 
 	@$(RUN)/python tools/readme_numbers.py --check
 	@$(RUN)/python -m pytest tests/unit/test_import_rules.py
 
-bench: $(VENV)/.installed  ## the CPU workloads over HTTP, as a table and lab/results/*.json (ARGS="--only 13" is passed on)
+bench: $(VENV)/.installed  ## the CPU workloads over HTTP, as a table and lab/results/*.json (ARGS="--peers all" is passed on)
 	@$(RUN)/python -m lab.cpu $(ARGS)
 
 clean:  ## remove .venv and everything built (the model cache stays)

@@ -1,267 +1,279 @@
-"""`python -m lab.cpu`: the CPU workloads over HTTP against `octavo serve`, as a table and as JSON.
+"""`python -m lab.cpu`: the CPU workloads over HTTP against `octavo serve`, with `--peers` against others beside it.
 
-Server and client share the machine, as they would for a user without a GPU. Nothing else should be running. Each
-configuration gets a fresh server; figures are medians with their range.
+Prints aligned tables and merges every figure into lab/results/cpu-NAME.json, so that a run may be done in pieces
+(`--only W1 W3`, `--configurations bf16`). Server and client share the machine, as they would for a user without a
+GPU; nothing else should be running. All engines are alive at once and take turns, one repetition each, while the
+others are stopped. What fails is reported by name with its reason, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime
 import json
-import re
-import statistics
-import subprocess
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lab.engines import Engine, EngineError, OctavoEngine
+from lab.figures import PARTS, Figure, Part
 from lab.machine import describe_machine
-from lab.workloads import W2_CONCURRENCY, Work, w1, w2, w3, w4
-from octavo.cli.client import Server, fetch_json, raise_for_status, request
+from lab.peers import PEERS
+from lab.text import load_text
+from octavo.errors import OctavoError
+from octavo.models.hub import resolve_model
+from octavo.text.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-SERVE = ["--max-model-len", "2048", "--max-num-seqs", "32", "--kv-cache-memory-bytes", "400MiB", "--port", "0"]
+SERVE = {"max_model_len": "8192", "max_num_seqs": "32", "kv_cache_memory_bytes": "400MiB"}
+TEXT, TEXT_CHARACTERS = "moby-dick", slice(60_000, 500_000)
+SECONDS_PER_PART = 45.0  # an engine that has taken longer gets no further repetition of this part
+STARTS = 3
+START, MEMORY = "new process to first token", "peak memory of all processes"
+COMPARED = ("W1 decode", "W1 time to first token", "W2 output", "W3 prompt", "W4 wall", START, MEMORY)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One way to serve the model: fields of EngineConfig, and the parts it is measured in (None: all)."""
+
+    options: dict[str, str]
+    parts: tuple[str, ...] | None = None
+
+
 CONFIGURATIONS = {
-    "gguf": [],
-    "bf16": ["--dtype", "bfloat16"],
-    "float32": ["--dtype", "float32"],
+    "gguf": Configuration({}),
+    "gguf, int8 KV": Configuration({"kv_cache_dtype": "int8"}, ("W2", "long")),
+    "int8": Configuration({"quantization": "int8"}),
+    "bf16": Configuration({"dtype": "bfloat16"}),
+    "float32": Configuration({"dtype": "float32"}, ("W1", "W2", "W3", "W4")),
 }
+DEFAULT = ("gguf", "gguf, int8 KV", "int8", "bf16")
 
 
-@dataclass(slots=True)
-class Figures:
-    """Values of one figure over repetitions."""
+class Bench:
+    """The engines of a run, and their figures."""
 
-    unit: str
-    values: list[float] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        digits = 0 if self.unit == "tok/s" and min(self.values) >= 100 else 2 if self.unit == "s" else 1
-        low, high = min(self.values), max(self.values)
-        return f"{statistics.median(self.values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-
-
-@dataclass(slots=True)
-class Timed:
-    """What one request saw; seconds on this process's clock."""
-
-    start: float
-    first: float
-    end: float
-    num_tokens: int
-
-
-class Run:
-    """One configuration: its server, and the figures measured on it."""
-
-    def __init__(self, model: str, name: str, repetitions: int) -> None:
+    def __init__(self, model: str, engines: Sequence[Engine], text: Sequence[int], console: Console) -> None:
         self.model = model
-        self.name = name
-        self.repetitions = repetitions
-        self.figures: dict[str, Figures] = {}
-        self.wrong_lengths = 0
-        self.server: Server
-        self.process: subprocess.Popen[str]
+        self.engines = [*engines]
+        self.figures: dict[str, dict[str, Figure]] = {engine.name: {} for engine in engines}
+        self.failed: dict[str, str] = {}
+        self._text = text
+        self._console = console
+        self._began = time.monotonic()
 
-    def add(self, name: str, unit: str, value: float) -> None:
-        """One more value of a figure."""
-        self.figures.setdefault(name, Figures(unit)).values.append(value)
+    @property
+    def alive(self) -> list[Engine]:
+        """Engines that have not failed."""
+        return [engine for engine in self.engines if engine.name not in self.failed]
 
-    async def measure(self, only: str, say: Callable[[str], None]) -> None:
-        """Starts the server, runs the workloads, stops it."""
-        await self._start_up(say)
+    def start(self, log_folder: Path, repetitions: int) -> None:
+        """Starts every engine; ours a few times, after one start that warms the page cache. Leaves them paused."""
+        for engine in self.alive:
+            try:
+                starts = min(STARTS, repetitions) + 1 if is_ours(engine) else 1
+                for number in range(starts):
+                    seconds = engine.start(log_folder)
+                    if number or starts == 1:
+                        self._add(engine, START, "s", seconds)
+                    if number < starts - 1:
+                        engine.stop()
+                engine.pause()
+            except Exception as error:
+                self.fail(engine.name, error)
+
+    def measure(self, parts: Sequence[Part], wanted: dict[str, tuple[str, ...] | None]) -> None:
+        """All parts, repetitions interleaved over the engines."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
+            task = progress.add_task("", total=sum(part.repetitions for part in parts))
+            for part in parts:
+                spent: dict[str, float] = {}
+                for repetition in range(-1 if part.warm_up else 0, part.repetitions):
+                    progress.update(task, description=f"{part.name}: {part.title}")
+                    for engine in self.alive:
+                        chosen = wanted.get(engine.name)
+                        if (part.ours and not is_ours(engine)) or (chosen is not None and part.name not in chosen):
+                            continue
+                        if spent.get(engine.name, 0.0) < SECONDS_PER_PART:
+                            seconds = self._once(part, engine, repetition)
+                            spent[engine.name] = spent.get(engine.name, 0.0) + seconds * (repetition >= 0)
+                    progress.advance(task, repetition >= 0)
+
+    def end(self) -> None:
+        """Notes each engine's memory and ends it."""
+        for engine in self.engines:
+            if engine.name not in self.failed:
+                self._add(engine, MEMORY, "MiB", engine.peak_memory())
+            engine.stop()
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Leaves an engine out from here on."""
+        reason = str(error) if isinstance(error, EngineError | OctavoError) else f"{type(error).__name__}: {error}"
+        self.failed[name] = reason
+        self._console.print(f"{name} failed: {reason}", style="red", markup=False, highlight=False)
+
+    def _once(self, part: Part, engine: Engine, repetition: int) -> float:
+        began = time.monotonic()
         try:
-            steps: dict[str, Callable[[], Awaitable[None]]] = {
-                "1": self._w1,
-                "2": self._w2,
-                "3": self._w3,
-                "4": self._w4,
-            }
-            for number, step in steps.items():
-                if number in only:
-                    say(f"{self.name}: W{number}")
-                    await step()
-            self.add("peak memory of all processes", "MiB", peak_memory(self.process.pid))
-        finally:
-            self.process.terminate()
-            self.process.communicate(timeout=30)
+            engine.resume()
+            for name, unit, value in part.measure(engine, repetition, self._text):
+                if repetition >= 0:
+                    self._add(engine, name, unit, value)
+            engine.pause()
+        except Exception as error:
+            self.fail(engine.name, error)
+            engine.stop()
+        return time.monotonic() - began
 
-    async def _start_up(self, say: Callable[[str], None]) -> None:
-        """A few starts to the first token; the last server stays."""
-        for attempt in range(self.repetitions + 1):
-            say(f"{self.name}: start {attempt}")
-            began = time.perf_counter()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "octavo", "serve", self.model, *SERVE, *CONFIGURATIONS[self.name]],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            self.server = Server.parse(await asyncio.to_thread(self._url))
-            await self._call(Work([1000, 2000, 3000], 1), stream=True)
-            if attempt:  # the first one warms the page cache
-                self.add("new process to first token", "s", time.perf_counter() - began)
-            if attempt < self.repetitions:
-                self.process.terminate()
-                self.process.communicate(timeout=30)
-        listed = await fetch_json(self.server, "GET", "/v1/models")
-        assert listed["data"][0]["id"] == self.model
-
-    def _url(self) -> str:
-        lines = []
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            lines.append(line)
-            if match := re.search(r"Ready in .*(http://\S+)/v1", line):
-                return match[1]
-        raise SystemExit("the server ended:\n" + "".join(lines[-20:]))
-
-    async def _w1(self) -> None:
-        for repetition in range(-1, self.repetitions + 2):
-            timed = await self._call(w1(repetition)[0], stream=True)
-            if repetition >= 0:
-                self.add("W1 decode", "tok/s", (timed.num_tokens - 1) / (timed.end - timed.first))
-                self.add("W1 time to first token", "ms", (timed.first - timed.start) * 1e3)
-
-    async def _w2(self) -> None:
-        await self._batch(w2(-1)[:32], W2_CONCURRENCY, stream=False)
-        for stream in (False, True):
-            name = "W2 output, streamed" if stream else "W2 output"
-            for repetition in range(self.repetitions):
-                seconds, timed = await self._batch(w2(repetition + 100 * stream), W2_CONCURRENCY, stream=stream)
-                self.add(name, "tok/s", sum(t.num_tokens for t in timed) / seconds)
-        sampled = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 0}
-        for repetition in range(self.repetitions):
-            seconds, timed = await self._batch(w2(repetition + 200), W2_CONCURRENCY, stream=False, **sampled)
-            self.add("W2 output, sampled", "tok/s", sum(t.num_tokens for t in timed) / seconds)
-
-    async def _w3(self) -> None:
-        for repetition in range(-1, self.repetitions + 2):
-            work = w3(repetition)[0]
-            timed = await self._call(work, stream=False)
-            if repetition >= 0:
-                self.add("W3 prompt", "tok/s", len(work.prompt) / (timed.end - timed.start))
-
-    async def _w4(self) -> None:
-        for repetition in range(-1, self.repetitions):
-            seconds, _ = await self._batch(w4(repetition), 32, stream=False)
-            if repetition >= 0:
-                self.add("W4 wall", "s", seconds)
-
-    async def _batch(
-        self, works: list[Work], at_once: int, *, stream: bool, **sampling: float
-    ) -> tuple[float, list[Timed]]:
-        gate = asyncio.Semaphore(at_once)
-
-        async def one(work: Work) -> Timed:
-            async with gate:
-                return await self._call(work, stream=stream, **sampling)
-
-        began = time.perf_counter()
-        timed = await asyncio.gather(*(one(work) for work in works))
-        return time.perf_counter() - began, list(timed)
-
-    async def _call(self, work: Work, *, stream: bool, **sampling: float) -> Timed:
-        body = {
-            "prompt": work.prompt,
-            "max_tokens": work.num_out,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": stream,
-            **sampling,
-        }
-        if stream:
-            body["stream_options"] = {"include_usage": True}
-        start = time.perf_counter()
-        first = end = None
-        num_tokens = 0
-        async with request(self.server, "POST", "/v1/completions", body) as response:
-            await raise_for_status(response, self.server.url)
-            if not stream:
-                answer = json.loads(await response.body())
-                first = end = time.perf_counter()
-                num_tokens = answer["usage"]["completion_tokens"]
-            else:
-                async with aclosing(response.events()) as events:  # type: ignore[type-var]
-                    async for event in events:
-                        if event == b"[DONE]":
-                            break
-                        chunk = json.loads(event)
-                        if chunk["choices"] and chunk["choices"][0]["text"]:
-                            end = time.perf_counter()
-                            first = first or end
-                        if chunk.get("usage"):
-                            num_tokens = chunk["usage"]["completion_tokens"]
-        self.wrong_lengths += num_tokens != work.num_out
-        end = end or time.perf_counter()
-        return Timed(start, first or end, end, num_tokens)
+    def _add(self, engine: Engine, name: str, unit: str, value: float) -> None:
+        self.figures[engine.name].setdefault(name, Figure(unit)).values.append(value)
+        line = f"{time.monotonic() - self._began:5.0f} s  {engine.name:<14} {name:<36} {value:10,.2f} {unit}"
+        self._console.print(line, style="dim", markup=False, highlight=False)
 
 
-def peak_memory(pid: int) -> float:
-    """The sum of peak resident memory over a process and its descendants, in MiB."""
-    total, todo = 0, [pid]
-    while todo:
-        process = Path(f"/proc/{todo.pop()}")
-        total += int(re.search(r"VmHWM:\s*(\d+)", (process / "status").read_text())[1])  # type: ignore[index]
-        todo += [int(child) for t in process.glob("task/*/children") for child in t.read_text().split()]
-    return total / 1024
+def is_ours(engine: Engine) -> bool:
+    """True for a configuration of Octavo."""
+    return isinstance(engine, OctavoEngine)
 
 
-def show(model: str, runs: list[Run]) -> None:
-    """The table: a row a figure, a column a configuration."""
-    table = Table(title=f"{model}, over HTTP: median (range)", title_justify="left")
+def ours(model: str, name: str) -> Engine:
+    """`octavo serve` in one configuration."""
+    return OctavoEngine(name, {"model": model, **SERVE, **CONFIGURATIONS[name].options})
+
+
+def text_ids(model: str) -> list[int]:
+    """Ids of a real text."""
+    return load_tokenizer(resolve_model(model)).encode(load_text(TEXT)[TEXT_CHARACTERS])
+
+
+def show(saved: dict[str, Any], console: Console) -> None:
+    """Two tables: everything of ours, a column a configuration; then a line an engine where peers were measured."""
+    engines = saved["engines"]
+    own = [name for name in CONFIGURATIONS if name in engines]
+    table = Table(title=f"{saved['what']}: median (range)", title_justify="left")
     table.add_column("")
     table.add_column("unit")
-    for run in runs:
-        table.add_column(run.name, justify="right")
-    for name, figures in runs[0].figures.items():
-        table.add_row(name, figures.unit, *(str(run.figures[name]) for run in runs))
-    Console(width=120).print(table)
+    for name in own:
+        table.add_column(name, justify="right")
+    names = dict.fromkeys(figure for name in own for figure in engines[name]["figures"])
+    for figure in names:
+        found = [engines[name]["figures"].get(figure) for name in own]
+        unit = next(f["unit"] for f in found if f)
+        table.add_row(figure, unit, *(str(Figure(f["unit"], f["values"])) if f else "" for f in found))
+    console.print(table)
+    if len(engines) > len(own):
+        show_peers(saved, console)
+    for name, engine in engines.items():
+        if engine.get("failed"):
+            console.print(f"{name} failed: {engine['failed']}", style="red", markup=False, highlight=False)
 
 
-def main() -> int:
-    """Measures, prints, and writes lab/results/cpu-MODEL.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def show_peers(saved: dict[str, Any], console: Console) -> None:
+    """A line an engine."""
+    table = Table(title="beside others, same machine, same tokens: median (range)", title_justify="left")
+    table.add_column("")
+    for name in COMPARED:
+        unit = next((f["unit"] for e in saved["engines"].values() if (f := e["figures"].get(name))), "")
+        table.add_column(f"{name}, {unit}", justify="right")
+    for name, engine in saved["engines"].items():
+        found = [engine["figures"].get(figure) for figure in COMPARED]
+        cells = [str(Figure(f["unit"], f["values"])) if f else "" for f in found]
+        table.add_row(f"Octavo {name}" if name in CONFIGURATIONS else name, *cells)
+    console.print(table)
+    for name, engine in saved["engines"].items():
+        console.print(f"{name}: {engine['note']}", style="dim", markup=False, highlight=False)
+
+
+def merge(path: Path, bench: Bench, command: str) -> dict[str, Any]:
+    """What is saved already on this machine, with this run's figures in place of older ones."""
+    machine, today = describe_machine(), datetime.date.today().isoformat()
+    saved: dict[str, Any] = {"what": f"CPU workloads, {bench.model}", "machine": machine, "engines": {}}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("machine") == machine and "engines" in found:
+            saved = found
+    saved |= {"date": today, "command": command}
+    for engine in bench.engines:
+        entry = saved["engines"].setdefault(engine.name, {"figures": {}})
+        entry |= {"note": engine.note, "failed": bench.failed.get(engine.name)}
+        for name, figure in bench.figures[engine.name].items():
+            entry["figures"][name] = {
+                "unit": figure.unit,
+                "values": [float(f"{value:.5g}") for value in figure.values],
+                "date": today,
+                "command": command,
+            }
+    for name, reason in bench.failed.items():
+        saved["engines"].setdefault(name, {"figures": {}, "note": "", "failed": reason})
+    order = [*CONFIGURATIONS, *saved["engines"]]
+    saved["engines"] = {name: saved["engines"][name] for name in dict.fromkeys(order) if name in saved["engines"]}
+    return saved
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parts = "; ".join(f"{part.name}: {part.title}" for part in PARTS.values())
+    parser = argparse.ArgumentParser(prog="python -m lab.cpu", description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=["gguf", "bf16"])
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--only", default="1234", help="which workloads, say 13")
+    parser.add_argument("--configurations", nargs="*", choices=list(CONFIGURATIONS), default=list(DEFAULT))
+    parser.add_argument("--peers", default="", metavar="NAMES", help=f"some of {','.join(PEERS)}, or all")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=parts)
+    parser.add_argument("--repetitions", type=int, default=99, metavar="N", help="of a part at most, for a quick look")
+    parser.add_argument("--save-as", metavar="NAME", help="of the result; MODEL by default")
     parser.add_argument("--no-save", action="store_true", help="print only")
-    options = parser.parse_args()
-    runs = [Run(options.model, name, options.repetitions) for name in options.configurations]
-    status = Console(stderr=True)
-    for run in runs:
-        asyncio.run(run.measure(options.only, lambda text: status.print(text, style="dim")))
-    show(options.model, runs)
-    if wrong := sum(run.wrong_lengths for run in runs):
-        status.print(f"{wrong} answers had another length than asked for: these figures do not count", style="red")
-        return 1
+    options = parser.parse_args(arguments)
+    options.peers = list(PEERS) if options.peers == "all" else [name for name in options.peers.split(",") if name]
+    if unknown := [name for name in options.peers if name not in PEERS]:
+        parser.error(f"unknown peers {', '.join(unknown)}: there are {', '.join(PEERS)}")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures, prints, and writes lab/results/cpu-NAME.json."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no engine is left behind, no figure lost
+    options = parse(arguments)
+    console = Console(stderr=True)
+    bench = Bench(
+        options.model, [ours(options.model, n) for n in options.configurations], text_ids(options.model), console
+    )
+    for name in options.peers:
+        console.print(f"preparing {name}", style="dim")
+        try:
+            engine = PEERS[name]()
+        except EngineError as error:
+            bench.fail(name, error)
+        else:
+            bench.engines.append(engine)
+            bench.figures[engine.name] = {}
+    with tempfile.TemporaryDirectory(prefix="octavo-lab-") as logs:
+        try:
+            bench.start(Path(logs), options.repetitions)
+            wanted = {name: CONFIGURATIONS[name].parts for name in options.configurations}
+            parts = [part for name, part in PARTS.items() if name in options.only]
+            bench.measure([replace(p, repetitions=min(p.repetitions, options.repetitions)) for p in parts], wanted)
+        except (KeyboardInterrupt, SystemExit):
+            console.print("stopped early: what was measured until here is kept", style="red")
+        finally:
+            bench.end()
+    path = RESULTS / f"cpu-{options.save_as or options.model}.json"
+    saved = merge(path, bench, "python -m lab.cpu " + " ".join(arguments))
+    show(saved, Console(width=170))
     if not options.no_save:
-        save(options.model, runs)
-    return 0
-
-
-def save(model: str, runs: list[Run]) -> None:
-    """All values, with the command, the machine and the date."""
-    result = {
-        "what": f"CPU workloads, {model}",
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
-        "command": "python -m lab.cpu " + " ".join(sys.argv[1:]),
-        "server": ["octavo", "serve", model, *SERVE],
-        "runs": {run.name: {n: {"unit": f.unit, "values": f.values} for n, f in run.figures.items()} for run in runs},
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"cpu-{model}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
