@@ -45,7 +45,7 @@ async def run(options: Mapping[str, object], streams: int) -> dict[str, float]:
     """Streams tokens from an engine process of its own and splits its steps; `options` are fields of EngineConfig."""
     engine = await AsyncEngine.start(EngineConfig.from_kwargs(**options))
     records: list[StepRecord] = []
-    engine.metrics.on_steps = records.extend  # type: ignore[method-assign]
+    engine.metrics.on_steps = records.extend  # type: ignore[method-assign, assignment]
     params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     draw = random.Random(0)
 
