@@ -10,7 +10,7 @@ export MAKECMDGOALS
 NATIVE := $(shell find native -type f -not -name '*.md') octavo/runtime/native/build.py
 INPUTS := pyproject.toml $(wildcard setup.py MANIFEST.in) $(NATIVE) tools/setup.sh
 
-.PHONY: setup serve test check bench clean help
+.PHONY: setup serve test check bench soak-scheduler clean help
 
 setup: $(VENV)/.installed  ## make .venv and install Octavo into it
 
@@ -31,13 +31,16 @@ check: $(VENV)/.installed-dev  ## format, lint, types, ceilings, who may import 
 bench: $(VENV)/.installed  ## the CPU workloads over HTTP, as a table and lab/results/*.json (ARGS="--peers all" is passed on)
 	@$(RUN)/python -m lab.cpu $(ARGS)
 
+soak-scheduler: $(VENV)/.installed-dev  ## a million random steps of scheduler and KV cache (ARGS="--steps N --seed N --resume")
+	@$(RUN)/python tools/soak_scheduler.py $(ARGS)
+
 clean:  ## remove .venv and everything built (the model cache stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find octavo -name '*.so' -delete -o -name '*.dylib' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.installed: $(INPUTS)
 	@bash tools/setup.sh $(VENV) base

@@ -7,7 +7,7 @@ enough to run the real scheduler again without a model and get the same decision
 The file is a ring of two halves, FILE and FILE.1. Each begins with a state (snapshot.py), so the older can be dropped.
 A row that goes on by one token in its old block is not written: most are like that. Lines, by their "e":
 
-    state  the scheduler as it is; who is who ("numbers": request id -> number in this recording)
+    state  the scheduler as it is, the rows of steps in flight, who is who ("numbers": request id -> number)
     add    a Request, its number "r"; "refused": what was raised
     abort, finish, expire    of number "r"
     step   "t" the clock, "n" the step; "new" rows admitted: [row, number, computed, runs of blocks]; "rows" that do not
@@ -26,6 +26,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from octavo.request import FinishReason, Request
 from octavo.scheduler.forks import same_prefix
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import LeftOut, facts, freeze
-from octavo.step import ModelRunnerOutput, SchedulerOutput
+from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 FORMAT = "octavo-record-1"
 
@@ -103,6 +104,7 @@ class Describer(LeftOut):
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}  # request id -> number, of live Requests
+        self.flying: dict[int, list[ScheduledRow]] = {}  # rows of the steps in flight, by step
         self._ends: dict[int, int] = {}  # row -> where it stood after its last step
 
     def restart(self) -> None:
@@ -203,6 +205,8 @@ class RecordingScheduler(Scheduler):
         if ring is not None:
             self._write({"e": "step", "t": self._time, **self._describer.step(output, self.preempted)})
             ring.flush()  # before anything is executed that might crash
+            if output.scheduled:
+                self._describer.flying[output.step] = output.scheduled
         return output
 
     def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestDelta]:
@@ -210,10 +214,12 @@ class RecordingScheduler(Scheduler):
         deltas = super().update(output, result)
         if self._ring is not None:
             self._write({"e": "done", "t": self._time, **_result(output, result, deltas)})
+            self._describer.flying.pop(output.step, None)
         return deltas
 
     def fail(self, output: SchedulerOutput, error: str) -> list[RequestDelta]:
         self._write({"e": "fail", "n": output.step})
+        self._describer.flying.pop(output.step, None)
         return super().fail(output, error)
 
     def _end(self, request: Request) -> None:
@@ -238,7 +244,8 @@ class RecordingScheduler(Scheduler):
     def _write_state(self, ring: Ring) -> None:
         self._describer.restart()
         known = {"format": FORMAT, "settings": self._settings, "numbers": self._describer.numbers, "count": self._count}
-        ring.write({"e": "state", **known, "scheduler": freeze(self)})
+        flying = {step: [asdict(row) for row in rows] for step, rows in self._describer.flying.items()}
+        ring.write({"e": "state", **known, "flying": flying, "scheduler": freeze(self)})
         ring.flush()
 
 

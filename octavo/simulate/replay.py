@@ -23,7 +23,7 @@ from octavo.scheduler.recorder import FORMAT, Describer
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import ROOMS, Thaw
 from octavo.simulate.trace import Arrival, Segment
-from octavo.step import ModelRunnerOutput, SchedulerOutput
+from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 STOP = 0  # the token of a Request that stops
 UNKNOWN = 1 << 31  # plus a Request's number: the token of positions whose block nobody hashed
@@ -78,8 +78,11 @@ class Replay:
             for number, index, digest in event.get("h", ()):
                 self._learn(number, index, digest)
         self._describer = Describer()
-        self._outputs: dict[int, tuple[SchedulerOutput, StepRecord, float]] = {}
+        self._outputs: dict[int, tuple[SchedulerOutput, StepRecord | None, float]] = {}
         self.scheduler = self._thaw(first)
+        for step, rows in first["flying"].items():
+            output = SchedulerOutput(int(step), scheduled=[ScheduledRow(**row) for row in rows])
+            self._outputs[output.step] = output, None, 0.0
 
     def run(self, *, until: int | None = None, tell: Callable[[float], None] = lambda share: None) -> Divergence | None:
         """Goes on to the end, or until step `until` has been decided; the first divergence ends it."""
@@ -147,8 +150,9 @@ class Replay:
             else:
                 result = self._result(output, event)
                 scheduler.update(output, result)
-                record.num_sampled = sum(map(len, result.token_ids))
-                self.steps.append((StepWork.of(record), self._time - began))
+                if record is not None:
+                    record.num_sampled = sum(map(len, result.token_ids))
+                    self.steps.append((StepWork.of(record), self._time - began))
         return None
 
     def _add(self, line: int, event: dict[str, Any]) -> Divergence | None:
@@ -173,7 +177,7 @@ class Replay:
         counts, stops = dict(event.get("tokens", ())), dict(event.get("stop", ()))
         token_ids = []
         for place, item in enumerate(output.scheduled):
-            number, request = self._describer.numbers[item.request_id], self.scheduler.find(item.request_id)
+            number, request = self._describer.numbers.get(item.request_id, 0), self.scheduler.find(item.request_id)
             start = request.num_tokens if request is not None else 0
             count = counts.get(place, int(item.samples))
             tokens = [self._token(number, position) for position in range(start, start + count)]

@@ -245,6 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return False
         record = StepRecord(step=output.step, time=0.0)
         self.scheduler.fill(record, output)
+        self.filled(record)
         assert record.num_tokens <= self.budget
         assert (
             record.num_prefill_tokens + sum(i.samples and i.fork_of < 0 for i in output.scheduled) == record.num_tokens
@@ -264,6 +265,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert not self.executor.results
         self.executor.execute(output)
         return True
+
+    def filled(self, record: StepRecord) -> None:
+        """For who counts (tools/soak_scheduler.py)."""
 
     def take_result(self) -> None:
         output, result = self.executor.results.popleft()

@@ -1,0 +1,119 @@
+"""Plants bugs in a copy of scheduler and KV cache, one at a time, and sees whether the random walks notice.
+
+    python tools/mutate_scheduler.py
+
+A bug that survives is a rule that nobody checks: the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lab.machine import describe_machine  # noqa: E402
+
+STEPS = 20_000  # of random walks, at most, per bug
+OUTPUT = ROOT / "lab" / "results" / "mutations-scheduler.json"
+SCHEDULER, POOL, MANAGER, DOOR = (
+    f"octavo/{name}.py" for name in ("scheduler/scheduler", "kvcache/block_pool", "kvcache/manager", "scheduler/door")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """`old`, which must occur in `file`, becomes `new` at its first place behind `after`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    after: str = ""
+
+
+BUGS = (
+    Bug("a result of an old epoch is taken", SCHEDULER, "if request.epoch != item.epoch:", "if False:", "def update"),
+    Bug("preemption and abort do not raise the epoch", SCHEDULER, "request.epoch += 1", "pass", "def _release"),
+    Bug("preemption keeps the computed count", SCHEDULER, "request.num_computed_tokens = 0", "pass", "def _release"),
+    Bug("a preempted request is forgotten", SCHEDULER, "self.policy.put_back(request)", "pass", "def _preempt"),
+    Bug("a row is not given back", SCHEDULER, "heapq.heappush(self._free_rows, request.row)", "pass"),
+    Bug("a failed step leaves its blocks findable", SCHEDULER, "self.kv.unhash(step.hashed)", "pass", "def fail"),
+    Bug("a stop token counts one token early", SCHEDULER, "num_output > request.params.min_tokens", "True"),
+    Bug(
+        "run-ahead passes max_tokens", SCHEDULER, "< request.max_tokens", "<= request.max_tokens", "def _can_run_ahead"
+    ),
+    Bug("who fails alone is tried for ever", SCHEDULER, "if request.retry_alone:", "if False:", "def fail"),
+    Bug("an abort frees what others share", POOL, "self._ref_counts[block] -= 1", "self._ref_counts[block] = 0"),
+    Bug("a hit stays evictable", POOL, "del self._cached[block]", "pass", "def touch"),
+    Bug("a block is handed out twice", POOL, "block = self._free.pop()", "block = self._free[-1]"),
+    Bug("an evicted prefix is still found", POOL, "del self._holders[digest]", "pass", "def _evict"),
+    Bug("a hit covers the last token", MANAGER, "(request.num_tokens - 1) //", "request.num_tokens //"),
+    Bug("a fork writes into its parent's block", MANAGER, "self._copies.append((borrowed, blocks[0]))", "pass"),
+    Bug("the queue holds one too many", DOOR, "num_waiting >= self._max_num_reqs", "num_waiting > self._max_num_reqs"),
+    Bug("a deadline passes unseen", DOOR, "self._deadlines[0][0] <= now", "self._deadlines[0][0] <= now - 5"),
+)
+
+
+def plant(bug: Bug, folder: Path) -> None:
+    """Copies what the walks need into `folder`, with the bug. Raises SystemExit where its place is gone."""
+    for name in ("octavo", "tests/unit", "lab", "tools"):
+        ignore = shutil.ignore_patterns("*.so", "__pycache__", "results", "shapes")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    path = folder / bug.file
+    before, mark, rest = path.read_text().partition(bug.after) if bug.after else ("", "", path.read_text())
+    if bug.old not in rest:
+        raise SystemExit(f"{bug.name}: {bug.old!r} is not in {bug.file} any more: plant it elsewhere")
+    path.write_text(before + mark + rest.replace(bug.old, bug.new, 1))
+
+
+def hunt(bug: Bug) -> dict[str, object]:
+    """Walks over the planted bug until it shows."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plant(bug, folder)
+        walk = subprocess.run(
+            [sys.executable, "tools/soak_scheduler.py", "--steps", str(STEPS), "--output", "out.json"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": name},
+            capture_output=True,
+            text=True,
+        )
+    last = walk.stderr.strip().splitlines()[-1] if walk.returncode else ""
+    seconds = round(time.monotonic() - began, 1)
+    return {"bug": bug.name, "file": bug.file, "caught": "breaks: " in last, "seconds": seconds, "by": last[:200]}
+
+
+def main() -> int:
+    """Hunts every bug, prints a table and writes it down."""
+    found = [hunt(bug) for bug in tqdm(BUGS, unit=" bugs")]
+    width = max(len(bug.name) for bug in BUGS)
+    for row in found:
+        print(f"{row['bug']:{width}}  {'caught' if row['caught'] else 'SURVIVES':8}  {row['seconds']:>5} s")
+    survivors = sum(not row["caught"] for row in found)
+    print(f"{len(found) - survivors} of {len(found)} bugs caught within {STEPS:,} steps of random walks each")
+    result = {
+        "what": "planted bugs that the random walks notice",
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(),
+        "command": "python tools/mutate_scheduler.py",
+        "rows": found,
+    }
+    OUTPUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
