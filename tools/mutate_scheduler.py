@@ -44,13 +44,25 @@ class Bug:
 
 
 BUGS = (
+    Bug("a decode goes on past its last block", SCHEDULER, "<= start < request.num_slots", "<= start"),
     Bug("a result of an old epoch is taken", SCHEDULER, "if request.epoch != item.epoch:", "if False:", "def update"),
     Bug("preemption and abort do not raise the epoch", SCHEDULER, "request.epoch += 1", "pass", "def _release"),
-    Bug("preemption keeps the computed count", SCHEDULER, "request.num_computed_tokens = 0", "pass", "def _release"),
+    Bug(
+        "preemption keeps the computed count",
+        SCHEDULER,
+        "request.num_computed_tokens = request",
+        "request.row = request",
+        "def _release",
+    ),
     Bug("a preempted request is forgotten", SCHEDULER, "self.policy.put_back(request)", "pass", "def _preempt"),
     Bug("a row is not given back", SCHEDULER, "heapq.heappush(self._free_rows, request.row)", "pass"),
     Bug("a failed step leaves its blocks findable", SCHEDULER, "self.kv.unhash(step.hashed)", "pass", "def fail"),
-    Bug("a stop token counts one token early", SCHEDULER, "num_output > request.params.min_tokens", "True"),
+    Bug(
+        "a stop token counts one token early",
+        SCHEDULER,
+        "len(token_ids) - num_prompt > request.params.min_tokens",
+        "True",
+    ),
     Bug(
         "run-ahead passes max_tokens", SCHEDULER, "< request.max_tokens", "<= request.max_tokens", "def _can_run_ahead"
     ),

@@ -70,6 +70,10 @@ class KVCacheManager:
         """The Request's table (a copy), per KV group."""
         return (list(self._tables[request.request_id].block_ids),)
 
+    def num_slots(self, request: Request) -> int:
+        """Positions that the Request's blocks hold."""
+        return len(self._tables[request.request_id].block_ids) * self.block_size
+
     def lookup(self, request: Request) -> list[int]:
         """The cached blocks of the longest known prefix. It never covers the last token: its logits are needed."""
         hits: list[int] = []

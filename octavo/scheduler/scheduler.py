@@ -144,8 +144,8 @@ class Scheduler:
                 "answer: shorten the prompt",
                 param="prompt",
             )
-        longest = min(num_prompt + request.max_tokens, self.max_model_len) - 1  # the last token's KV is never needed
-        needed, total = self.kv.blocks_for(longest), self.kv.pool.num_blocks
+        request.max_length = min(num_prompt + request.max_tokens, self.max_model_len)
+        needed, total = self.kv.blocks_for(request.max_length - 1), self.kv.pool.num_blocks  # the last needs no KV
         if needed > total:
             raise ContextLengthError(
                 f"{num_prompt} prompt tokens and {request.max_tokens} to generate need {needed} KV blocks of "
@@ -232,21 +232,39 @@ class Scheduler:
 
         One that would run ahead takes no blocks from anybody: it waits until its token is here.
         """
-        order = self._visit_order()
+        order, budget, scheduled = self._visit_order(), self._budget, output.scheduled
+        charge = self.policy.charge if self.policy.charges else None
+        kv_read = 0
         for request in order:
-            if output.num_tokens == self._budget:
+            if output.num_tokens == budget:
                 break
+            start = request.num_computed_tokens
+            if (  # what most rows of most steps are, made short: one more token, into a block that is there
+                request.plain_from <= start < request.num_slots
+                and start + 1 == len(request.token_ids) + request.num_pending
+                and (not request.num_pending or self._can_run_ahead(request))
+            ):
+                scheduled.append(ScheduledRow(request.row, request.request_id, request.epoch, start, 1, True))
+                step.requests.append(request)
+                output.num_tokens += 1
+                request.num_computed_tokens = start + 1
+                request.num_pending += 1
+                kv_read += start + 1
+                if charge is not None:
+                    charge(request, 0, 1)
+                continue
             share = self._share(output, request)
             if not share:
                 continue
-            end = request.num_computed_tokens + share
-            while (blocks := self.kv.try_allocate(request, end)) is None and not request.num_pending:
+            while (blocks := self.kv.try_allocate(request, start + share)) is None and not request.num_pending:
                 victim = order.pop()
                 self._preempt(victim, request)
                 if victim is request:
                     break
             if blocks is not None:
+                request.num_slots = self.kv.num_slots(request)
                 self._schedule_row(output, step, request, share, blocks)
+        self._counts.num_kv_read += kv_read
 
     def _visit_order(self) -> list[Request]:
         """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
@@ -312,6 +330,8 @@ class Scheduler:
         request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
         request.row = heapq.heappop(self._free_rows)
+        request.num_slots = self.kv.num_slots(request)
+        request.plain_from = max(request.num_lost_tokens, request.num_prompt_tokens)
         self._running[request.request_id] = request
         output.new_rows.append(self._new_row(request))
 
@@ -392,14 +412,27 @@ class Scheduler:
         """Takes a step's tokens: hashes, appends, stops. What is of an old epoch is dropped."""
         step = self._in_flight.pop(output.step)
         deltas: list[RequestDelta] = []
+        block_size = self.kv.block_size
         for request, item, tokens, logprobs in zip(
             step.requests, output.scheduled, result.token_ids, result.logprobs, strict=True
         ):
             if request.epoch != item.epoch:
                 continue
-            self.kv.hash_full(request, item.start + item.num_tokens)
-            if tokens:
-                request.num_pending -= 1
+            end = item.start + item.num_tokens
+            if end % block_size < item.num_tokens:  # a block became full
+                self.kv.hash_full(request, end)
+            if not tokens:
+                continue
+            request.num_pending -= 1
+            if (  # again what most are: one more token, and not the last
+                request.plain_from <= item.start < request.max_length - 2
+                and len(tokens) == 1
+                and tokens[0] not in request.stop_ids
+                and not request.retry_alone
+            ):
+                request.token_ids.append(tokens[0])
+                deltas.append(RequestDelta(request.request_id, tokens, logprobs))  # the front knows the rest already
+            else:
                 deltas.append(self._append(request, tokens, logprobs))
         return deltas
 
@@ -408,24 +441,21 @@ class Scheduler:
         if request.retry_alone:  # it sampled: it was not the guilty one
             request.retry_alone = False
             del self.suspects[request.request_id]
+        token_ids, num_prompt = request.token_ids, request.num_prompt_tokens
         for count, token in enumerate(tokens, 1):
-            request.token_ids.append(token)
-            reason = self._finish_reason(request, token)
-            if reason is not None:
-                self._end(request)
-                delta = make_delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
-                if reason is FinishReason.STOP and token in (request.params.stop_token_ids or ()):
-                    delta.stop_reason = token
-                return delta
+            token_ids.append(token)
+            if token in request.stop_ids and len(token_ids) - num_prompt > request.params.min_tokens:
+                reason = FinishReason.STOP
+            elif len(token_ids) >= request.max_length:
+                reason = FinishReason.LENGTH
+            else:
+                continue
+            self._end(request)
+            delta = make_delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
+            if reason is FinishReason.STOP and token in (request.params.stop_token_ids or ()):
+                delta.stop_reason = token
+            return delta
         return make_delta(request, tokens, logprobs)
-
-    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
-        num_output = request.num_output_tokens
-        if token in request.stop_ids and num_output > request.params.min_tokens:
-            return FinishReason.STOP
-        if num_output >= request.max_tokens or request.num_tokens >= self.max_model_len:
-            return FinishReason.LENGTH
-        return None
 
     def fail(self, output: SchedulerOutput, error: str) -> list[RequestDelta]:
         """A step failed, and with it every later one in flight, for which this is called too, in order.
@@ -472,7 +502,7 @@ class Scheduler:
         request.row = -1
         request.epoch += 1
         request.num_lost_tokens = max(request.num_lost_tokens, request.num_computed_tokens)
-        request.num_computed_tokens = request.num_pending = 0
+        request.num_computed_tokens = request.num_pending = request.num_slots = 0
 
     def _end(self, request: Request) -> None:
         """Forgets a Request, wherever it is."""

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"server", "engine", "models", "program", "runtime", "text", "observe", "worker", "simulate"},
     "server": {"engine", "text", "observe", "models"},
     "engine": {"scheduler", "kvcache", "executor", "worker", "observe", "text", "models"},
-    "simulate": {"engine", "scheduler", "kvcache"},
+    "simulate": {"engine", "scheduler", "kvcache", "observe"},
     "scheduler": {"kvcache"},
     "kvcache": set(),
     "executor": {"worker", "models", "runtime"},
