@@ -67,6 +67,7 @@ struct PackedKernels {
     size_t (*scratch)(size_t depth);  // bytes
     size_t block_depth = 32;          // depth is a multiple of it
     size_t row_tail = 0;              // bytes behind the elements of a rounded row
+    double (*multiply_adds)(size_t turns, float* sink) = nullptr;  // as that of the level, where it is another
 
     size_t row_bytes(size_t depth) const { return depth * activation_bytes + row_tail; }
 };

@@ -22,6 +22,8 @@ void OctavoEngine::probe(double& bytes_per_second, double& operations_per_second
     std::vector<float> sinks(pool_.num_threads() * 16);  // a cache line each
     pool_.run(kReadBytes / kPiece, [&](size_t piece, size_t) { std::memset(memory.as<char>() + piece * kPiece, 0, kPiece); });
     bytes_per_second = operations_per_second = 0.0;
+    const bool int8 = std::any_of(weights_.begin(), weights_.end(), [](const Weight& weight) { return weight.is_int8(); });
+    const auto multiply_adds = int8 ? kernels_.int8->multiply_adds : kernels_.multiply_adds;
     for (int repeat = 0; repeat < kRepeats; ++repeat) {
         auto start = Clock::now();
         pool_.run(kReadBytes / kPiece, [&](size_t piece, size_t thread) {
@@ -33,7 +35,7 @@ void OctavoEngine::probe(double& bytes_per_second, double& operations_per_second
         std::vector<double> done(pool_.num_threads() * 4);
         start = Clock::now();
         pool_.run(done.size(), [&](size_t task, size_t thread) {
-            done[task] = kernels_.multiply_adds(kTurns, &sinks[thread * 16]);
+            done[task] = multiply_adds(kTurns, &sinks[thread * 16]);
         });
         took = Clock::now() - start;
         double operations = 0.0;

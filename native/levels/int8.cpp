@@ -30,7 +30,7 @@ constexpr size_t kGroups = 4;  // of one row together: one sum alone would wait 
 inline Strip load_strip(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
 // The activations of four consecutive k, in every lane.
-inline Strip load_quad(const Activation* x) {
+inline Strip load_quad(const uint8_t* x) {
     int quad;
     std::memcpy(&quad, x, sizeof quad);
     return _mm512_set1_epi32(quad);
@@ -63,7 +63,7 @@ inline Strip load_strip(const uint8_t* p) {
 #endif
 }
 
-inline Strip load_quad(const Activation* x) {
+inline Strip load_quad(const uint8_t* x) {
     typedef uint64_t Quads __attribute__((vector_size(kLanes * 4)));
     uint64_t quad;
     std::memcpy(&quad, x, sizeof quad);
@@ -93,54 +93,62 @@ inline void store_codes(Activation* out, Ints codes) {
 #endif
 
 constexpr size_t kStripBytes = kInt8LineBytes / kStrips;
-constexpr size_t kVectors = kStrips == 1 ? kGroups : 2;  // strips that one pass multiplies
+constexpr size_t kVectors = kStrips == 1 ? kGroups : 2;  // strips that one pass multiplies, at most
+constexpr size_t kTotals = kStrips * kLanes;             // integers that hold the sums of a group
 
-// Where strips that are multiplied together begin; those of the next line are kInt8LineBytes on.
-struct Strips {
-    const uint8_t* at[kVectors];
-    size_t ahead;  // where what comes next begins, relative to these
-};
+using Totals = int32_t[kTileRows][kGroups][kTotals];
+using Sums = float[kTileRows][kGroups][kChannels];
 
-struct Totals {
-    Ints v[kTileRows][kVectors];
-};
-
-// Sums of `lines` lines of VECTORS strips with rows x, x + stride, ...
+// Sums of `lines` lines of VECTORS strips with rows x, x + stride, ..., to out and each later row's place. The strips
+// so far `ahead` come next.
 template <size_t ROWS, size_t VECTORS>
-void dot(const Strips& strips, const uint8_t* x, size_t stride, size_t lines, Totals& totals) {
-    Ints total[ROWS][VECTORS] = {};
-    const uint8_t* w[VECTORS];
-    for (size_t v = 0; v < VECTORS; ++v) w[v] = strips.at[v];
+void dot(const uint8_t* const* strips, size_t ahead, const uint8_t* x, size_t stride, size_t lines, int32_t* out) {
+    Ints total[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (size_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < VECTORS; ++v) total[r][v] = Ints{};
+    const uint8_t *w[VECTORS], *near = x, *far = x + 4 * stride;
+    for (size_t v = 0; v < VECTORS; ++v) w[v] = strips[v];
+    size_t triple = 3 * stride;
     for (size_t line = 0; line < lines; ++line) {
+        asm("" : "+r"(near), "+r"(far), "+r"(triple));  // or every row has a pointer, too many for the registers
         Strip strip[VECTORS];
+#pragma GCC unroll 4
         for (size_t v = 0; v < VECTORS; ++v) {
-            strip[v] = load_strip(w[v] + line * kInt8LineBytes);
-            __builtin_prefetch(w[v] + line * kInt8LineBytes + strips.ahead, 0, kFetchTo);
+            strip[v] = load_strip(w[v]);
+            __builtin_prefetch(w[v] + ahead, 0, kFetchTo);
+            w[v] += kInt8LineBytes;
         }
 #pragma GCC unroll 8
         for (size_t r = 0; r < ROWS; ++r) {
-            const Strip quad = load_quad(reinterpret_cast<const Activation*>(x + r * stride) + line * kInt8LineDepth);
+            const Strip quad = load_quad((r < 4 ? near : far) + (r % 4 == 3 ? triple : r % 4 * stride));
 #pragma GCC unroll 4
             for (size_t v = 0; v < VECTORS; ++v) total[r][v] = multiply_add(strip[v], quad, total[r][v]);
         }
+        near += kInt8LineDepth * sizeof(Activation);
+        far += kInt8LineDepth * sizeof(Activation);
     }
+#pragma GCC unroll 8
     for (size_t r = 0; r < ROWS; ++r)
-        for (size_t v = 0; v < VECTORS; ++v) totals.v[r][v] = total[r][v];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < VECTORS; ++v)
+            std::memcpy(out + r * kGroups * kTotals + v * kLanes, &total[r][v], sizeof total[r][v]);
 }
 
-void dot_rows(size_t rows, size_t vectors, const Strips& strips, const uint8_t* x, size_t stride, size_t lines,
-              Totals& totals) {
+void dot_rows(size_t rows, size_t vectors, const uint8_t* const* strips, size_t ahead, const uint8_t* x, size_t stride,
+              size_t lines, int32_t* out) {
     switch (rows) {
         case 1:
-            return vectors > 2 ? dot<1, kVectors>(strips, x, stride, lines, totals)
-                               : dot<1, 2>(strips, x, stride, lines, totals);
-        case 2: return dot<2, 2>(strips, x, stride, lines, totals);
-        case 3: return dot<3, 2>(strips, x, stride, lines, totals);
-        case 4: return dot<4, 2>(strips, x, stride, lines, totals);
-        case 5: return dot<5, 2>(strips, x, stride, lines, totals);
-        case 6: return dot<6, 2>(strips, x, stride, lines, totals);
-        case 7: return dot<kTileRows < 7 ? 1 : 7, 2>(strips, x, stride, lines, totals);
-        case 8: return dot<kTileRows < 8 ? 1 : 8, 2>(strips, x, stride, lines, totals);
+            return vectors > 2 ? dot<1, kVectors>(strips, ahead, x, stride, lines, out)
+                               : dot<1, 2>(strips, ahead, x, stride, lines, out);
+        case 2: return dot<2, 2>(strips, ahead, x, stride, lines, out);
+        case 3: return dot<3, 2>(strips, ahead, x, stride, lines, out);
+        case 4: return dot<4, 2>(strips, ahead, x, stride, lines, out);
+        case 5: return dot<5, 2>(strips, ahead, x, stride, lines, out);
+        case 6: return dot<6, 2>(strips, ahead, x, stride, lines, out);
+        case 7: return dot<kTileRows < 7 ? 1 : 7, 2>(strips, ahead, x, stride, lines, out);
+        case 8: return dot<kTileRows < 8 ? 1 : 8, 2>(strips, ahead, x, stride, lines, out);
     }
 }
 
@@ -154,51 +162,40 @@ struct Tile {
     const uint8_t* x() const { return static_cast<const uint8_t*>(args.x) + row * stride; }
 };
 
-using Sums = float[kTileRows][kGroups][kChannels];
-
 // The outputs of one group for one row, before the epilogue.
-inline void scale_sums(const Ints* totals, const Int8Tail& tail, const float* scales, float* out) {
-    int32_t sums[kChannels];
-    if constexpr (kStrips == 1) {
-        std::memcpy(sums, totals, sizeof sums);
-    } else {
-        int32_t halves[2 * kChannels];
-        std::memcpy(halves, totals, sizeof halves);
-        for (size_t c = 0; c < kChannels; ++c) sums[c] = halves[2 * c] + halves[2 * c + 1];
+inline void scale_sums(const int32_t* totals, const Int8Tail& tail, const float* scales, float* out) {
+    for (size_t c = 0; c < kChannels; c += kLanes) {
+        Ints sums;
+        if constexpr (kStrips == 1) {
+            std::memcpy(&sums, totals + c, sizeof sums);
+        } else {
+            for (size_t i = 0; i < kLanes; ++i) sums[i] = totals[2 * (c + i)] + totals[2 * (c + i) + 1];
+        }
+        store(out + c, __builtin_convertvector(sums + tail.correction, Floats) * (tail.scale * load(scales + c)));
     }
-    for (size_t c = 0; c < kChannels; ++c)
-        out[c] = static_cast<float>(sums[c] + tail.correction) * (tail.scale * scales[c]);
 }
 
 void multiply(const Tile& tile, const Part& part, Sums& sums) {
     const PackedArgs& a = tile.args;
-    const size_t lines = a.num_blocks * kInt8Lines;
+    const size_t lines = a.num_blocks * kInt8Lines, ahead = tile.count * part.group_bytes;
     const uint8_t* groups[kGroups];
     for (size_t g = 0; g < kGroups; ++g)  // what would lie past the last is computed twice
         groups[g] = part.data + (tile.group + (g < tile.count ? g : tile.count - 1)) * part.group_bytes;
-    Ints totals[kTileRows][2][kStrips > 1 ? kStrips : kVectors];
-    Strips strips;
-    strips.ahead = tile.count * part.group_bytes;
-    Totals found;
-    if constexpr (kStrips == 1) {
-        for (size_t v = 0; v < kVectors; ++v) strips.at[v] = groups[v];
-        dot_rows(tile.rows, tile.count, strips, tile.x(), tile.stride, lines, found);
-    } else {
+    alignas(64) Totals totals;
+    if constexpr (kStrips == 1)
+        dot_rows(tile.rows, tile.count, groups, ahead, tile.x(), tile.stride, lines, totals[0][0]);
+    else
         for (size_t g = 0; g < tile.count; ++g)
             for (size_t s = 0; s < kStrips; s += 2) {
-                for (size_t v = 0; v < 2; ++v) strips.at[v] = groups[g] + (s + v) * kStripBytes;
-                dot_rows(tile.rows, 2, strips, tile.x(), tile.stride, lines, found);
-                for (size_t r = 0; r < tile.rows; ++r)
-                    for (size_t v = 0; v < 2; ++v) totals[r][g][s + v] = found.v[r][v];
+                const uint8_t* strips[] = {groups[g] + s * kStripBytes, groups[g] + (s + 1) * kStripBytes};
+                dot_rows(tile.rows, 2, strips, ahead, tile.x(), tile.stride, lines, totals[0][g] + s * kLanes);
             }
-    }
     for (size_t r = 0; r < tile.rows; ++r) {
         Int8Tail tail;
         std::memcpy(&tail, tile.x() + r * tile.stride + a.depth * sizeof(Activation), sizeof tail);
-        for (size_t g = 0; g < tile.count; ++g) {
-            const float* scales = reinterpret_cast<const float*>(groups[g] + int8_scales_at(a.num_blocks));
-            scale_sums(kStrips == 1 ? &found.v[r][g] : totals[r][g], tail, scales, sums[r][g]);
-        }
+        for (size_t g = 0; g < tile.count; ++g)
+            scale_sums(totals[r][g], tail, reinterpret_cast<const float*>(groups[g] + int8_scales_at(a.num_blocks)),
+                       sums[r][g]);
     }
 }
 
@@ -213,6 +210,9 @@ void int8_linear(const PackedArgs& a, size_t index, size_t first_group, size_t l
         for (size_t i = 0; i < tiles; ++i) {  // of even height: a last one of one row would cost as much as one of four
             const size_t row = a.num_rows * i / tiles, rows = a.num_rows * (i + 1) / tiles - row;
             const Tile tile = {a, a.depth * sizeof(Activation) + kTail, row, rows, group, count};
+            float* out = a.epilogue.out + row * a.epilogue.channels + part.first_channel + group * kChannels;
+            for (size_t r = 0; r < rows; ++r)  // or the epilogue waits for memory that it will only write
+                for (size_t g = 0; g < count; ++g) __builtin_prefetch(out + r * a.epilogue.channels + g * kChannels, 1);
             multiply(tile, part, sums);
             if (up != nullptr) multiply(tile, *up, ups);
             for (size_t r = 0; r < rows; ++r)
@@ -220,6 +220,27 @@ void int8_linear(const PackedArgs& a, size_t index, size_t first_group, size_t l
                     finish_group(a, part, group + g, row + r, sums[r][g], up != nullptr ? ups[r][g] : nullptr);
         }
     }
+}
+
+// Kernels::multiply_adds of this Linear.
+double int8_multiply_adds(size_t turns, float* sink) {
+    constexpr size_t chains = 12;
+    const uint8_t ones[kInt8LineBytes] = {1, 1, 1, 1, 1, 1, 1, 1};
+    Strip one = load_strip(ones);
+    Ints total[chains] = {};
+    for (size_t turn = 0; turn < turns; ++turn)
+#pragma GCC unroll 12
+        for (size_t c = 0; c < chains; ++c) {
+            total[c] = multiply_add(one, one, total[c]);
+#if defined(__x86_64__)
+            asm("" : "+v"(total[c]), "+v"(one));  // or all chains are one, and all products
+#elif defined(__aarch64__)
+            asm("" : "+w"(total[c]), "+w"(one));
+#endif
+        }
+#pragma GCC unroll 12
+    for (size_t c = 0; c < chains; ++c) *sink += static_cast<float>(total[c][0]);
+    return static_cast<double>(turns * chains) * 2 * kStripBytes;
 }
 
 size_t int8_scratch(size_t) { return 0; }
@@ -269,24 +290,79 @@ inline Ints magnitude(Floats v) { return (Ints)v & 0x7fffffff; }
 
 inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
 
+// One stage across blocks: of P vectors `step` apart.
+template <size_t P>
+inline void mix(Floats* v, size_t step) {
+    Floats sum = v[0];
+#pragma GCC unroll 3
+    for (size_t j = 1; j < P; ++j) sum += v[j * step];
+    if constexpr (P == 2) {
+        v[step] = v[0] - v[step];
+        v[0] = sum;
+    } else {
+        sum *= 2.0f / P;
+#pragma GCC unroll 3
+        for (size_t j = 0; j < P; ++j) v[j * step] -= sum;
+    }
+}
+
+// Two stages that follow each other, strides `stride` and P * stride, in one pass.
+template <size_t P, size_t Q>
+void mix_pair(float* values, size_t depth, size_t stride) {
+    for (size_t first = 0; first < depth; first += P * Q * stride)
+        for (size_t i = first; i < first + stride; i += kLanes) {
+            Floats v[P * Q];
+#pragma GCC unroll 9
+            for (size_t j = 0; j < P * Q; ++j) v[j] = load(values + i + j * stride);
+#pragma GCC unroll 3
+            for (size_t q = 0; q < Q; ++q) mix<P>(v + q * P, 1);
+#pragma GCC unroll 3
+            for (size_t p = 0; p < P; ++p) mix<Q>(v + p, P);
+#pragma GCC unroll 9
+            for (size_t j = 0; j < P * Q; ++j) store(values + i + j * stride, v[j]);
+        }
+}
+
+// One stage of any p.
+void mix_any(float* values, size_t depth, size_t stride, size_t p) {
+    const float share = 2.0f / static_cast<float>(p);
+    for (size_t first = 0; first < depth; first += p * stride)
+        for (size_t i = first; i < first + stride; i += kLanes) {
+            Floats sum = load(values + i);
+            for (size_t j = 1; j < p; ++j) sum += load(values + i + j * stride);
+            if (p == 2) {
+                store(values + i + stride, load(values + i) - load(values + i + stride));
+                store(values + i, sum);
+                continue;
+            }
+            sum *= share;
+            for (size_t j = 0; j < p; ++j) store(values + i + j * stride, load(values + i + j * stride) - sum);
+        }
+}
+
+size_t smallest_factor(size_t number) {
+    size_t p = 2;
+    while (number % p != 0) ++p;
+    return p;
+}
+
 // The part of the rotation that goes across blocks.
 void mix_blocks(float* values, size_t blocks) {
     const size_t depth = blocks * kInt8Block;
-    for (size_t stride = kInt8Block, p = 2; stride < depth; stride *= p) {
-        while (depth / stride % p != 0) ++p;
-        const float share = 2.0f / static_cast<float>(p);
-        for (size_t first = 0; first < depth; first += p * stride)
-            for (size_t i = first; i < first + stride; i += kLanes) {
-                Floats sum = load(values + i);
-                for (size_t j = 1; j < p; ++j) sum += load(values + i + j * stride);
-                if (p == 2) {
-                    store(values + i + stride, load(values + i) - load(values + i + stride));
-                    store(values + i, sum);
-                    continue;
-                }
-                sum *= share;
-                for (size_t j = 0; j < p; ++j) store(values + i + j * stride, load(values + i + j * stride) - sum);
-            }
+    size_t stride = kInt8Block;
+    while (blocks > 1) {
+        const size_t p = smallest_factor(blocks), q = blocks > p ? smallest_factor(blocks / p) : 1;
+        const bool pair = p <= q && q <= 3;
+        if (pair && q == 2)
+            mix_pair<2, 2>(values, depth, stride);
+        else if (pair && p == 2)
+            mix_pair<2, 3>(values, depth, stride);
+        else if (pair)
+            mix_pair<3, 3>(values, depth, stride);
+        else
+            mix_any(values, depth, stride, p);
+        stride *= pair ? p * q : p;
+        blocks /= pair ? p * q : p;
     }
 }
 
@@ -363,6 +439,7 @@ void look_up_int8(const Part& part, size_t row, size_t width, float* out) {
     for (size_t k = 0; k < width; ++k) out[k] = codes[k] * scale;
 }
 
-const PackedKernels int8 = {sizeof(Activation), round_int8_rows, int8_linear, int8_scratch, kInt8Block, kTail};
+const PackedKernels int8 = {sizeof(Activation), round_int8_rows, int8_linear,     int8_scratch,
+                            kInt8Block,         kTail,           int8_multiply_adds};
 
 }  // namespace octavo::OCTAVO_LEVEL

@@ -1,8 +1,9 @@
 """Checks and times the packed Linear, level by level: `python -m octavo.runtime.native.bench`.
 
 Needs the built library and numpy only. Every level that this machine has must agree with a float64 model of the
-arithmetic (weights and activations rounded to bf16, exact sums); then it prints bytes and operations a second for each
-(level, store, rows). One line per result, `RESULT key=value ...`; exits with 1 when a check fails.
+arithmetic (weights and activations rounded to bf16, exact sums), and int8 with its definition; then it prints bytes and
+operations a second for each (level, store, rows). One line per result, `RESULT key=value ...`; exits with 1 when a
+check fails.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from octavo.errors import UnsupportedError
 from octavo.program.ops import Embedding, GatherRows, Linear, Weight
@@ -23,8 +25,9 @@ from octavo.runtime.base import Float32, SamplingInputs, StepInputs, Tensor
 from octavo.runtime.bfloat16 import round_to_bfloat16
 from octavo.runtime.native.library import LEVELS, load_library, resolve_level
 from octavo.runtime.native.runtime import NativeRuntime
+from octavo.runtime.reference.int8 import Int8Matrix
 
-STORES = ("BF16", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0", "Q6_K")
+STORES = ("BF16", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0", "Q6_K", "INT8")
 CHECK_ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 64)
 TIMED_ROWS = (1, 2, 4, 8, 16, 32, 256)
 CHECK_SHAPE = (83, 512)  # channels that fill no group, depth of whole blocks of every type
@@ -41,7 +44,8 @@ class Blocks:
         random = np.random.default_rng(3)
         rows, cols = shape
         self._x = random.standard_normal((_TOKENS, cols)).astype(np.float32)
-        if type_name == "BF16":
+        if type_name in ("BF16", "INT8"):  # int8 is made at load
+            type_name = "BF16"
             data = (random.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         else:
             row_bytes = load_library().octavo_row_bytes(type_name.encode(), 256)
@@ -140,14 +144,30 @@ def kept_values(source: Blocks, shape: tuple[int, int], dtype: str) -> Float32:
     return values
 
 
+def dtype_of(store: str) -> str:
+    """What a store is loaded as."""
+    return "int8" if store == "INT8" else "quantized"
+
+
+def model(source: Blocks, store: str) -> tuple[Float32, npt.NDArray[np.float64]]:
+    """Values of the first rows as they must be kept, and the outputs [tokens, rows] of the arithmetic of a store."""
+    exact, x = kept_values(source, CHECK_SHAPE, "float32"), source.get("x").data
+    if store == "INT8":
+        matrix = Int8Matrix.of(exact)
+        x = Int8Matrix.of(x).rows(np.arange(len(x))) * np.float32(_SCALE)
+        return matrix.rows(np.arange(len(exact))), matrix.linear(x).astype(np.float64)
+    exact = round_to_bfloat16(exact)
+    x = round_to_bfloat16(round_to_bfloat16(x) * np.float32(_SCALE))
+    return exact, x.astype(np.float64) @ exact.astype(np.float64).T
+
+
 def check(level: str, type_name: str, threads: int) -> bool:
     """Compares every number of rows with the model; prints the largest error, as a share of the largest output."""
-    source = Blocks(type_name, CHECK_SHAPE)
-    exact = round_to_bfloat16(kept_values(source, CHECK_SHAPE, "float32"))
-    worst = 0.0 if np.array_equal(kept_values(source, CHECK_SHAPE, "quantized"), exact) else float("inf")
-    runtime = load(level, threads, linear_program(CHECK_SHAPE, 1), source, "quantized", max(CHECK_ROWS))
-    x = round_to_bfloat16(round_to_bfloat16(source.get("x").data) * np.float32(_SCALE)).astype(np.float64)
-    expected = x[np.arange(max(CHECK_ROWS)) % _TOKENS] @ exact.astype(np.float64).T
+    source, dtype = Blocks(type_name, CHECK_SHAPE), dtype_of(type_name)
+    exact, expected = model(source, type_name)
+    worst = 0.0 if np.array_equal(kept_values(source, CHECK_SHAPE, dtype), exact) else float("inf")
+    runtime = load(level, threads, linear_program(CHECK_SHAPE, 1), source, dtype, max(CHECK_ROWS))
+    expected = expected[np.arange(max(CHECK_ROWS)) % _TOKENS]
     first: Float32 | None = None
     same_bits = True
     for rows in reversed(CHECK_ROWS):
@@ -171,7 +191,9 @@ def measure(level: str, type_name: str, options: argparse.Namespace) -> None:
     source = Blocks(type_name, shape)
     each = load_library().octavo_part_bytes(type_name.encode(), channels, depth)
     num_weights = max(2, -(-options.megabytes * 1_000_000 // each))
-    runtime = load(level, options.threads, linear_program(shape, num_weights), source, "quantized", max(TIMED_ROWS))
+    runtime = load(
+        level, options.threads, linear_program(shape, num_weights), source, dtype_of(type_name), max(TIMED_ROWS)
+    )
     for rows in TIMED_ROWS:
         best = float("inf")
         for _ in range(options.repeats):
@@ -187,14 +209,14 @@ def measure(level: str, type_name: str, options: argparse.Namespace) -> None:
     runtime.close()
 
 
-def limits(level: str, threads: int) -> None:
-    """Prints what the machine can do at most, measured."""
-    runtime = load(level, threads, linear_program((32, 256), 1), Blocks("BF16", (32, 256)), "bfloat16", 1)
+def limits(level: str, threads: int, dtype: str) -> None:
+    """Prints what the machine can do at most in the arithmetic of a dtype, measured."""
+    runtime = load(level, threads, linear_program((32, 256), 1), Blocks("BF16", (32, 256)), dtype, 1)
     runtime.start_profile()
     found = runtime.stop_profile().limits
     runtime.close()
     print(
-        f"RESULT limit level={level} threads={threads} GB/s={found.bytes_per_second / 1e9:.1f} "
+        f"RESULT limit level={level} dtype={dtype} threads={threads} GB/s={found.bytes_per_second / 1e9:.1f} "
         f"GFLOP/s={found.operations_per_second / 1e9:.0f}",
         flush=True,
     )
@@ -232,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check_only:
         return 1 if failed else 0
     for level in options.levels:
-        limits(level, options.threads)
+        for dtype in sorted({dtype_of(store) for store in options.stores}):
+            limits(level, options.threads, dtype)
         for store in options.stores:
             measure(level, store, options)
     return 1 if failed else 0
