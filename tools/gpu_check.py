@@ -2,9 +2,12 @@
 
     python tools/gpu_check.py [STAGE ...]     stages, in this order, all by default: tests kernels qwen3-0.6b llama-2-7b
 
-`tests` runs tests/gpu there; `kernels` times each kernel against the card's limits; the shapes run the workloads of
-lab/gpu_workloads.py with random weights in a process of their own (`--workloads G2,G4` chooses). Prints RESULT lines,
-and writes them as JSON to $OUT (default: the current folder). Nothing needs a web package or a tokenizer.
+`tests` runs tests/gpu there; `kernels` times each kernel against the card's limits, `sampler` those of sampling alone;
+the shapes run the workloads of lab/gpu_workloads.py with random weights in a process of their own. `--workloads G2,G4`
+chooses; beside G1 to G5 there are G6 (arrivals over time at 80 % of G1's rate), `sync` (G2 and G1 with one step in
+flight) and `channel` (G1 through AsyncEngine; needs msgspec and prometheus_client). Of G1 to G3 eight requests are
+checked token by token. Prints RESULT lines, and writes them as JSON to $OUT (default: the current folder). Nothing needs
+a web package or a tokenizer.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 DEVICE = "cuda"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 SHAPES = ("qwen3-0.6b", "llama-2-7b")
 RESULTS: list[dict[str, Any]] = []
 LIMIT_TBS = 4.37  # read rate of one H200, measured
@@ -106,10 +110,15 @@ def stage_kernels() -> None:
         guarded("decode", lambda b=batch, h=heads, g=kv_heads, n=length: time_decode(b, h, g, n))
     for heads, kv_heads, count, length in [(16, 8, 4, 2048), (32, 32, 4, 2048), (32, 8, 1, 8192)]:
         guarded("prefill", lambda h=heads, g=kv_heads, c=count, n=length: time_prefill(h, g, c, n))
-    for rows, vocab in [(1, 151936), (256, 151936), (256, 32000)]:
-        guarded("sampler", lambda r=rows, v=vocab: time_sampler(r, v))
+    stage_sampler()
     for rows, width in [(1, 1024), (256, 4096), (8192, 4096)]:
         guarded("norm", lambda r=rows, w=width: time_norm(r, w))
+
+
+def stage_sampler() -> None:
+    """From logits to tokens, alone."""
+    for rows, vocab in [(1, 151936), (256, 151936), (256, 32000)]:
+        guarded("sampler", lambda r=rows, v=vocab: time_sampler(r, v))
 
 
 LINEARS = [
@@ -149,6 +158,7 @@ def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_head
     from octavo.program.ops import Attention, Buffer, Rows
     from octavo.runtime.base import StepInputs
     from octavo.runtime.cuda.kernels.attention import queries_per_tile
+    from octavo.runtime.cuda.runtime import greedy
     from octavo.runtime.cuda.staging import Staging, send_step
 
     width = -(-max(lengths) // 16)
@@ -167,9 +177,9 @@ def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_head
         zeros, zeros, zeros.astype(np.int64)[None], starts, np.array(lengths, np.int32), tables, starts[1:] - 1
     )
     device = torch.device(DEVICE)
-    staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), device)
+    staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), 1, device)
     tile = queries_per_tile(128, heads // kv_heads, 2)
-    step = send_step(staging, inputs, tile_queries=tile)
+    step = send_step(staging, inputs, greedy(len(lengths)), tile_queries=tile, trash_row=0)
     pools = [torch.randn(num_blocks, kv_heads, 16, 128, device=device, dtype=torch.bfloat16) for _ in range(2)]
     q = torch.randn(num_tokens, heads * 128, device=device, dtype=torch.bfloat16)
     handle = Buffer("q", Rows.TOKENS, heads * 128)
@@ -216,31 +226,34 @@ def time_norm(rows: int, width: int) -> None:
 
 
 def time_sampler(rows: int, vocab: int) -> None:
-    """Greedy, and temperature + top-k + top-p, on the wall clock of the host: launches included."""
-    import numpy as np
+    """From logits to tokens: greedy, top-k and top-p, and flat rows, which take the passes over all logits."""
     import torch
 
-    from octavo.runtime.cuda.runtime import greedy
-    from octavo.runtime.cuda.sampler import Sampler
+    from octavo.runtime.cuda.sampler import Sampler, SamplerRows
 
-    sampler = Sampler(rows, vocab, torch.bfloat16, torch.device(DEVICE))
-    logits = torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16)
-    sampled = greedy(rows)
-    sampled.temperature, sampled.top_k = np.full(rows, 0.8, np.float32), np.full(rows, 50, np.int32)
-    sampled.top_p = np.full(rows, 0.95, np.float32)
-    for name, how in (("greedy", greedy(rows)), ("sampled", sampled)):
-        for _ in range(3):
-            sampler.with_logprobs(logits, sampler.choose(logits, how), how)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(20):
-            sampler.with_logprobs(logits, sampler.choose(logits, how), how)
-        result(f"sampler {name} {rows}x{vocab}", us=(time.perf_counter() - start) / 20 * 1e6)
+    sampler = Sampler(rows, vocab, torch.bfloat16, torch.device(DEVICE), num_rows_kept=rows)
+    spread = torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16)
+    index = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+    for name, scale, temperature, top_k, top_p in (
+        ("greedy", 1, 0.0, 0, 1.0),
+        ("top-k 50, top-p 0.95", 1, 0.8, 50, 0.95),
+        ("top-p 0.95, peaked", 4, 1.0, 0, 0.95),
+        ("top-p 0.95, flat", 1, 1.0, 0, 0.95),
+        ("temperature alone", 1, 1.0, 0, 1.0),
+    ):
+        numbers = [torch.full((rows,), v, device=DEVICE) for v in (temperature, top_p, 0.0)]
+        how = SamplerRows(index, torch.full_like(index, top_k), *numbers, index.long())
+        logits = spread * scale
+        s = timed(lambda _, x=logits, h=how, d=temperature > 0: sampler.launch(x, h, draws=d))
+        wide = sampler.num_wide if temperature else 0
+        result(f"sampler {name} {rows}x{vocab}", us=s * 1e6, wide=wide, passes=s / (logits.numel() * 2 / 4.3e12))
 
 
 def run_shape(shape: str, only: list[str], repetitions: int) -> None:
     """A model of random weights: start-up, then the workloads. Runs in a process of its own."""
     started = float(os.environ.get("GPU_CHECK_START", time.time()))
+    from gpu_serving import poisson, through_the_channel
+
     from lab.gpu_workloads import gpu_workloads
     from octavo import LLM, SamplingParams
 
@@ -255,15 +268,28 @@ def run_shape(shape: str, only: list[str], repetitions: int) -> None:
     print(llm.core.info.plan.describe(), flush=True)
     works = gpu_workloads()
     time_work(llm, shape, works["warm"], 1, keep=False)
-    for name in only:
-        guarded(
-            f"{shape} {name}",
-            lambda w=works[name], n=name: time_work(llm, shape, w, {"G2": 5, "G4": 3}.get(n, repetitions)),
-        )
+    counts = {"G2": 5, "G4": 3}
+    for name in [n for n in only if n in works]:
+        guarded(f"{shape} {name}", lambda w=works[name], n=name: time_work(llm, shape, w, counts.get(n, repetitions)))
+    if "G6" in only:
+        rates = [r["out_tok_s"] for r in RESULTS if r["name"] == f"{shape} G1 throughput"]
+        rate = 0.8 * max(rates, default=10_000.0) / works["G1"].num_out * len(works["G1"].requests)
+        guarded(f"{shape} G6", lambda: poisson(llm, shape, works["G1"], rate, result))
+    if "sync" in only:
+        llm.core._depth, llm.core.scheduler._max_run_ahead = 1, 0
+        for name in ("G2", "G1"):
+            work = replace(works[name], name=f"{works[name].name}, one step in flight")
+            guarded(f"{shape} {name} sync", lambda w=work, n=name: time_work(llm, shape, w, counts.get(n, 1)))
+    llm.close()
+    if "channel" in only:
+        model, settings = str(ROOT / "lab" / "shapes" / shape), dict(ENGINE)
+        guarded(f"{shape} channel", lambda: through_the_channel(model, settings, shape, works["G1"], result))
 
 
 def time_work(llm: Any, shape: str, work: Any, repetitions: int, keep: bool = True) -> None:
     """Median seconds of a workload, and where a step's time goes on the host."""
+    from gpu_serving import check_tokens, host_times
+
     from octavo import SamplingParams
 
     params = [
@@ -284,15 +310,17 @@ def time_work(llm: Any, shape: str, work: Any, repetitions: int, keep: bool = Tr
     records = list(llm.core.log)[-min(num_steps, len(llm.core.log)) :]
     middle = {
         name: statistics.median(getattr(r, f"{name}_seconds") for r in records) * 1e3
-        for name in ("schedule", "execute", "update")
+        for name in ("schedule", "launch", "execute", "update")
     }
     decodes = [r.execute_seconds * 1e3 for r in records if not r.num_prefill_tokens]
     result(
         f"{shape} {work.name}", s=s, out_tok_s=work.num_out / s, in_tok_s=work.num_in / s, runs=repetitions,
         spread=(max(seconds) - min(seconds)) / s, steps=num_steps, **{f"{k}_ms": v for k, v in middle.items()},
         decode_step_ms=statistics.median(decodes) if decodes else 0.0, wall_step_ms=s / num_steps * 1e3,
-        distinct=len({t for o in outputs for t in o.outputs[0].token_ids}),
+        distinct=len({t for o in outputs for t in o.outputs[0].token_ids}), **host_times(records),
     )  # fmt: skip
+    if work.sampling["temperature"] == 0 and work.requests[0][1] > 1:
+        check_tokens(llm, f"{shape} {work.name}", work, outputs, result)
 
 
 def stage_shape(shape: str, args: argparse.Namespace) -> None:
@@ -329,6 +357,8 @@ def main() -> None:
             guarded(stage, stage_tests)
         elif stage == "kernels":
             guarded(stage, stage_kernels)
+        elif stage == "sampler":
+            guarded(stage, stage_sampler)
         else:
             guarded(stage, lambda s=stage: stage_shape(s, args))
     out = Path(os.environ.get("OUT", ".")) / "gpu_check.json"
