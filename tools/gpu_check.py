@@ -6,8 +6,8 @@
 the shapes run the workloads of lab/gpu_workloads.py with random weights in a process of their own. `--workloads G2,G4`
 chooses; beside G1 to G5 there are G6 (arrivals over time at 80 % of G1's rate), `sync` (G2 and G1 with one step in
 flight) and `channel` (G1 through AsyncEngine; needs msgspec and prometheus_client). Of G1 to G3 eight requests are
-checked token by token. Prints RESULT lines, and writes them as JSON to $OUT (default: the current folder). Nothing needs
-a web package or a tokenizer.
+checked token by token. Prints RESULT lines, and writes them as JSON to $OUT (default: the current folder). No stage
+but `channel` needs a web package, none a tokenizer.
 """
 
 from __future__ import annotations

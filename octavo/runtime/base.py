@@ -177,6 +177,10 @@ class Runtime(Protocol):
         """Bytes of one KV block over all layers."""
         ...
 
+    def rehearse(self, block_size: int, dtype: str = "float32") -> None:
+        """Runs the largest step once, where memory is the device's own: then free_bytes() is what KV may take."""
+        ...
+
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves the pool; untouched blocks cost no resident memory. `dtype` is how K and V are kept: "float32",
         "bfloat16", "int8" with one float32 scale per token and KV head, or "fp8" (e4m3). The narrow ones round

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from octavo.errors import ConfigError, MemoryPlanError
 
 CPU_KV_SHARE = 0.4  # of the free memory, unless --kv-cache-memory-bytes says otherwise
 MIB = 1 << 20
+_WHAT_IS_LEFT = "what --gpu-memory-utilization leaves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,22 @@ class MemoryPlan:
     def num_tokens(self) -> int:
         """Token positions in the pool."""
         return self.num_blocks * self.block_size
+
+    def measured(self, free_bytes: int) -> MemoryPlan:
+        """The plan after the largest step ran with the weights loaded, when so much of the device may go to KV.
+
+        Raises MemoryPlanError: not one request of the model length fits.
+        """
+        taken = replace(self, arena_bytes=max(self.free_bytes - self.weight_bytes - free_bytes, 0))
+        if self.reason != _WHAT_IS_LEFT:
+            return taken
+        num_blocks = free_bytes // self.block_bytes
+        if num_blocks < blocks_for(self.max_model_len, self.block_size):
+            raise MemoryPlanError(
+                f"after weights and the largest step {free_bytes / MIB:,.0f} MiB are left for KV: too little for one "
+                f"request of {self.max_model_len:,} tokens. Lower --max-model-len or --max-num-batched-tokens"
+            )
+        return replace(taken, num_blocks=num_blocks)
 
     def describe(self) -> str:
         """The plan as lined-up text."""
@@ -99,7 +116,7 @@ def plan_memory(
     elif kv_cache_memory_bytes is not None:
         num_blocks, reason = kv_cache_memory_bytes // block_bytes, "--kv-cache-memory-bytes"
     elif on_device:
-        num_blocks, reason = left // block_bytes, "what --gpu-memory-utilization leaves"
+        num_blocks, reason = left // block_bytes, _WHAT_IS_LEFT
     else:
         share = int(CPU_KV_SHARE * left) // block_bytes
         if most_useful <= share:

@@ -75,6 +75,10 @@ class Worker:
             progress=progress,
         )
         clock.ends("weights")
+        runtime.rehearse(config.block_size, kv_dtype)
+        if (left := runtime.free_bytes(config.gpu_memory_utilization)) is not None:
+            plan = plan.measured(left)
+        clock.ends("rehearsal")
         runtime.allocate_kv(plan.num_blocks, config.block_size, kv_dtype)
         rows = Rows(config.max_num_seqs, spec.max_model_len, config.block_size, program.num_kv_groups)
         self._runner = ModelRunner(runtime, rows)

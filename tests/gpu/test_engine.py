@@ -40,6 +40,8 @@ TINY = {
 SETTINGS = {
     "plain": {"enable_prefix_caching": False},
     "eager": {"enforce_eager": True},
+    "one step at a time": {"async_scheduling": False},
+    "eager, one step at a time": {"enforce_eager": True, "async_scheduling": False},
     "prefix cache": {},
     "chunks of 7": {"max_num_batched_tokens": 7, "max_num_seqs": 7},
     "one at a time": {"max_num_seqs": 1},
@@ -95,14 +97,29 @@ def prompts_with_shared_prefixes():
     return [shared + own[0], shared + own[1], own[2], shared[:33] + own[3], own[4], own[5]]
 
 
+class Watched(CudaRuntime):
+    """Counts the tokens that a step took from the row of a step before it."""
+
+    num_run_ahead = 0
+
+    def execute(self, inputs):
+        self.num_run_ahead += int((inputs.token_ids < 0).sum())
+        super().execute(inputs)
+
+
+def runtime_of(core):
+    return core._executor.worker.runtime
+
+
 def test_a_small_engine_under_the_interpreter_too(device, files, naive, monkeypatch):
-    if device == "cpu":
-        monkeypatch.setattr(choose_module, "missing", lambda: "")
-        monkeypatch.setattr(worker_module, "create", lambda *_, **__: CudaRuntime("float32", device="cpu"))
+    monkeypatch.setattr(choose_module, "missing", lambda: "")
+    monkeypatch.setattr(worker_module, "create", lambda *_, **__: Watched("float32", device=device))
     core = make_core(files, max_num_batched_tokens=16, max_num_seqs=4)
     prompts = [[5, 9, 33] * 7, [7] * 3]
-    assert run(core, prompts, 3) == [naive(p, 3) for p in prompts]
+    assert run(core, prompts, 4) == [naive(p, 4) for p in prompts]
     assert core.log.total("num_chunked") > 0
+    assert runtime_of(core).num_run_ahead >= 4
+    core.close()
 
 
 @pytest.mark.gpu
@@ -113,8 +130,7 @@ def test_tokens_equal_the_naive_loop(files, naive, name):
     assert run(core, prompts, 20) == [naive(p, 20) for p in prompts]
     if name in EVENTS:
         assert core.log.total(EVENTS[name]) > 0
-    replays = core._executor.worker.runtime.num_replays
-    assert (replays == 0) == (name == "eager")
+    assert (runtime_of(core).num_replays == 0) == name.startswith("eager")
     core.close()
 
 
@@ -141,4 +157,84 @@ def test_dummy_weights_larger_than_the_host_draws(files, tmp_path):
     tokens = run(core, [[3, 4, 5], [9] * 60], 6)
     assert [len(t) for t in tokens] == [6, 6]
     assert all(0 <= t < 5000 for row in tokens for t in row)
+    core.close()
+
+
+SMOLLM2 = {
+    **TINY,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+WAYS = {
+    "graphs and overlap": {},
+    "no graphs": {"enforce_eager": True},
+    "no overlap": {"async_scheduling": False},
+    "one request at a time": {"max_num_seqs": 1},
+    "preemption": {"num_gpu_blocks_override": 40, "max_model_len": 256, "enable_prefix_caching": False},
+    "chunks": {"max_num_batched_tokens": 64, "max_num_seqs": 64},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 50, "top_p": 0.95}], ids=["greedy", "sampled"])
+def test_a_model_of_real_size_gives_the_same_tokens_every_way(tmp_path, options):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    files = ModelFiles("smollm2", "hf", tmp_path)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, 49152) for _ in range(rng.randrange(5, 90))] for _ in range(20)]
+    found = {}
+    for name, settings in WAYS.items():
+        defaults = {"num_gpu_blocks_override": 640, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
+        core = make_core(files, **{**defaults, **settings})
+        found[name] = run(core, prompts, 24, **options)
+        assert (core.log.total("num_preempted") > 0) == (name == "preemption")
+        assert (core.log.total("num_chunked") > 0) == (name == "chunks")
+        assert (runtime_of(core).num_replays == 0) == (name == "no graphs")
+        core.close()
+    assert len({t for tokens in found["no graphs"] for t in tokens}) > 20, "the model repeats itself: shows nothing"
+    for name, tokens in found.items():
+        assert tokens == found["no graphs"], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "sampled"])
+def test_a_decode_step_never_waits_for_the_device(files, options):
+    import torch
+
+    core = make_core(files)
+    params = SamplingParams(ignore_eos=True, max_tokens=30, **{"temperature": 0.0, **options})
+    for i in range(5):
+        core.handle(AddRequest(str(i), [3 + i, 4, 5], params, 30, seed=i))
+    for _ in range(4):
+        core.step()
+    replays = runtime_of(core).num_replays
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            core.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert runtime_of(core).num_replays == replays + 10
+    while core.has_work:
+        core.step()
+    core.close()
+
+
+@pytest.mark.gpu
+def test_the_next_step_is_launched_before_the_last_ones_tokens_are_here(files):
+    core = make_core(files)
+    params = SamplingParams(ignore_eos=True, max_tokens=30, temperature=0.0)
+    core.handle(AddRequest("a", [3, 4, 5], params, 30, seed=0))
+    core.step()
+    for _ in range(8):
+        assert len(core._in_flight) == 1
+        core.step()  # launches one more, and only then asks for the oldest
+    assert runtime_of(core).num_replays >= 8
+    while core.has_work:
+        core.step()
     core.close()

@@ -6,7 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from octavo.runtime.cuda.sampler import Sampler  # noqa: E402
+from octavo.runtime.base import SamplerOutput  # noqa: E402
+from octavo.runtime.cuda.sampler import Sampler, SamplerRows, noise_keys  # noqa: E402
 from octavo.runtime.reference.sampler import sample  # noqa: E402
 from tests.runtime.programs import sampling  # noqa: E402
 
@@ -14,10 +15,44 @@ VOCAB = 150
 CHUNK = 128  # so that rows have several chunks, the last one short
 
 
-def draw(device, logits, inputs, dtype=torch.float32):
-    sampler = Sampler(len(logits), logits.shape[1], dtype, torch.device(device), chunk=CHUNK)
+WAYS = {"few": {"piece": 2, "room": 64}, "wide": {"piece": 128, "room": 2}}
+
+
+def rows_of(inputs, device):
+    """What staging makes of SamplingInputs, row by row."""
+    rows = np.arange(len(inputs.top_k), dtype=np.int32)
+    arrays = (rows, inputs.top_k, inputs.temperature, inputs.top_p, inputs.min_p)
+    keys = noise_keys(inputs.seeds, inputs.positions).view(np.int64)
+    return SamplerRows(*(torch.from_numpy(a).to(device) for a in (*arrays, keys)))
+
+
+def draw(device, logits, inputs, dtype=torch.float32, way="few", repeat=1):
+    """Samples rows of logits, each `repeat` times; returns the output, and how many rows took the passes over all."""
+    num_rows = len(inputs.top_k)
+    options = {"num_rows_kept": num_rows, "chunk": CHUNK, **WAYS[way]}
+    sampler = Sampler(num_rows, logits.shape[1], dtype, torch.device(device), **options)
     raw = torch.from_numpy(logits).to(device, dtype)
-    return sampler.with_logprobs(raw, sampler.choose(raw, inputs), inputs)
+    raw = raw.repeat_interleave(repeat, 0) if repeat > 1 else raw
+    draws = bool((inputs.temperature > 0).any())
+    is_plain = not len(inputs.bias_ids) and not len(inputs.seen_ids)
+    sampler.launch(raw if is_plain else sampler.adjust(raw, inputs), rows_of(inputs, device), draws=draws)
+    most = int(max(0, inputs.num_logprobs.max(initial=0)))
+    tokens = sampler.tokens.cpu().numpy()
+    np.testing.assert_array_equal(sampler.row_tokens.cpu().numpy()[:num_rows], tokens)
+    output = SamplerOutput(
+        tokens,
+        np.full(num_rows, np.nan, np.float32),
+        np.zeros(num_rows, np.int32),
+        np.full((num_rows, most), -1, np.int32),
+        np.full((num_rows, most), np.nan, np.float32),
+    )
+    if (inputs.num_logprobs >= 0).any():
+        fill = sampler.logprobs(raw, inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        fill(output)
+    draw.num_wide = sampler.num_wide if draws else 0
+    return output
 
 
 def random_logits(rows, seed=0, scale=3.0, step=0.0):
@@ -78,19 +113,28 @@ def test_alternatives_among_equals_are_the_lowest_ids(device):
 
 STAGES = [(12, 0.7, 0.0), (5, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.1), (40, 0.9, 0.05), (1, 1.0, 0.0), (0, 1e-6, 0.0)]
 ON_CARD = [
-    pytest.param(*stages, dtype, step, marks=pytest.mark.gpu)
+    pytest.param(*stages, dtype, step, way, marks=pytest.mark.gpu)
     for stages in STAGES
     for dtype in ("float32", "bfloat16")
     for step in (0.0, 1.0)
+    for way in WAYS
 ]
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p", "dtype", "step"),
-    [(12, 0.7, 0.0, "float32", 0.0), (0, 0.6, 0.05, "bfloat16", 1.0), (5, 1.0, 0.0, "bfloat16", 1.0), *ON_CARD],
+    ("top_k", "top_p", "min_p", "dtype", "step", "way"),
+    [
+        (12, 0.7, 0.0, "float32", 0.0, "few"),
+        (0, 0.6, 0.05, "bfloat16", 1.0, "few"),
+        (5, 1.0, 0.0, "bfloat16", 1.0, "few"),
+        (0, 1.0, 0.1, "float32", 0.0, "few"),
+        (5, 0.9, 0.0, "bfloat16", 1.0, "wide"),
+        (0, 0.6, 0.0, "float32", 1.0, "wide"),
+        *ON_CARD,
+    ],
 )
-def test_draws_stay_in_the_kept_set_and_reach_all_of_it(device, top_k, top_p, min_p, step, dtype):
-    rows = 512 if device == "cuda" else 4
+def test_draws_stay_in_the_kept_set_and_reach_all_of_it(device, top_k, top_p, min_p, step, dtype, way):
+    rows = 512 if device == "cuda" else 2
     logits = np.repeat(random_logits(1, seed=3, scale=2.0, step=step), rows, axis=0)
     logits = torch.from_numpy(logits).to(getattr(torch, dtype)).float().numpy()
     inputs = sampling(
@@ -100,7 +144,10 @@ def test_draws_stay_in_the_kept_set_and_reach_all_of_it(device, top_k, top_p, mi
         top_p=np.full(rows, top_p, np.float32),
         min_p=np.full(rows, min_p, np.float32),
     )
-    tokens = draw(device, logits, inputs, getattr(torch, dtype)).token_ids
+    tokens = draw(device, logits, inputs, getattr(torch, dtype), way).token_ids
+    has_bound = bool(top_k or top_p < 1 or min_p)
+    if way == "few" or (top_k != 1 and top_p > 1e-3):  # of one id a bound is always found
+        assert draw.num_wide == (0 if way == "few" and has_bound else rows)
     ids, weights = kept(logits[0], 1.5, top_k, top_p, min_p)
     assert set(tokens.tolist()) <= set(ids.tolist())
     expected_distinct = (1 - (1 - weights) ** rows).sum()
@@ -113,6 +160,7 @@ def test_draws_depend_on_seed_and_position_only(device):
     inputs = sampling(
         8,
         temperature=np.ones(8, np.float32),
+        min_p=np.full(8, 1e-6, np.float32),
         seeds=np.array([5, 5, 6, 5, 7, 8, 5, 9], np.uint64),
         positions=np.array([2, 2, 2, 3, 2, 2, 2, 2], np.int64),
     )
@@ -122,7 +170,7 @@ def test_draws_depend_on_seed_and_position_only(device):
     alone = sampling(
         1, temperature=np.ones(1, np.float32), seeds=np.array([5], np.uint64), positions=np.array([2], np.int64)
     )
-    assert draw(device, same[:1], alone).token_ids[0] == tokens[0]
+    assert draw(device, same[:1], alone, way="wide").token_ids[0] == tokens[0]
 
 
 def test_mixed_rows_each_keep_their_own_rule(device):
@@ -137,16 +185,40 @@ def test_mixed_rows_each_keep_their_own_rule(device):
     assert draw(device, logits, inputs).token_ids.tolist() == logits.argmax(1).tolist()
 
 
-def test_frequencies_follow_the_weights(device):
+LAWS = {  # logits, and what else shapes the law
+    "temperature": ([0.0, 0.5, -0.5, 1.0, 1.5, -1.0, 0.2, 0.9], {}),
+    "a min-p below all": ([0.0, 0.5, -0.5, 1.0, 1.5, -1.0, 0.2, 0.9], {"min_p": 1e-4}),
+    "top-k in the middle of equals": ([1.0, 0.5, 0.5, 0.5, 0.5, -1.0, 0.2, 0.9], {"top_k": 4}),
+    "top-p at an edge": ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], {"top_p": 0.5}),
+    "top-p of a top-k": ([1.5, 1.0, 0.5, 0.5, 0.0, 0.0, 0.0, -1.0], {"top_k": 5, "top_p": 0.8}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("law", LAWS)
+def test_frequencies_follow_the_weights(device, law, way):
     """Chi-square of draws over 8 ids; a wrong temperature or noise is far beyond the bound."""
-    rows = 200_000 if device == "cuda" else 300
-    logits = np.zeros((1, 8), np.float32)
-    logits[0] = [0.0, 0.5, -0.5, 1.0, 1.5, -1.0, 0.2, 0.9]
-    inputs = sampling(rows, temperature=np.full(rows, 0.8, np.float32), seeds=np.full(rows, 3, np.uint64))
+    if device == "cpu" and (way == "wide" or law != "top-p of a top-k"):
+        pytest.skip("slow under the interpreter: on a card")
+    rows = 200_000 if device == "cuda" else 48
+    values, options = LAWS[law]
+    logits = np.array([values], np.float32)
+    top_k, top_p, min_p = options.get("top_k", 0), options.get("top_p", 1.0), options.get("min_p", 0.0)
+    inputs = sampling(
+        rows,
+        temperature=np.full(rows, 0.8, np.float32),
+        seeds=np.full(rows, 3, np.uint64),
+        top_k=np.full(rows, top_k, np.int32),
+        top_p=np.full(rows, top_p, np.float32),
+        min_p=np.full(rows, min_p, np.float32),
+    )
     inputs.positions[:] = np.arange(rows)
-    tokens = draw(device, np.repeat(logits, rows, axis=0), inputs).token_ids
-    _, weights = kept(logits[0], 0.8, 0, 1.0, 0.0)
+    tokens = draw(device, logits, inputs, way=way, repeat=rows).token_ids
+    assert draw.num_wide == (0 if way == "few" and options else rows)
+    ids, weights = kept(logits[0], 0.8, top_k, top_p, min_p)
     expected = np.zeros(8)
-    expected[np.argsort(-logits[0], kind="stable")] = weights * rows
-    statistic = ((np.bincount(tokens, minlength=8) - expected) ** 2 / expected).sum()
-    assert statistic < 29.9  # 7 degrees of freedom, one in ten thousand
+    expected[ids] = weights * rows
+    counts = np.bincount(tokens, minlength=8)
+    assert counts[expected == 0].sum() == 0
+    statistic = ((counts - expected)[ids] ** 2 / expected[ids]).sum()
+    assert statistic < 29.9  # at most 7 degrees of freedom, one in ten thousand

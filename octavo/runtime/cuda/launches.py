@@ -89,9 +89,11 @@ class Launches:
         arena: Arena,
         kv: KVPool,
         max_decodes: int,
+        row_tokens: torch.Tensor,
         *,
         fuses: bool = True,
     ) -> None:
+        self._row_tokens = row_tokens
         self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
         self._device = arena.view(program.logits).device
         self._fusion = find_fusion(program) if fuses else Fusion()
@@ -136,9 +138,10 @@ class Launches:
     def _embedding(self, node: Embedding) -> Launch:
         table, positions = self._weight(node.weight), self._weight(node.position_weight)
         out, scale, offset = self._arena.view(node.out), node.scale, node.position_offset
+        kept = self._row_tokens
 
         def launch(step: DeviceStep) -> None:
-            rows.embedding(step.num_tokens, step.token_ids, step.positions, table, positions, out, scale, offset)
+            rows.embedding(step.num_tokens, step.token_ids, kept, step.positions, table, positions, out, scale, offset)
 
         return launch
 

@@ -12,17 +12,19 @@ from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention
 from octavo.program.profile import Profile
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
-from octavo.runtime.cuda.graphs import Graphs, bucket_of, buckets
+from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.cuda.graphs import DRAWS, GREEDY, LOGITS, Graphs, bucket_of, buckets
 from octavo.runtime.cuda.kernels.attention import queries_per_tile
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches
+from octavo.runtime.cuda.launching import only_compiling, quick_launches
 from octavo.runtime.cuda.packing import pack, packed_bytes
+from octavo.runtime.cuda.results import Results
 from octavo.runtime.cuda.sampler import Sampler
-from octavo.runtime.cuda.staging import DeviceStep, Staging, send_step
+from octavo.runtime.cuda.staging import DeviceStep, Staging, decode_views, send_decodes, send_step
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FP8 = torch.float8_e4m3fn  # how "fp8" keeps K and V, with a scale of one
-_RESERVE = 1 << 30  # bytes for cuBLAS, graphs, kernels and what torch rounds up
+_RESERVE = 1 << 30  # bytes for cuBLAS, graphs and kernels in the plan made before anything is loaded
 
 
 class CudaRuntime:
@@ -32,6 +34,7 @@ class CudaRuntime:
         dtype: "bfloat16" or "float32" (no TF32).
         use_graphs: replay decode-only steps as CUDA graphs.
         device: "cuda", or "cpu" to run the kernels under Triton's interpreter.
+        max_depth: steps that may be in flight.
 
     Raises:
         UnsupportedError: another dtype.
@@ -39,13 +42,16 @@ class CudaRuntime:
 
     name = "cuda"
 
-    def __init__(self, dtype: str = "bfloat16", *, use_graphs: bool = True, device: str = "cuda") -> None:
+    def __init__(
+        self, dtype: str = "bfloat16", *, use_graphs: bool = True, device: str = "cuda", max_depth: int = 2
+    ) -> None:
         self._dtype = _torch_dtype(dtype)
         self._device = torch.device(device)
+        self.max_depth = max_depth
         self.num_foreign_calls = 0
-        self.max_depth = 1
         self.num_replays = 0  # steps that ran as a graph
         self._graphs = Graphs() if use_graphs and self._device.type == "cuda" else None
+        self._decodes: dict[int, DeviceStep] = {}  # by bucket: the views of what its graphs read
         self._program: Program | None = None
         self._launches: list[Launch] = []
         self._kv = KVPool([], [])
@@ -74,14 +80,21 @@ class CudaRuntime:
         self._check_dtype(dtype)
         self._program = program
         self._limits = (max_num_tokens, max_num_logits, max_num_requests)
+        self._tile_queries = _queries_per_tile(program, self._dtype)
         try:
             for done, weight in enumerate(program.weights, start=1):
                 self._weights[weight.parts] = pack(weight, weights, self._dtype, self._device)
                 if progress is not None:
                     progress(done)
             self._arena = Arena(program, max_num_tokens, max_num_logits, self._dtype, self._device)
-            self._launches = Launches(program, self._weights, self._arena, self._kv, max_num_requests).make()
-            self._sampler = Sampler(max_num_logits, program.vocab_size, self._dtype, self._device)
+            self._sampler = Sampler(
+                max_num_logits, program.vocab_size, self._dtype, self._device, num_rows_kept=max_num_requests
+            )
+            row_tokens = self._sampler.row_tokens
+            self._launches = Launches(
+                program, self._weights, self._arena, self._kv, max_num_requests, row_tokens
+            ).make()
+            self._results = Results(max_num_logits, self.max_depth + 1, self._device)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for the weights: {error}") from None
         return LoadReport(
@@ -112,38 +125,47 @@ class CudaRuntime:
         """Bytes of one KV block over all layers."""
         return program.kv_elements_per_block(block_size) * self._kv_type(dtype).itemsize
 
+    def rehearse(self, block_size: int, dtype: str | None = None) -> None:
+        """Compiles the kernels, then runs the largest prompt and captures the largest decode, on a KV pool of nothing.
+
+        Raises MemoryPlanError: the device has no room for them.
+        """
+        if self._device.type != "cuda":
+            return
+        most_tokens, _, most_rows = self._limits
+        most = min(self._limits)
+        try:
+            self._make_pool(0, block_size, dtype)
+            with torch.inference_mode(), only_compiling():
+                for counts in ([min(64, most_tokens)], *([1] * size for size in self._sizes())):
+                    for ending in (GREEDY, DRAWS):
+                        self._launch(self._send(self._null_step(counts), _null_sampling(len(counts), ending)), ending)
+            length = min(most_tokens, self._loaded().max_model_len)
+            prompts = [length] * min(most_tokens // length, most_rows)
+            for counts in (prompts, [1] * most):
+                self._run_null_step(counts, DRAWS)
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError as error:
+            raise MemoryPlanError(f"the device has no room for the largest step: {error}") from None
+        self._drop_pool()
+
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str | None = None) -> None:
-        """Reserves the pool, one block more than asked for: padding rows of graphs write there.
+        """Reserves the pool, one block more than asked for: padding rows of graphs write there. Captures the graphs.
 
         Raises:
             MemoryPlanError: the device has no room.
             UnsupportedError: a KV type other than the one computed in and fp8.
         """
-        kv_type = self._kv_type(dtype)
-        program = self._loaded()
-        max_tokens, max_logits, max_requests = self._limits
-        self._null_slot, self._block_size = num_blocks * block_size, block_size
         try:
-            for layer in program.kv_layers:
-                shape = (num_blocks + 1, layer.num_kv_heads, block_size, layer.head_dim)
-                for pool in (self._kv.keys, self._kv.values):
-                    pool.append(torch.empty(shape, dtype=kv_type, device=self._device))
-                    pool[-1][num_blocks].zero_()
+            self._make_pool(num_blocks, block_size, dtype)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for {num_blocks} KV blocks: {error}") from None
-        max_blocks = -(-program.max_model_len // block_size)
-        capacity = Staging.capacity(max_tokens, max_logits, max_requests, program.num_kv_groups, max_blocks)
-        self._staging = Staging(capacity, self._device)
-        tiles = [
-            queries_per_tile(n.head_dim, n.num_heads // n.num_kv_heads, self._dtype.itemsize)
-            for n in program.nodes
-            if isinstance(n, Attention)
-        ]
-        if len(set(tiles)) > 1:
-            raise UnsupportedError("the cuda runtime needs attention layers of one shape: take --runtime native")
-        self._tile_queries = tiles[0] if tiles else 1
-
-        self._warm_up(num_blocks)
+        if self._device.type == "cuda":
+            for size in self._sizes():
+                for ending in (GREEDY, DRAWS):
+                    self._run_null_step([1] * size, ending)
+            torch.cuda.synchronize()
+        self.num_replays = self.num_foreign_calls = 0
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole KV blocks (from, to) in all layers, one pair after the other."""
@@ -152,39 +174,40 @@ class CudaRuntime:
                 pool[target].copy_(pool[source])
 
     def execute(self, inputs: StepInputs) -> None:
-        """Sends the inputs and launches the program; nothing waits for the device."""
-        program = self._loaded()
-        self._num_logits = len(inputs.logits_indices)
-        num_requests = len(inputs.seq_lens)
-        is_decode = len(inputs.token_ids) == num_requests == self._num_logits
-        send = partial(send_step, self._staging, inputs, tile_queries=self._tile_queries)
+        """Takes the step. It is launched by sample(), so that inputs and sampling cross the bus in one piece."""
+        self._loaded()
+        self._inputs = inputs
         self.num_foreign_calls += 1
-        with torch.inference_mode():
-            if self._graphs is None or not is_decode or program.num_kv_groups > 1:
-                self._launch(send())
-                return
-            bucket = bucket_of(num_requests, min(self._limits))
-            step = send(pad_to=bucket, null_slot=self._null_slot)
-            if bucket in self._graphs:
-                self._graphs.replay(bucket)
-                self.num_replays += 1
-            else:
-                self._launch(step)
-                self._graphs.capture(bucket, partial(self._launch, step))
 
     def sample(self, sampling: SamplingInputs) -> SamplerOutput:
-        """Chooses one token for each of the R positions of the last execute(), and waits for them."""
-        logits = self._logits_on_device()
-        if not len(logits):
-            return _nothing()
-        with torch.inference_mode():
-            tokens = self._sampler.choose(logits, sampling)
-            return self._sampler.with_logprobs(logits, tokens, sampling)
+        """Runs the step, chooses one token for each of its R positions, and waits for them."""
+        return self.sample_later(sampling)()
 
     def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
-        """sample(), and its result."""
-        output = self.sample(sampling)
-        return lambda: output
+        """Launches the step and the choice of its tokens. Only what this returns waits for the device.
+
+        Raises StepError without execute().
+        """
+        inputs, self._inputs = self._inputs, None
+        if inputs is None:
+            raise StepError("sample() without execute()")
+        self._num_logits = len(inputs.logits_indices)
+        ending = _ending(sampling)
+        with torch.inference_mode(), quick_launches():
+            if self._graphs is not None and self._is_decode(inputs):
+                step = self._replay(self._graphs, inputs, sampling, ending)
+            else:
+                step = self._send(inputs, sampling)
+                self._launch(step, ending)
+            if not self._num_logits:
+                return _nothing
+            logits = self._logits_on_device()
+            if ending == LOGITS:
+                draws = bool((sampling.temperature > 0).any())
+                self._sampler.launch(self._sampler.adjust(logits, sampling), step.sampling, draws=draws)
+            fill = self._sampler.logprobs(logits, sampling) if (sampling.num_logprobs >= 0).any() else None
+            wait = self._results.fetch(self._sampler.tokens[: self._num_logits])
+        return partial(_output, wait, sampling, fill)
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
@@ -205,28 +228,83 @@ class CudaRuntime:
         self._program = None
         self._launches.clear()
         self._weights.clear()
+        self._decodes.clear()
         self._kv.keys.clear()
         self._kv.values.clear()
-        for name in ("_arena", "_sampler", "_staging"):
+        for name in ("_arena", "_sampler", "_staging", "_results"):
             self.__dict__.pop(name, None)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _warm_up(self, null_block: int) -> None:
-        """Compiles and captures what serving will use: a prompt, then decode steps, the largest first."""
-        if self._device.type != "cuda":
-            return
+    def _sizes(self) -> list[int]:
+        """Batch sizes that start-up prepares, the largest first."""
         most = min(self._limits)
-        sizes = buckets(most) if self._graphs is not None else [bucket_of(n, most) for n in (most, 8, 4, 2, 1)]
-        prompt = min(self._limits[0], self._loaded().max_model_len, 64)
-        for counts in ([prompt], *([1] * size for size in sizes)):
-            self.execute(_null_step(counts, null_block, self._block_size, self._loaded().num_kv_groups))
-            self.sample(greedy(len(counts)))
-        self.num_replays = self.num_foreign_calls = 0
+        return buckets(most) if self._graphs is not None else [bucket_of(n, most) for n in (most, 16, 8, 4, 2, 1)]
 
-    def _launch(self, step: DeviceStep) -> None:
+    def _make_pool(self, num_blocks: int, block_size: int, dtype: str | None) -> None:
+        program, kv_type = self._loaded(), self._kv_type(dtype)
+        max_tokens, max_logits, max_requests = self._limits
+        self._null_block, self._block_size = num_blocks, block_size
+        for layer in program.kv_layers:
+            shape = (num_blocks + 1, layer.num_kv_heads, block_size, layer.head_dim)
+            for pool in (self._kv.keys, self._kv.values):
+                pool.append(torch.empty(shape, dtype=kv_type, device=self._device))
+                pool[-1][num_blocks].zero_()
+        max_blocks = -(-program.max_model_len // block_size)
+        capacity = Staging.capacity(max_tokens, max_logits, max_requests, program.num_kv_groups, max_blocks)
+        self._staging = Staging(capacity, self.max_depth + 1, self._device)
+
+    def _drop_pool(self) -> None:
+        """Undoes _make_pool(), and drops the graphs, which hold its addresses."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._decodes.clear()
+        self._kv.keys.clear()
+        self._kv.values.clear()
+        torch.cuda.empty_cache()
+
+    def _null_step(self, counts: list[int]) -> StepInputs:
+        return _null_step(counts, self._null_block, self._block_size, self._loaded().num_kv_groups)
+
+    def _run_null_step(self, counts: list[int], ending: str) -> None:
+        """Runs a step that means nothing; a decode is captured by it, if it was not."""
+        self.execute(self._null_step(counts))
+        self.sample_later(_null_sampling(len(counts), ending))()
+
+    def _is_decode(self, inputs: StepInputs) -> bool:
+        """One query a request, all of which sample, in their order: what graphs are captured for."""
+        num_requests = len(inputs.seq_lens)
+        if not num_requests == len(inputs.token_ids) == len(inputs.logits_indices) or self._loaded().num_kv_groups > 1:
+            return False
+        return num_requests > 0 and bool((inputs.logits_indices == inputs.query_start_loc[:-1]).all())
+
+    def _send(self, inputs: StepInputs, sampling: SamplingInputs) -> DeviceStep:
+        trash_row = self._limits[2]
+        return send_step(self._staging, inputs, sampling, tile_queries=self._tile_queries, trash_row=trash_row)
+
+    def _replay(self, graphs: Graphs, inputs: StepInputs, sampling: SamplingInputs, ending: str) -> DeviceStep:
+        """Sends a decode step and runs its graph; one that is not there yet is captured after its first run."""
+        size = bucket_of(len(inputs.seq_lens), min(self._limits))
+        null_slot, trash_row = self._null_block * self._block_size, self._limits[2]
+        spans = send_decodes(self._staging, inputs, sampling, size, null_slot=null_slot, trash_row=trash_row)
+        if size not in self._decodes:
+            self._decodes[size] = decode_views(self._staging, spans, size)
+        step = self._decodes[size]
+        if (size, ending) in graphs:
+            graphs.replay((size, ending))
+            self.num_replays += 1
+        else:
+            self._launch(step, ending)
+            graphs.capture((size, ending), partial(self._launch, step, ending))
+        return step
+
+    def _launch(self, step: DeviceStep, ending: str) -> None:
+        """Launches the program and, unless biases and penalties come between, what chooses the tokens."""
         for launch in self._launches:
             launch(step)
+        if step.num_logits and ending != LOGITS:
+            logits = self._arena.view(self._loaded().logits)[: step.num_logits]
+            self._sampler.launch(logits, step.sampling, draws=ending == DRAWS)
 
     def _logits_on_device(self) -> torch.Tensor:
         return self._arena.view(self._loaded().logits)[: self._num_logits]
@@ -257,11 +335,56 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     return _DTYPES[dtype]
 
 
+def _queries_per_tile(program: Program, dtype: torch.dtype) -> int:
+    """Of the prefill attention; raises UnsupportedError where layers differ."""
+    tiles = {
+        queries_per_tile(n.head_dim, n.num_heads // n.num_kv_heads, dtype.itemsize)
+        for n in program.nodes
+        if isinstance(n, Attention)
+    }
+    if len(tiles) > 1:
+        raise UnsupportedError("the cuda runtime needs attention layers of one shape: take --runtime native")
+    return tiles.pop() if tiles else 1
+
+
+def _ending(sampling: SamplingInputs) -> str:
+    """How a step ends: biases and penalties are not captured."""
+    if len(sampling.bias_ids) or len(sampling.seen_ids):
+        return LOGITS
+    return DRAWS if (sampling.temperature > 0).any() else GREEDY
+
+
+def _output(
+    wait: Callable[[], Int32], sampling: SamplingInputs, fill: Callable[[SamplerOutput], None] | None
+) -> SamplerOutput:
+    """Waits for the tokens; `fill` adds the log probabilities, which were copied before them."""
+    token_ids = wait()
+    num_rows, most = len(token_ids), int(max(0, sampling.num_logprobs.max(initial=0)))
+    output = SamplerOutput(
+        token_ids=token_ids,
+        logprobs=np.full(num_rows, np.nan, dtype=np.float32),
+        ranks=np.zeros(num_rows, dtype=np.int32),
+        top_ids=np.full((num_rows, most), -1, dtype=np.int32),
+        top_logprobs=np.full((num_rows, most), np.nan, dtype=np.float32),
+    )
+    if fill is not None:
+        fill(output)
+    return output
+
+
 def _nothing() -> SamplerOutput:
     """The result of a step in which nobody samples."""
     none = np.zeros(0, np.int32)
     empty = np.zeros((0, 0), np.int32)
     return SamplerOutput(none, np.zeros(0, np.float32), none, empty, empty.astype(np.float32))
+
+
+def _null_sampling(num_rows: int, ending: str) -> SamplingInputs:
+    """Greedy, or the draw of everything that a step of this ending can hold."""
+    sampling = greedy(num_rows)
+    if ending == DRAWS:
+        sampling.temperature += 1
+    return sampling
 
 
 def _null_step(counts: list[int], null_block: int, block_size: int, num_groups: int) -> StepInputs:

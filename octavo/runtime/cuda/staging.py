@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -9,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from octavo.runtime.base import StepInputs
+from octavo.runtime.base import SamplingInputs, StepInputs
 from octavo.runtime.cuda.kernels.attention import AttentionInputs
+from octavo.runtime.cuda.sampler import SamplerRows, noise_keys
 
 Array = npt.NDArray[Any]
 Scalar = TypeVar("Scalar", bound=np.generic)
+Span = tuple[int, int]
 _ALIGN = 4  # int32 elements: arrays begin on 16 bytes, which lets kernels load them in one piece
+_NONE = np.zeros(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -23,11 +27,12 @@ class DeviceStep:
 
     num_tokens: int
     num_logits: int
-    token_ids: torch.Tensor  # int32 [T]
+    token_ids: torch.Tensor  # int32 [T]; -1 - row: the row's last token
     positions: torch.Tensor  # int32 [T]
     slots: torch.Tensor  # int32 [groups * T]
     logits_indices: torch.Tensor  # int32 [R]
     attention: AttentionInputs
+    sampling: SamplerRows
 
     def slots_of(self, group: int) -> torch.Tensor:
         """The slots of one KV group, int32 [T]."""
@@ -35,83 +40,137 @@ class DeviceStep:
 
 
 class Staging:
-    """One pinned buffer on the host and its twin on the device, both int32."""
+    """Pinned buffers on the host, used in turn, and one on the device, all int32.
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self._host = torch.zeros(capacity, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._array = self._host.numpy()
+    A copy to the device is queued behind the steps before it, so one buffer there is enough. On the host a buffer is
+    filled while copies of earlier ones may be queued: there is one more of them than steps in flight.
+    """
+
+    def __init__(self, capacity: int, num_buffers: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(capacity, dtype=torch.int32, pin_memory=pinned) for _ in range(num_buffers)]
+        self._arrays = [host.numpy() for host in self._hosts]
         self._device = torch.zeros(capacity, dtype=torch.int32, device=device)
-        # when it has passed, the buffer may be filled again
-        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # of each buffer: when it has passed, the buffer may be filled again
+        self._sent = [torch.cuda.Event() for _ in range(num_buffers if pinned else 0)]  # type: ignore[no-untyped-call]
+        self._turn = 0
 
     @staticmethod
     def capacity(max_tokens: int, max_logits: int, max_requests: int, num_groups: int, max_blocks: int) -> int:
         """Elements for the largest step. Tiles of queries are at most one a token."""
         arrays = [1, max_tokens, max_tokens, num_groups * max_tokens, max_logits, max_requests + 1, max_requests]
-        arrays += [max_requests, max_tokens, max_tokens, num_groups * max_requests * max_blocks]
+        arrays += [max_requests, max_tokens, max_tokens, *[max_logits] * 5, 2 * max_logits]
+        arrays += [num_groups * max_requests * max_blocks]
         return sum(arrays) + _ALIGN * len(arrays)
 
-    def send(self, arrays: list[Array]) -> list[torch.Tensor]:
-        """Copies arrays of int32 to the device, together; returns their views there."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        views, end = [], 0
+    def send(self, arrays: Iterable[Array]) -> list[Span]:
+        """Copies arrays of 4 or 8 bytes an element to the device, together, int64 as int32; returns where they lie."""
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._hosts)
+        if self._sent:
+            self._sent[turn].synchronize()
+        target = self._arrays[turn]
+        spans, end = [], 0
         for array in arrays:
-            start = -(-end // _ALIGN) * _ALIGN
+            start = (end + _ALIGN - 1) // _ALIGN * _ALIGN
             end = start + array.size
-            self._array[start:end] = array.reshape(-1)
-            views.append(self._device[start:end])
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
-        return views
+            target[start:end] = array.reshape(-1)
+            spans.append((start, end))
+        self._device[:end].copy_(self._hosts[turn][:end], non_blocking=True)
+        if self._sent:
+            self._sent[turn].record()
+        return spans
+
+    def view(self, span: Span) -> torch.Tensor:
+        """Where an array lies on the device, int32."""
+        return self._device[span[0] : span[1]]
 
 
 def send_step(
-    staging: Staging, inputs: StepInputs, *, tile_queries: int, pad_to: int = 0, null_slot: int = 0
+    staging: Staging, inputs: StepInputs, sampling: SamplingInputs, *, tile_queries: int, trash_row: int
 ) -> DeviceStep:
-    """Stages a step. With `pad_to` (a step of single queries that all sample), padding requests of length 0 are added:
-
-    they write to the null block and attend to nothing. The tables come last, so that in a graph, where every address
-    is fixed, their width may vary: kernels read it from the device.
-    """
+    """Stages a step; its views are made for launching it."""
     counts = np.diff(inputs.query_start_loc)
-    tables = inputs.block_tables
-    if pad_to:
-        inputs = padded(inputs, pad_to, null_slot)
-        counts = np.ones(pad_to, np.int32)
     single = np.flatnonzero(counts == 1).astype(np.int32)
-    tile_rows, tile_starts = _tiles(counts, tile_queries)
-    stride = np.array([tables.shape[-1]], np.int32)
-    views = staging.send(
-        [
-            *(stride, inputs.token_ids, inputs.positions, inputs.slots, inputs.logits_indices),
-            *(inputs.query_start_loc, inputs.seq_lens, single, tile_rows, tile_starts, inputs.block_tables),
-        ]
+    tiles = _tiles(counts, tile_queries)
+    spans = staging.send(_arrays(inputs, single, tiles, _sampling_arrays(sampling, trash_row)))
+    return _views(staging, spans, len(inputs.seq_lens), len(single), len(tiles[0]))
+
+
+def send_decodes(
+    staging: Staging, inputs: StepInputs, sampling: SamplingInputs, size: int, *, null_slot: int, trash_row: int
+) -> list[Span]:
+    """Stages a step of single queries that all sample, with requests of length 0 behind them, `size` in all.
+
+    They write to the null block and to the trash row, and attend to nothing. The tables come last, so that in a graph,
+    where every address is fixed, their width may vary: kernels read it from the device.
+    """
+    rows = _sampling_arrays(sampling, trash_row)
+    if (num_requests := len(inputs.seq_lens)) < size:
+        inputs = padded(inputs, size, null_slot)
+        settings = [_extended(array, (len(array) // num_requests * size,), 0) for array in rows[1:]]
+        rows = [_extended(rows[0], (size,), trash_row), *settings]
+    return staging.send(_arrays(inputs, inputs.logits_indices, (_NONE, _NONE), rows))
+
+
+def decode_views(staging: Staging, spans: list[Span], size: int) -> DeviceStep:
+    """The views of what send_decodes() staged; the same for every step of this size."""
+    return _views(staging, spans, size, size, 0)
+
+
+def _arrays(inputs: StepInputs, single: Array, tiles: tuple[Array, Array], sampling: list[Array]) -> list[Array]:
+    tables = inputs.block_tables
+    return [
+        *(np.array([tables.shape[-1]], np.int32), inputs.token_ids, inputs.positions, inputs.slots),
+        *(inputs.logits_indices, inputs.query_start_loc, inputs.seq_lens, single, *tiles, *sampling, tables),
+    ]
+
+
+def _sampling_arrays(sampling: SamplingInputs, trash_row: int) -> list[Array]:
+    """What the device's sampler reads of each row, as int32."""
+    num_rows = len(sampling.temperature)
+    rows = np.full(num_rows, trash_row, np.int32) if sampling.rows is None else sampling.rows
+    if (sampling.temperature > 0).any():
+        keys = noise_keys(sampling.seeds, sampling.positions).view(np.int32)
+    else:
+        keys = np.zeros(2 * num_rows, np.int32)
+    floats = (sampling.temperature.view(np.int32), sampling.top_p.view(np.int32), sampling.min_p.view(np.int32))
+    return [rows, sampling.top_k, *floats, keys]
+
+
+def _views(staging: Staging, spans: list[Span], num_requests: int, num_decodes: int, num_tiles: int) -> DeviceStep:
+    table_stride, token_ids, positions, slots, logits_indices, query_start_loc, seq_lens, *rest = map(
+        staging.view, spans
     )
-    table_stride, token_ids, positions, slots, logits_indices, query_start_loc, seq_lens, rows, *tiles, flat = views
+    decode_rows, tile_rows, tile_starts, rows, top_k, temperature, top_p, min_p, keys, tables = rest
     attention = AttentionInputs(
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
-        tables=flat,
+        tables=tables,
         table_stride=table_stride,
-        decode_rows=rows,
-        tile_rows=tiles[0],
-        tile_starts=tiles[1],
-        num_requests=len(inputs.seq_lens),
-        num_decodes=len(single),
-        num_tiles=len(tile_rows),
+        decode_rows=decode_rows,
+        tile_rows=tile_rows,
+        tile_starts=tile_starts,
+        num_requests=num_requests,
+        num_decodes=num_decodes,
+        num_tiles=num_tiles,
+    )
+    sampling = SamplerRows(
+        rows=rows,
+        top_k=top_k,
+        temperature=temperature.view(torch.float32),
+        top_p=top_p.view(torch.float32),
+        min_p=min_p.view(torch.float32),
+        noise_keys=keys.view(torch.int64),
     )
     return DeviceStep(
-        len(inputs.token_ids), len(inputs.logits_indices), token_ids, positions, slots, logits_indices, attention
+        len(token_ids), len(logits_indices), token_ids, positions, slots, logits_indices, attention, sampling
     )
 
 
 def padded(inputs: StepInputs, size: int, null_slot: int) -> StepInputs:
     """A decode-only step with requests of length 0 behind it, `size` in all; their tables are not read."""
-    groups, num_requests, width = inputs.block_tables.shape
-    if num_requests == size:
-        return inputs
+    groups, _, width = inputs.block_tables.shape
     return StepInputs(
         token_ids=_extended(inputs.token_ids, (size,), 0),
         positions=_extended(inputs.positions, (size,), 0),

@@ -120,6 +120,9 @@ class NativeRuntime:
         pieces: int = sum(self._library.octavo_kv_bytes(code, kv.num_kv_heads, kv.head_dim) for kv in program.kv_layers)
         return pieces * block_size // _SLOTS_OF_PIECE
 
+    def rehearse(self, block_size: int, dtype: str = "float32") -> None:
+        """Nothing: the memory is the host's, and planned before."""
+
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves the pool; the system backs a block when it is first written."""
         self._call(self._library.octavo_allocate_kv, num_blocks, block_size, _kv_code(dtype))

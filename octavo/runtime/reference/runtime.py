@@ -110,6 +110,9 @@ class ReferenceRuntime:
         """Bytes of one KV block over all layers: float32, whatever `dtype` its values are rounded to."""
         return program.kv_elements_per_block(block_size) * FLOAT_BYTES
 
+    def rehearse(self, block_size: int, dtype: str = "float32") -> None:
+        """Nothing: the memory is the host's, and planned before."""
+
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
         """Reserves zeroed pages, which the system backs when they are first written."""
         if dtype not in KV_ROUNDING:

@@ -55,14 +55,17 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _embedding(ids, positions, table, position_table, out, scale, offset, width, HAS_TABLE: tl.constexpr,
+def _embedding(ids, row_tokens, positions, table, position_table, out, scale, offset, width, HAS_TABLE: tl.constexpr,
                HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
     x = tl.zeros([BLOCK], tl.float32)
     if HAS_TABLE:
-        at = tl.load(ids + row).to(tl.int64) * width
+        token = tl.load(ids + row)
+        if token < 0:
+            token = tl.load(row_tokens - 1 - token)
+        at = token.to(tl.int64) * width
         x += tl.load(table + at + cols, mask=inside, other=0.0).to(tl.float32) * scale
     if HAS_POSITIONS:
         at = (tl.load(positions + row) + offset).to(tl.int64) * width
@@ -72,7 +75,8 @@ def _embedding(ids, positions, table, position_table, out, scale, offset, width,
 
 def embedding(
     num_rows: int,
-    ids: torch.Tensor,  # int32 [T]
+    ids: torch.Tensor,  # int32 [T]; -1 - row: row_tokens[row]
+    row_tokens: torch.Tensor,  # int32
     positions: torch.Tensor,  # int32 [T]
     table: torch.Tensor | None,  # [vocab, width]
     position_table: torch.Tensor | None,  # [max positions, width]
@@ -85,8 +89,8 @@ def embedding(
     block = min(triton.next_power_of_2(width), 1024)
     absent = out if table is None else table
     _embedding[(num_rows, triton.cdiv(width, block))](
-        ids, positions, absent, absent if position_table is None else position_table, out, scale, offset, width,
-        HAS_TABLE=table is not None, HAS_POSITIONS=position_table is not None, BLOCK=block,
+        ids, row_tokens, positions, absent, absent if position_table is None else position_table, out, scale, offset,
+        width, HAS_TABLE=table is not None, HAS_POSITIONS=position_table is not None, BLOCK=block,
     )  # fmt: skip
 
 
