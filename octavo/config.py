@@ -53,6 +53,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_copy_on_write: bool = True  # n answers fork one prefill; off, each is a request that may hit the cache
     prefix_caching_hash_key: str | None = None  # default: random per engine
+    admission_headroom: float = 1.0  # blocks per running request that an admission leaves free
     scheduling_policy: SchedulingPolicy = "fcfs"
     priority_ageing: float = 10.0  # seconds of waiting that count as one step of priority
     slo_ttft_ms: int = 1000  # what policy slo aims at: a first token, and the gaps between later ones
@@ -94,6 +95,8 @@ class EngineConfig:
         _range("max_logprobs", self.max_logprobs, 0, 20)
         _range("num_threads", self.num_threads, 1, 1024)
         _range("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        if not 0.0 <= self.admission_headroom <= 1000.0:
+            raise ConfigError(f"admission_headroom must be from 0 to 1000 blocks, not {self.admission_headroom}")
         _range("record_bytes", self.record_bytes, 1 << 16, 1 << 40)
         if not self.record:
             raise ConfigError("record must be auto, off or a folder")

@@ -62,6 +62,7 @@ class Walk(SchedulerMachine):
             depth=depth,
             runs_ahead=draw.random() < 0.5,
             policy=policy,
+            headroom=draw.choice([0.0, 0.0, 0.5, 2.0]),
             max_queued=draw.choice([0, 0, 0, 1, 5]),
             record_bytes=draw.choice([0, 0, 0, 4_000]),
         )

@@ -81,6 +81,9 @@ FLAGS: dict[str, Flag] = {
     "async_scheduling": Flag(
         "Scheduler", "Launch a step while the one before it runs, tokens staying on the device; read on a GPU only."
     ),
+    "admission_headroom": Flag(
+        "Scheduler", "Blocks per running request that an admission leaves free; 0: none, and more preemptions.", "X"
+    ),
     "scheduling_policy": Flag(
         "Scheduler",
         "Who is admitted first. fcfs: first come, first served; priority: the lowest `priority` of a request, with "

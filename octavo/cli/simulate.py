@@ -79,7 +79,13 @@ class TraceFlags:
     only=(
         *("revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"),
         *("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "kv_cache_dtype"),
-        *("enable_prefix_caching", "max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold"),
+        *(
+            "enable_prefix_caching",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "admission_headroom",
+            "long_prefill_token_threshold",
+        ),
         *("scheduling_policy", "priority_ageing", "slo_ttft_ms", "slo_itl_ms"),
         *("max_num_queued_reqs", "max_num_queued_tokens"),
     )

@@ -91,6 +91,7 @@ class EngineCore:
             max_model_len=info.spec.max_model_len,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             max_run_ahead=self._depth - 1,
+            admission_headroom=config.admission_headroom,
             policy=make_policy(config),
             max_num_queued_reqs=default_queue if config.max_num_queued_reqs is None else config.max_num_queued_reqs,
             max_num_queued_tokens=config.max_num_queued_tokens,

@@ -14,6 +14,7 @@ from octavo.scheduler.recorder import RecordingScheduler, Ring
 
 MAX_LEFT = 8  # recordings of engines that died, in the cache folder
 WHAT_IF = (  # settings that a replay may change
+    "admission_headroom",
     "block_size",
     "enable_prefix_caching",
     "long_prefill_token_threshold",

@@ -86,11 +86,14 @@ class KVCacheManager:
                 hits.append(block)
         return hits
 
-    def try_allocate(self, request: Request, num_tokens: int, hits: Sequence[int] = ()) -> list[int] | None:
+    def try_allocate(
+        self, request: Request, num_tokens: int, hits: Sequence[int] = (), spare: int = 0
+    ) -> list[int] | None:
         """Makes the table long enough for positions 0 to `num_tokens`, beginning with `hits` when it is empty.
 
-        Returns the blocks added after the hits; None, with nothing changed, when the pool cannot give them. A borrowed
-        block becomes a copy of it, which take_copies() tells; who borrows it last keeps it as it is.
+        Returns the blocks added after the hits; None, with nothing changed, when the pool cannot give them and keep
+        `spare` more. A borrowed block becomes a copy of it, which take_copies() tells; who borrows it last keeps it as
+        it is.
         """
         table = self._tables[request.request_id]
         missing = -(-num_tokens // self.block_size) - len(table.block_ids) - len(hits)
@@ -99,7 +102,7 @@ class KVCacheManager:
         borrowed = table.borrowed
         keeps = borrowed is not None and self.pool.is_private(borrowed)
         num_idle_hits = sum(1 for block in hits if self.pool.ref_count(block) == 0)
-        if missing - keeps > self.pool.num_available - num_idle_hits:
+        if missing - keeps + spare > self.pool.num_available - num_idle_hits:
             return None
         if hits:
             self.pool.touch(hits)

@@ -47,6 +47,8 @@ class Scheduler:
         max_model_len: most tokens of a Request, prompt and generated.
         long_prefill_token_threshold: most tokens of one Request in a step; 0 for no cap.
         max_run_ahead: most tokens of a Request that may be pending when its next one is scheduled; 0 for none.
+        admission_headroom: blocks per running Request that an admission leaves free, so that those that run find the
+            blocks of their next tokens and nobody is preempted for them a moment later.
         policy: the queue's order, and who yields; first come, first served by default.
         max_num_queued_reqs, max_num_queued_tokens: Requests, and prompt tokens, that may wait; 0 for no bound.
         clock: seconds, the clock of Request.arrival_time.
@@ -64,6 +66,7 @@ class Scheduler:
         max_model_len: int,
         long_prefill_token_threshold: int = 0,
         max_run_ahead: int = 0,
+        admission_headroom: float = 0.0,
         policy: Policy | None = None,
         max_num_queued_reqs: int = 0,
         max_num_queued_tokens: int = 0,
@@ -78,6 +81,7 @@ class Scheduler:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         self.kv = kv
         self.max_model_len = max_model_len
+        self._headroom = admission_headroom
         self._budget = max_num_batched_tokens
         self._max_share = long_prefill_token_threshold or max_num_batched_tokens
         self._max_run_ahead = max_run_ahead
@@ -310,7 +314,8 @@ class Scheduler:
         if not self._free_rows or output.num_tokens == self._budget or not self._prefill_left:
             return False
         hits = self.kv.lookup(request)
-        if self.kv.try_allocate(request, request.num_tokens, hits) is None:
+        spare = int(self._headroom * len(self._running))
+        if self.kv.try_allocate(request, request.num_tokens, hits, spare) is None:
             return False
         num_hit = len(hits) * self.kv.block_size
         if request.first_scheduled_time is None:

@@ -50,6 +50,7 @@ def simulate(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=machine.max_model_len,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
+        admission_headroom=config.admission_headroom,
         policy=make_policy(config, machine.cost),
         max_num_queued_reqs=config.max_num_queued_reqs or 0,
         max_num_queued_tokens=config.max_num_queued_tokens,

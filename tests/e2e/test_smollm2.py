@@ -76,11 +76,22 @@ def test_tokens_equal_transformers(native, oracle):
         ({"max_num_batched_tokens": 16, "max_num_seqs": 16}, ["num_chunked"]),
         ({"max_num_batched_tokens": 512, "enable_prefix_caching": False}, ["num_chunked"]),
         (
-            {"num_gpu_blocks_override": 72, "max_model_len": 1152, "enable_prefix_caching": False},
+            {
+                "admission_headroom": 0.0,
+                "num_gpu_blocks_override": 72,
+                "max_model_len": 1152,
+                "enable_prefix_caching": False,
+            },
             ["num_preempted", "num_recomputed_tokens"],
         ),
         (
-            {"num_gpu_blocks_override": 72, "max_model_len": 1152, "max_num_batched_tokens": 48, "max_num_seqs": 24},
+            {
+                "admission_headroom": 0.0,
+                "num_gpu_blocks_override": 72,
+                "max_model_len": 1152,
+                "max_num_batched_tokens": 48,
+                "max_num_seqs": 24,
+            },
             ["num_preempted", "num_chunked", "prefix_hits"],
         ),
     ],
@@ -110,7 +121,13 @@ def test_same_bits_in_every_number_type(types):
     prompts = PROMPTS[10:]
     alone, _, _ = answers(prompts, **types, max_num_seqs=1, enable_prefix_caching=False)
     crowd, _, log = answers(
-        prompts, **types, num_gpu_blocks_override=48, max_model_len=768, max_num_batched_tokens=48, max_num_seqs=24
+        prompts,
+        **types,
+        admission_headroom=0.0,
+        num_gpu_blocks_override=48,
+        max_model_len=768,
+        max_num_batched_tokens=48,
+        max_num_seqs=24,
     )
     for event in ("num_preempted", "num_chunked", "prefix_hits"):
         assert log.total(event) > 0, f"{event} never happened"

@@ -42,10 +42,11 @@ def files(tmp_path_factory):
     return ModelFiles("tiny", "hf", folder)
 
 
+SMALL = {"runtime": "reference", "num_gpu_blocks_override": 64, "admission_headroom": 0.0}  # so that pools run out
+
+
 def make_core(files, **settings):
-    config = EngineConfig(
-        model="tiny", load_format="dummy", **{"runtime": "reference", "num_gpu_blocks_override": 64, **settings}
-    )
+    config = EngineConfig(model="tiny", load_format="dummy", **{**SMALL, **settings})
     executor = LocalExecutor(config, files)
     return EngineCore(config, executor, executor.start())
 

@@ -73,7 +73,7 @@ def naive(files):
 
 def make_core(files, **settings):
     settings = {"num_gpu_blocks_override": 64, "max_num_batched_tokens": 512, "dtype": "float32", **settings}
-    config = EngineConfig(model="tiny", load_format="dummy", runtime="cuda", **settings)
+    config = EngineConfig(model="tiny", load_format="dummy", runtime="cuda", **{"admission_headroom": 0.0, **settings})
     executor = LocalExecutor(config, files)
     return EngineCore(config, executor, executor.start())
 

@@ -22,7 +22,9 @@ from octavo.simulate.replay import Replay
 
 def recorded(folder: Path, **settings: object) -> tuple[Path, Outcome]:
     """A run that preempts, chunks and hits, with its recording."""
-    config = EngineConfig(max_num_seqs=12, max_num_batched_tokens=128, record=str(folder), **settings)  # type: ignore[arg-type]
+    config = EngineConfig(
+        max_num_seqs=12, max_num_batched_tokens=128, admission_headroom=0.0, record=str(folder), **settings
+    )  # type: ignore[arg-type]
     core, executor = known_core(config, num_blocks=44)
     prepare(core)
     trace = [a for a in WORKLOAD.at(30.0).generate() if a.num_prompt + a.num_output < 44 * 16]

@@ -28,6 +28,7 @@ class Engine:
         long_prefill_token_threshold: int = 0,
         enable_prefix_caching: bool = True,
         max_run_ahead: int = 0,
+        admission_headroom: float = 0.0,
         policy: Policy | None = None,
         max_num_queued_reqs: int = 0,
         max_num_queued_tokens: int = 0,
@@ -41,6 +42,7 @@ class Engine:
             max_model_len=max_model_len,
             long_prefill_token_threshold=long_prefill_token_threshold,
             max_run_ahead=max_run_ahead,
+            admission_headroom=admission_headroom,
             policy=policy,
             max_num_queued_reqs=max_num_queued_reqs,
             max_num_queued_tokens=max_num_queued_tokens,
@@ -249,6 +251,16 @@ def test_a_resumed_request_hits_its_own_blocks_and_counts_only_what_it_computes_
     resumed = next(n for o in engine.outputs for n in o.new_rows if n.epoch == 1)
     assert resumed.num_computed_tokens == lost - again
     assert (engine.total("prefix_queries"), engine.total("prefix_hits")) == (16, 0)  # first admissions only
+
+
+def test_headroom_at_admission_spares_a_preemption() -> None:
+    requests = [make_request(name, prompt(8, 100 * place), 9) for place, name in enumerate("ab")]
+    engine = Engine(num_blocks=6, admission_headroom=3.0)
+    engine.add(*requests)
+    assert engine.step() == {"a": 8}  # `b` fits, but would leave two blocks of the three that are kept for `a`
+    engine.drain()
+    assert engine.total("num_preempted") == 0
+    assert engine.tokens == {"a": naive(prompt(8), 9)[0], "b": naive(prompt(8, 100), 9)[0]}
 
 
 def test_a_request_that_is_itself_the_newest_preempts_itself() -> None:

@@ -64,6 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth=st.integers(1, 4),
         runs_ahead=st.booleans(),
         policy=st.sampled_from(list(POLICIES)),
+        headroom=st.sampled_from([0.0, 0.0, 0.5, 2.0]),
         max_queued=st.sampled_from([0, 0, 0, 1, 5]),
         record_bytes=st.sampled_from([0, 0, 4_000, 1 << 20]),
     )
@@ -79,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth: int,
         runs_ahead: bool,
         policy: str,
+        headroom: float,
         max_queued: int,
         record_bytes: int,
     ) -> None:
@@ -98,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             long_prefill_token_threshold=threshold,
             max_run_ahead=depth - 1 if runs_ahead else 0,
             policy=POLICIES[policy](),
+            admission_headroom=headroom,
             max_num_queued_reqs=max_queued,
             clock=lambda: self.now,
         )
