@@ -60,23 +60,23 @@ def paged(lengths, kv_heads, dim, device, dtype):
     return inputs, pools
 
 
-def expected_decode(node, q, pools, inputs):
+def expected_attention(node, q, pools, inputs):
     """The reference's attention over the same pool."""
     keys, values = (
         np.nan_to_num(p.float().cpu().numpy()).transpose(0, 2, 1, 3).reshape(-1, node.num_kv_heads, node.head_dim)
         for p in pools
     )
-    count = inputs.num_decodes
+    count = inputs.num_requests
     step = SimpleNamespace(
-        query_start_loc=np.arange(count + 1),
+        query_start_loc=inputs.query_start_loc.cpu().numpy(),
         seq_lens=np.maximum(inputs.seq_lens.cpu().numpy(), 1),
         block_tables=inputs.tables.cpu().numpy().reshape(1, count, -1),
     )
-    heads = q.float().cpu().numpy().reshape(count, node.num_heads, node.head_dim)
+    heads = q.float().cpu().numpy().reshape(-1, node.num_heads, node.head_dim)
     out = reference.attention(
         heads, keys, values, step, group=0, block_size=BLOCK, scale=node.scale, window=node.window, cap=node.softcap
     )
-    return out.reshape(count, -1)
+    return out.reshape(len(out), -1)
 
 
 def make_partials(count, heads, dim, splits, device):
@@ -111,11 +111,30 @@ def test_decode_attention(device, name, kept):
         attention.decode_attention(
             inputs, node, 0, q, *pools, out, partials, tile=attention.DecodeTile(16, 4, 2), splits=splits, min_chunk=16
         )
-    expected = expected_decode(node, q, pools, inputs)
+    expected = expected_attention(node, q, pools, inputs)
     expected[1] = 0  # a padding row
     close(out, expected, 1e-5 if kept is torch.float32 else 1e-2)
     assert not partials.arrived.any()
     assert bool(partials.sums.isnan().all()) == (splits == 1)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, FP8], ids=["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 16, 0), (3, 1, 20, 21)])
+def test_prefill_attention(device, kept, heads, kv_heads, dim, window):
+    counts, lengths = [33, 5, 20], [33, 50, 71]
+    inputs, pools = paged(lengths, kv_heads, dim, device, kept)
+    tile = attention.PrefillTile(rows=16, keys=16, warps=4, stages=1)
+    queries = tile.rows // (heads // kv_heads)
+    tiles = [(row, first) for row, count in enumerate(counts) for first in range(0, count, queries)]
+    rows, starts = torch.tensor(tiles, dtype=torch.int32, device=device).T.contiguous()
+    inputs.query_start_loc = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=device)
+    inputs.tile_rows, inputs.tile_starts, inputs.num_tiles = rows, starts, len(tiles)
+    computed = torch.float32 if kept is torch.float32 else torch.bfloat16
+    q = numbers((sum(counts), heads * dim), 4, device, computed)
+    out = torch.full_like(q, float("nan"))
+    node = Attention("attention", HANDLE, HANDLE, 0, heads, kv_heads, dim, scale=dim**-0.5, window=window)
+    attention.prefill_attention(inputs, node, 0, q, *pools, out, tile=tile)
+    close(out, expected_attention(node, q, pools, inputs), 1e-5 if kept is torch.float32 else 1e-2)
 
 
 def test_scales_of_the_cache_multiply_keys_and_values(device):
@@ -125,11 +144,11 @@ def test_scales_of_the_cache_multiply_keys_and_values(device):
     out, partials = torch.empty_like(q), make_partials(2, 4, 16, 1, device)
     attention.decode_attention(inputs, node, 0, q, *pools, out, partials, kv_scales=(2.0, 0.5), splits=1)
     doubled = Attention("attention", HANDLE, HANDLE, 0, 4, 2, 16, scale=0.5)
-    close(out, expected_decode(doubled, q, pools, inputs) * 0.5, 1e-2)
+    close(out, expected_attention(doubled, q, pools, inputs) * 0.5, 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_rows", "activation"), [(1, "none"), (1, "silu_mul"), (3, "gelu_tanh_mul"), (4, "none")])
+@pytest.mark.parametrize(("num_rows", "activation"), [(1, "none"), (1, "silu_mul"), (2, "gelu_tanh_mul"), (2, "none")])
 def test_few_rows_with_norm_and_residual(device, dtype, num_rows, activation):
     stacked = 38 if activation.endswith("_mul") else 19
     x, weight = numbers((num_rows + 1, 50), 1, device, dtype), numbers((stacked, 50), 2, device, dtype)

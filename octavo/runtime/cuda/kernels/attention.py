@@ -22,7 +22,7 @@ from octavo.program.ops import Attention
 from octavo.runtime.cuda.kernels.rows import softcapped
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-_PROGRAMS_WANTED = 528  # four for each multiprocessor of a large card
+_PROGRAMS_WANTED = 132  # one for each multiprocessor of a large card
 MAX_SPLITS = 32
 MIN_CHUNK = 256  # positions; shorter parts cost more to join than they save
 
@@ -170,9 +170,12 @@ class Partials:
 
 
 def num_splits(num_decodes: int, num_kv_heads: int) -> int:
-    """Into how many pieces the context is cut, so that a few requests fill the card; a power of two."""
-    wanted = -(-_PROGRAMS_WANTED // max(num_decodes * num_kv_heads, 1))
-    return min(1 << (wanted - 1).bit_length(), MAX_SPLITS)
+    """Into how many parts a context is cut at most, so that a few requests fill the card; a power of two.
+
+    Programs without a part cost time too: no more than one for each multiprocessor.
+    """
+    most = max(_PROGRAMS_WANTED // max(num_decodes * num_kv_heads, 1), 1)
+    return min(1 << (most.bit_length() - 1), MAX_SPLITS)
 
 
 def partial_rows(max_decodes: int, num_heads: int, num_kv_heads: int) -> int:
@@ -190,8 +193,14 @@ class DecodeTile:
     stages: int
 
 
-def decode_tile(head_dim: int, kv_bytes: int) -> DecodeTile:
-    """The tile for a head size and the bytes of a KV element: 8-bit ones cost arithmetic, so few threads a tile."""
+def decode_tile(head_dim: int, kv_bytes: int, splits: int) -> DecodeTile:
+    """The tile for a head size and the bytes of a KV element.
+
+    Few requests (split contexts) wait for memory once or twice: as many keys as fit are asked for together. Many
+    overlap among themselves; 8-bit elements cost arithmetic there, so a tile has few threads.
+    """
+    if splits > 1:
+        return DecodeTile(max(32, 256 * 256 // max(head_dim * kv_bytes, 256)), 8, 1)
     if kv_bytes == 1:
         return DecodeTile(32, 2, 4)
     return DecodeTile(64 if head_dim * kv_bytes <= 256 else 32, 4, 2)
@@ -220,7 +229,7 @@ def decode_attention(
     splits = splits or num_splits(inputs.num_decodes, node.num_kv_heads)
     block_d = max(triton.next_power_of_2(node.head_dim), 16)
     block_m = max(triton.next_power_of_2(node.num_heads // node.num_kv_heads), 16)
-    tile = tile or decode_tile(block_d, keys.element_size())
+    tile = tile or decode_tile(block_d, keys.element_size(), splits)
     _decode[(node.num_kv_heads, inputs.num_decodes, splits)](
         q, keys, values, out, partials.mixed, partials.sums, partials.arrived, inputs.decode_rows,
         inputs.query_start_loc, inputs.seq_lens, inputs.tables, inputs.table_stride, group * inputs.num_requests,
@@ -233,8 +242,8 @@ def decode_attention(
 
 
 @triton.jit
-def _attend(best, total, mixed, query, keys, values, table, begin, end, query_position, oldest, seq_len, kv_head, scale,
-            softcap, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+def _attend(best, total, mixed, query, keys, values, table, begin, end, query_position, oldest, kv_head, scale, softcap,
+            NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
             HAS_SOFTCAP: tl.constexpr, IS_MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
             BLOCK_D: tl.constexpr):  # fmt: skip
     """Adds the keys of [begin, end) to a tile's running softmax; without masks where every query sees every key."""
@@ -251,7 +260,7 @@ def _attend(best, total, mixed, query, keys, values, table, begin, end, query_po
         else:
             mask = in_head[None, :]
             if IS_MASKED:
-                mask = mask & (position < seq_len)[:, None]
+                mask = mask & (position < end)[:, None]
             k = tl.load(keys + at[:, None] + d[None, :], mask=mask, other=0.0)
             v = tl.load(values + at[:, None] + d[None, :], mask=mask, other=0.0)
         block = tl.load(table + (position + BLOCK_N) // BLOCK_SIZE, mask=position + BLOCK_N < end, other=0)
@@ -326,13 +335,13 @@ def _prefill(q, keys, values, out, tile_rows, tile_starts, query_start_loc, seq_
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_WINDOW:
         best, total, mixed = _attend(best, total, mixed, query, keys, values, table, begin, full_from, query_position,
-                                     oldest, seq_len, kv_head, scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+                                     oldest, kv_head, scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
                                      HAS_SOFTCAP, True, BLOCK_N, BLOCK_D)  # fmt: skip
     best, total, mixed = _attend(best, total, mixed, query, keys, values, table, full_from, full_to, query_position,
-                                 oldest, seq_len, kv_head, scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+                                 oldest, kv_head, scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
                                  HAS_SOFTCAP, False, BLOCK_N, BLOCK_D)  # fmt: skip
     best, total, mixed = _attend(best, total, mixed, query, keys, values, table, full_to, end, query_position, oldest,
-                                 seq_len, kv_head, scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_SOFTCAP,
+                                 kv_head, scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_SOFTCAP,
                                  True, BLOCK_N, BLOCK_D)  # fmt: skip
     mixed = mixed * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
     tl.store(out + q_at, mixed.to(out.dtype.element_ty), mask=mask)

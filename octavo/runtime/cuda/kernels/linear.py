@@ -1,8 +1,8 @@
-"""Matrix products for one to four rows, where time is the reading of the weights: one pass over them, all else fused.
+"""Matrix products for one or two rows, where time is the reading of the weights: one pass over them, all else fused.
 
 The weights are read once for all rows and multiplied on the CUDA cores. The norm in front, the bias, the activation,
-the soft-cap and the residual sum happen in the same pass. More rows are cuBLAS's: a kernel of ours on the tensor cores
-for five to sixteen rows was no faster (docs/kernels.md).
+the soft-cap and the residual sum happen in the same pass. More rows are cuBLAS's: at four, the multiply-adds of this
+kernel take longer than the weights, and one of ours on the tensor cores was no faster (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.program.ops import Activation
 from octavo.runtime.cuda.kernels.rows import ACTIVATION_CODES, activated, softcapped
 
-MAX_FEW_ROWS = 4
+MAX_FEW_ROWS = 2
 
 
 @triton.jit
@@ -103,20 +103,17 @@ class Tile:
     warps: int
 
 
-def tile_of(num_out: int, num_in: int, num_rows: int, *, gated: bool) -> Tile:
+def tile_of(num_out: int, num_in: int, *, gated: bool) -> Tile:
     """The tile by shape: narrow outputs take the whole depth at once with four warps, wide ones a warp a program.
 
-    Tuned over the shapes of 0.6B, 7B and 8B models (docs/kernels.md has the table). More rows take more warps: each
-    thread holds the values of all of them.
+    Tuned over the shapes of 0.6B, 7B and 8B models (docs/kernels.md has the table).
     """
     depth = triton.next_power_of_2(num_in)
     if num_out <= 2048:
-        tile = Tile(2, min(depth, 4096), 4)
-    elif gated and num_in > 2048:
-        tile = Tile(1, min(depth, 1024), 1)
-    else:
-        tile = Tile(2, min(depth, 512 if gated else 1024), 1)
-    return Tile(tile.rows, tile.cols, min(tile.warps * num_rows, 8))
+        return Tile(2, min(depth, 4096), 4)
+    if gated and num_in > 2048:
+        return Tile(1, min(depth, 1024), 1)
+    return Tile(2, min(depth, 512 if gated else 1024), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +142,7 @@ def few_rows(
     chained: bool = False,
     tile: Tile | None = None,
 ) -> None:
-    """out = softcap(act(norm(x) @ weight.T * scale + bias)) + residual for one to four rows.
+    """out = softcap(act(norm(x) @ weight.T * scale + bias)) + residual for one or two rows.
 
     `chained`: may start before the kernel in front of it has ended; it reads its weights, which nobody writes, first.
     """
@@ -154,7 +151,7 @@ def few_rows(
     has_bias = bias is not None
     bias = x if bias is None else bias
     rows = triton.next_power_of_2(num_rows)
-    tile = tile or tile_of(num_out, num_in, rows, gated=gated)
+    tile = tile or tile_of(num_out, num_in, gated=gated)
     norm_weight = x if fused.norm_weight is None else fused.norm_weight
     residual = x if fused.residual is None else fused.residual
     _vector[(triton.cdiv(num_out, tile.rows),)](
