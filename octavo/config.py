@@ -18,6 +18,7 @@ DEFAULT_QUEUE = 1024  # requests that may wait behind a server
 
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+CudaOps = Literal["triton", "cuda"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair", "slo"]
 RuntimeName = Literal["auto", "native", "cuda", "reference"]
@@ -73,6 +74,8 @@ class EngineConfig:
 
     max_logprobs: int = 20
     enforce_eager: bool = False  # read on a GPU only: no graphs
+    fuse_ops: bool = True  # read on a GPU only: norms and sums inside products, kernels that overlap
+    cuda_ops: CudaOps = "triton"  # read on a GPU only
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     trust_remote_code: bool = False
@@ -85,6 +88,7 @@ class EngineConfig:
         _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8", "fp8"))
+        _one_of("cuda_ops", self.cuda_ops, get_args(CudaOps))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
         _range("max_num_seqs", self.max_num_seqs, 1, 4096)
         _range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)

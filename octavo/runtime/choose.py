@@ -61,7 +61,15 @@ def _choose_runtime(runtime: str) -> Choice:
     return Choice(runtime, "asked for")
 
 
-def create(choice: Choice, num_threads: int, dtype: str, *, enforce_eager: bool = False) -> Runtime:
+def create(
+    choice: Choice,
+    num_threads: int,
+    dtype: str,
+    *,
+    enforce_eager: bool = False,
+    fuse_ops: bool = True,
+    cuda_ops: str = "triton",
+) -> Runtime:
     """Makes the chosen runtime; compiled code is loaded here and nowhere earlier."""
     if choice.runtime == "reference":
         from octavo.runtime.reference import ReferenceRuntime
@@ -70,7 +78,7 @@ def create(choice: Choice, num_threads: int, dtype: str, *, enforce_eager: bool 
     if choice.runtime == "cuda":
         from octavo.runtime.cuda import CudaRuntime
 
-        return CudaRuntime(dtype, use_graphs=not enforce_eager)
+        return CudaRuntime(dtype, use_graphs=not enforce_eager, fuse_ops=fuse_ops, cuda_ops=cuda_ops)
     from octavo.runtime.native import NativeRuntime
 
     return NativeRuntime(num_threads)

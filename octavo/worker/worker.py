@@ -52,7 +52,14 @@ class Worker:
         config, clock = self._config, _PhaseClock()
         spec = read_spec(self._files, max_model_len=config.max_model_len)
         choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
-        runtime = self._runtime = create(choice, config.threads(), dtype, enforce_eager=config.enforce_eager)
+        runtime = self._runtime = create(
+            choice,
+            config.threads(),
+            dtype,
+            enforce_eager=config.enforce_eager,
+            fuse_ops=config.fuse_ops,
+            cuda_ops=config.cuda_ops,
+        )
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
         computed = dtype
         if dtype == "float16":  # no runtime here has float16 kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -92,7 +93,9 @@ class Launches:
         row_tokens: torch.Tensor,
         *,
         fuses: bool = True,
+        uses_cpp: bool = False,
     ) -> None:
+        self._operators = load_operators() if uses_cpp else None
         self._row_tokens = row_tokens
         self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
         self._device = arena.view(program.logits).device
@@ -151,9 +154,14 @@ class Launches:
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
         count, eps, is_layer, chained = _row_count(node.out), node.eps, node.kind == "layer", self._chained
         least = linear.MAX_FEW_ROWS if node in self._fusion.norms else 0
+        operators = self._operators if is_layer and self._operators and self._operators.can_norm(x.shape[1]) else None
 
         def launch(step: DeviceStep) -> None:
-            if (num_rows := count(step)) > least:
+            if (num_rows := count(step)) <= least:
+                return
+            if operators is not None:
+                operators.layer_norm(x, residual, weight, bias, out, kept, eps, num_rows, False)
+            else:
                 rows.norm(num_rows, x, residual, weight, bias, out, kept, eps=eps, is_layer=is_layer, chained=chained)
 
         return launch
@@ -186,6 +194,7 @@ class Launches:
         is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
         activation, scale, softcap = node.activation, node.scale, node.softcap
         fused_x, fused_out, fused = self._fused(node)
+        operators = self._operators if bias is not None and _is_gelu(node) and out.shape[1] % 8 == 0 else None
 
         def launch(step: DeviceStep) -> None:
             num_rows = count(step)
@@ -199,7 +208,9 @@ class Launches:
                 return
             product = arena.product(num_rows, num_in_rows) if gated else out[:num_rows]
             torch.mm(x[:num_rows], transposed, out=product)
-            if not is_plain:
+            if operators is not None:
+                operators.bias_gelu(product, bias, out, num_rows, activation == "gelu_tanh")
+            elif not is_plain:
                 rows.epilogue(
                     num_rows, product, bias, out, activation=activation, scale=scale, softcap=softcap, chained=chained
                 )
@@ -248,16 +259,31 @@ class Launches:
     def _attention(self, node: Attention) -> Launch:
         q, out = self._arena.view(node.q), self._arena.view(node.out)
         group, layer, kv = self._program.kv_layers[node.kv_layer].group, node.kv_layer, self._kv
-        partials, chained = self._partials, self._chained
+        partials, chained, operators = self._partials, self._chained, self._operators
 
         def launch(step: DeviceStep) -> None:
             inputs, keys, values = step.attention, kv.keys[layer], kv.values[layer]
             if inputs.num_decodes:
-                attention.decode_attention(inputs, node, group, q, keys, values, out, partials, chained=chained)
+                decode = attention.decode_attention
+                if operators is not None and operators.can_decode(node, keys.shape[2], keys.element_size()):
+                    decode = operators.decode_attention
+                decode(inputs, node, group, q, keys, values, out, partials, chained=chained)
             if inputs.num_tiles:
                 attention.prefill_attention(inputs, node, group, q, keys, values, out)
 
         return launch
+
+
+def _is_gelu(node: Linear) -> bool:
+    return node.activation in ("gelu", "gelu_tanh") and not node.softcap and node.scale == 1.0
+
+
+def load_operators() -> ModuleType:
+    """The CUDA C++ operators, built if they are not; raises ConfigError where they cannot be."""
+    from octavo.runtime.cuda import operators
+
+    operators.load()
+    return operators
 
 
 def can_chain(device: torch.device) -> bool:

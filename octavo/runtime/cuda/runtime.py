@@ -35,6 +35,8 @@ class CudaRuntime:
         use_graphs: replay decode-only steps as CUDA graphs.
         device: "cuda", or "cpu" to run the kernels under Triton's interpreter.
         max_depth: steps that may be in flight.
+        fuse_ops: norms and residual sums inside products of few rows, kernels that start before the last has ended.
+        cuda_ops: "triton", or "cuda" for C++ operators where there is one (bfloat16 only), built if need be.
 
     Raises:
         UnsupportedError: another dtype.
@@ -43,8 +45,16 @@ class CudaRuntime:
     name = "cuda"
 
     def __init__(
-        self, dtype: str = "bfloat16", *, use_graphs: bool = True, device: str = "cuda", max_depth: int = 2
+        self,
+        dtype: str = "bfloat16",
+        *,
+        use_graphs: bool = True,
+        device: str = "cuda",
+        max_depth: int = 2,
+        fuse_ops: bool = True,
+        cuda_ops: str = "triton",
     ) -> None:
+        self._options = {"fuses": fuse_ops, "uses_cpp": cuda_ops == "cuda" and dtype == "bfloat16"}
         self._dtype = _torch_dtype(dtype)
         self._device = torch.device(device)
         self.max_depth = max_depth
@@ -92,7 +102,7 @@ class CudaRuntime:
             )
             row_tokens = self._sampler.row_tokens
             self._launches = Launches(
-                program, self._weights, self._arena, self._kv, max_num_requests, row_tokens
+                program, self._weights, self._arena, self._kv, max_num_requests, row_tokens, **self._options
             ).make()
             self._results = Results(max_num_logits, self.max_depth + 1, self._device)
         except torch.OutOfMemoryError as error:

@@ -1,0 +1,95 @@
+"""The CUDA C++ operators against the reference, and what their build says where it cannot be done."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from octavo.errors import ConfigError  # noqa: E402
+from octavo.program.ops import Attention, Linear, Norm  # noqa: E402
+from octavo.runtime.cuda import build, operators  # noqa: E402
+from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
+from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
+from octavo.runtime.reference import ops as reference  # noqa: E402
+from tests.gpu.test_kernels import FP8, HANDLE, close, expected_attention, make_partials, numbers, paged  # noqa: E402
+from tests.runtime.programs import Piece, Steps, load, matrix, row_program, run, vector  # noqa: E402
+
+
+def test_without_a_compiler_the_flag_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no nvcc found.*--cuda-ops triton"):
+        build.built_library()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [torch.bfloat16, FP8], ids=["bfloat16", "fp8"])
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "softcap"),
+    [(4, 4, 128, 0, 0.0), (8, 2, 128, 70, 0.0), (16, 2, 128, 0, 5.0), (4, 1, 256, 0, 0.0), (6, 2, 64, 0, 0.0)],
+)
+def test_decode_attention(device, kept, splits, heads, kv_heads, dim, window, softcap):
+    lengths = [1, 0, 300, 16, 133]
+    node = Attention("attention", HANDLE, HANDLE, 0, heads, kv_heads, dim, dim**-0.5, window, softcap)
+    if not operators.can_decode(node, 16, kept.itemsize):
+        assert (dim, kept) == (64, FP8)
+        return
+    inputs, pools = paged(lengths, kv_heads, dim, device, kept)
+    q = numbers((len(lengths), heads * dim), 4, device, torch.bfloat16)
+    out, partials = torch.full_like(q, float("nan")), make_partials(len(lengths), heads, dim, splits, device)
+    for _ in range(2):
+        operators.decode_attention(inputs, node, 0, q, *pools, out, partials, splits=splits, min_chunk=64)
+    expected = expected_attention(node, q, pools, inputs)
+    expected[1] = 0  # a padding row
+    close(out, expected, 1e-2)
+    assert not partials.arrived.any()
+    assert bool(partials.sums.isnan().all()) == (splits == 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_gelu", [False, True])
+@pytest.mark.parametrize("width", [40, 4096])
+def test_layer_norm(device, width, with_gelu):
+    x, residual = (numbers((5, width), seed, device, torch.bfloat16) for seed in (1, 2))
+    weight, bias = numbers((width,), 3, device), numbers((width,), 4, device)
+    out, kept = torch.zeros_like(x), torch.zeros_like(x)
+    operators.layer_norm(x, residual, weight, bias, out, kept, 1e-5, 4, with_gelu)
+    total = (x.float() + residual.float()).cpu().numpy()[:4]
+    expected = reference.layer_norm(total, weight.cpu().numpy(), bias.cpu().numpy(), 1e-5)
+    close(out[:4], reference.gelu(expected) if with_gelu else expected, 1e-2)
+    close(kept[:4], total, 1e-2)
+    assert not out[4].any()
+    assert not kept[4].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_tanh", [False, True])
+def test_bias_gelu(device, by_tanh):
+    x, bias = numbers((7, 264), 1, device, torch.bfloat16), numbers((264,), 2, device)
+    out = torch.zeros_like(x)
+    operators.bias_gelu(x, bias, out, 6, by_tanh)
+    total = x.float().cpu().numpy()[:6] + bias.cpu().numpy()
+    close(out[:6], (reference.gelu_tanh if by_tanh else reference.gelu)(total), 1e-2)
+    assert not out[6].any()
+
+
+@pytest.mark.gpu
+def test_the_runtime_takes_them_by_its_flag(device, monkeypatch):
+    def body(build, x):
+        normed, out = build.tokens("normed", 48), build.tokens("out", 64)
+        build.add(Norm("norm", x, vector("weight", 48), normed, 1e-5, "layer", vector("bias", 48)))
+        build.add(Linear("linear", normed, matrix("w", 64, 48), out, vector("b", 64), "gelu_tanh"))
+        return out
+
+    called = []
+    for name in ("layer_norm", "bias_gelu"):
+        original = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *a, f=original, n=name: (called.append(n), f(*a)))
+    program, steps = row_program(48, body), Steps()
+    inputs = steps.inputs([Piece(0, 0, 9)])
+    expected = run(load(ReferenceRuntime(), program, steps=steps), inputs)
+    found = run(load(CudaRuntime("bfloat16", cuda_ops="cuda"), program, dtype="bfloat16", steps=steps), inputs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-2 * np.abs(expected).max())
+    assert {"layer_norm", "bias_gelu"} <= set(called)
