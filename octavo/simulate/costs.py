@@ -11,10 +11,17 @@ from pathlib import Path
 from octavo.engine.calibrate import samples, timed_steps
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
-from octavo.scheduler.cost import CostModel, fit, typical
+from octavo.scheduler.cost import CostModel, StepWork, fit, typical
 from octavo.simulate.simulator import Machine
 
 FORMAT = "octavo-costs-1"
+
+
+def time_steps(
+    core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None
+) -> list[tuple[StepWork, float]]:
+    """Calibrates an idle engine: about `seconds` of steps, what each did and took."""
+    return samples(timed_steps(core, seconds=seconds, tell=tell))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +39,8 @@ class Costs:
     typical_error: float  # median of |predicted / measured - 1| over the steps
 
     @classmethod
-    def measure(
-        cls, model: str, core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None
-    ) -> Costs:
-        """Calibrates an idle engine with about `seconds` of steps."""
-        timed = samples(timed_steps(core, seconds=seconds, tell=tell))
+    def of(cls, model: str, core: EngineCore, timed: list[tuple[StepWork, float]]) -> Costs:
+        """From steps of `core` that time_steps() timed."""
         cost = fit(typical(timed))
         errors = sorted(abs(cost.seconds(work) / taken - 1.0) for work, taken in timed)
         ready = core.ready()

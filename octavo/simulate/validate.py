@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from octavo.engine.core import EngineCore
 from octavo.simulate.outcome import Outcome, percentile
-from octavo.simulate.real import run_real
-from octavo.simulate.simulator import Machine, simulate
-from octavo.simulate.trace import Arrival
 
 TOLERANCE = 0.15  # relative
 
@@ -49,11 +44,3 @@ def compare(simulated: Outcome, measured: Outcome) -> list[Comparison]:
 
     theirs = figures(measured)
     return [Comparison(name, value, theirs[name]) for name, value in figures(simulated).items()]
-
-
-def validate(
-    trace: Sequence[Arrival], core: EngineCore, machine: Machine, *, tell: Callable[[int], None] = lambda num_done: None
-) -> list[Comparison]:
-    """Runs the trace on `core`, then simulated, under the same config."""
-    measured = run_real(trace, core, tell=tell)
-    return compare(simulate(trace, machine, core.config), measured)
