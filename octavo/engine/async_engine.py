@@ -24,7 +24,7 @@ from octavo.engine.child import EngineProcess
 from octavo.engine.frontend import Frontend, Group, Prompt, Update
 from octavo.engine.outbox import Outbox
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
-from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError
+from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
 from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
@@ -350,6 +350,8 @@ class AsyncEngine:
         if outbox is None:
             return
         if group.error:
+            if isinstance(group.error, QueueFullError):
+                self.metrics.on_refused()
             outbox.put(group.error)
         elif update.output is not None:
             outbox.put(update.output)

@@ -80,6 +80,10 @@ class Metrics:
         """Another engine process took over."""
         self._step.restarts.add()
 
+    def on_refused(self) -> None:
+        """A request found the queue full."""
+        self._request.rejections.add()
+
     def on_tokens(self, now: float, previous: float | None, arrival: float, count: int) -> None:
         """Takes `count` tokens of one request that arrived together; `previous` is when its last ones did."""
         request = self._request
@@ -211,6 +215,7 @@ class _RequestMetrics(_Group):
         self.success = Counter("request_success", "Answers that ended, by reason.", ("finished_reason",))
         for reason in FinishReason:
             self.success.add(0, (str(reason),))  # a rate needs a first sample
+        self.rejections = Counter("admission_rejections", "Requests refused because the queue was full.")
         self.first_token = Histogram("time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN)
         self.inter_token = Histogram("inter_token_latency_seconds", "Gap between tokens, pooled.", PER_TOKEN)
         self.per_token = Histogram(

@@ -10,6 +10,8 @@ import urllib.request
 import pytest
 from serving import serving
 
+from octavo.simulate.replay import Replay
+
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.model
 
@@ -39,14 +41,18 @@ async def four(url, kill=None):
         return await asyncio.gather(*answers)
 
 
-def test_streams_go_on_after_kill_nine():
-    with serving("smollm2", "--max-model-len", "512") as server:
+def test_streams_go_on_after_kill_nine(tmp_path):
+    with serving("smollm2", "--max-model-len", "512", "--record", str(tmp_path)) as server:
         undisturbed = asyncio.run(four(server.url))
         first = server.engine_pid()
         disturbed = asyncio.run(four(server.url, lambda: os.kill(first, signal.SIGKILL)))
         assert disturbed == undisturbed
         assert [reason for _, reason in disturbed] == ["length"] * len(PROMPTS)
         assert server.engine_pid() != first
+        recording = Replay(tmp_path / f"engine-{first}.jsonl")  # of a process that could not say goodbye
+        assert recording.run() is None
+        assert len(recording.steps) > MAX_TOKENS
+        assert recording.scheduler.num_running == len(PROMPTS)
         with urllib.request.urlopen(f"{server.root}/health/progress") as answer:
             progress = json.load(answer)["progress"]
         assert (progress["stage"], progress["num_restarts"]) == ("idle", 1)

@@ -36,6 +36,7 @@ NAMES = (
     "request_generation_tokens",
     "request_params_n",
     "request_params_max_tokens",
+    "admission_rejections",
 )
 FINISHED = {
     "prompt_tokens": 30,
