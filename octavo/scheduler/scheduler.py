@@ -236,12 +236,11 @@ class Scheduler:
 
         One that would run ahead takes no blocks from anybody: it waits until its token is here.
         """
-        order, budget = self._visit_order(), self._budget
+        order = self._visit_order()
         charge = self.policy.charge if self.policy.charges else None
         kv_read = 0
-        add_row, add_request = output.scheduled.append, step.requests.append
         for request in order:
-            if output.num_tokens == budget:
+            if output.num_tokens == self._budget:
                 break
             start, num_pending = request.num_computed_tokens, request.num_pending
             if (  # what most rows of most steps are, made short: one more token, into a block that is there
@@ -249,8 +248,8 @@ class Scheduler:
                 and start + 1 == len(request.token_ids) + num_pending
                 and (not num_pending or self._can_run_ahead(request))
             ):
-                add_row(ScheduledRow(request.row, request.request_id, request.epoch, start, 1, True))
-                add_request(request)
+                output.scheduled.append(ScheduledRow(request.row, request.request_id, request.epoch, start, 1, True))
+                step.requests.append(request)
                 output.num_tokens += 1
                 request.num_computed_tokens = start + 1
                 request.num_pending = num_pending + 1
@@ -424,14 +423,14 @@ class Scheduler:
         ):
             if request.epoch != item.epoch:
                 continue
-            start, num_tokens = item.start, item.num_tokens
-            if (start + num_tokens) % block_size < num_tokens:  # a block became full
-                self.kv.hash_full(request, start + num_tokens)
+            end = item.start + item.num_tokens
+            if end % block_size < item.num_tokens:  # a block became full
+                self.kv.hash_full(request, end)
             if not tokens:
                 continue
             request.num_pending -= 1
             if (  # again what most are: one more token, and not the last
-                request.plain_from <= start < request.max_length - 2
+                request.plain_from <= item.start < request.max_length - 2
                 and len(tokens) == 1
                 and tokens[0] not in request.stop_ids
                 and not request.retry_alone
