@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,10 @@ import numpy.typing as npt
 from octavo.runtime.base import Float32, Int32, Int64
 from octavo.step import NewRow, ScheduledRow
 
+_SETTINGS = (
+    *("temperature", "top_k", "top_p", "min_p", "seeds", "num_logprobs"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 Value = TypeVar("Value", np.float32, np.int32)
 
 
@@ -25,6 +30,7 @@ class RowTokens:
     rows: Int32  # [R]
     positions: Int32  # [R]
     admissions: Int64  # [R]: of each row, so that a token is not given to the row's next Request
+    total_admissions: int  # of all rows
 
 
 class Rows:
@@ -42,6 +48,7 @@ class Rows:
         self.num_blocks = np.zeros((num_groups, num_rows), np.int32)
         self.num_tokens = np.zeros(num_rows, np.int32)  # known here; later ones are still on the device
         self.num_admissions = np.zeros(num_rows, np.int64)
+        self.total_admissions = 0
         self.num_prompt_tokens = np.zeros(num_rows, np.int32)
         self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.zeros(num_rows, np.int32)
@@ -52,6 +59,7 @@ class Rows:
         self.repetition_penalty = np.ones(num_rows, np.float32)
         self.presence_penalty = np.zeros(num_rows, np.float32)
         self.frequency_penalty = np.zeros(num_rows, np.float32)
+        self._settings: tuple[bytes, dict[str, npt.NDArray[Any]]] = (b"", {})  # of the rows of the last step
         self._bias: dict[int, RowBias] = {}
         self._seen: dict[int, dict[int, int]] = {}  # row -> token id -> times generated
 
@@ -61,6 +69,7 @@ class Rows:
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
         self.num_tokens[row] = len(new.token_ids)
         self.num_admissions[row] += 1
+        self.total_admissions += 1
         self.num_prompt_tokens[row] = new.num_prompt_tokens
         for group, ids in enumerate(new.block_ids):
             self.block_tables[group, row, : len(ids)] = ids
@@ -74,6 +83,7 @@ class Rows:
         self.repetition_penalty[row] = params.repetition_penalty
         self.presence_penalty[row] = params.presence_penalty
         self.frequency_penalty[row] = params.frequency_penalty
+        self._settings = (b"", {})
         self._bias.pop(row, None)
         self._seen.pop(row, None)
         if params.logit_bias or params.min_tokens:
@@ -103,13 +113,13 @@ class Rows:
 
     def expect(self, rows: Int32, positions: Int32) -> RowTokens:
         """What a step will sample for these rows."""
-        return RowTokens(rows, positions, self.num_admissions[rows])
+        return RowTokens(rows, positions, self.num_admissions[rows], self.total_admissions)
 
     def append(self, of: RowTokens, token_ids: Int32) -> None:
         """Writes the tokens that became known, where the rows' next steps read them; not into rows given away since."""
-        own = of.admissions == self.num_admissions[of.rows]
         rows, positions = of.rows, of.positions
-        if not own.all():
+        if of.total_admissions != self.total_admissions:
+            own = of.admissions == self.num_admissions[rows]
             rows, positions, token_ids = rows[own], positions[own], token_ids[own]
         self.token_ids[rows, positions] = token_ids
         self.num_tokens[rows] = positions + 1
@@ -118,18 +128,26 @@ class Rows:
                 if (seen := self._seen.get(row)) is not None:
                     seen[token] = seen.get(token, 0) + 1
 
-    def biases(self, rows: list[int], drawn: list[int]) -> tuple[Int32, Int32, Float32]:
+    def settings(self, rows: Int32) -> dict[str, npt.NDArray[Any]]:
+        """Sampling settings of these rows by the names of SamplingInputs; the same arrays from step to step while the
+        rows and their Requests are the same, so that a runtime need not look at them again."""
+        key = rows.tobytes()
+        if self._settings[0] != key:
+            self._settings = (key, {name: getattr(self, name)[rows] for name in _SETTINGS})
+        return self._settings[1]
+
+    def biases(self, rows: Int32, drawn: Int32) -> tuple[Int32, Int32, Float32]:
         """Logit biases of these rows as (start [R + 1], ids, values); `drawn`: tokens generated so far."""
         if not self._bias:
-            return _ragged([{}] * len(rows), np.float32)
-        entries = [b.at(n) if (b := self._bias.get(row)) else {} for row, n in zip(rows, drawn, strict=True)]
-        return _ragged(entries, np.float32)
+            return _none(len(rows), np.float32)
+        pairs = zip(rows.tolist(), drawn.tolist(), strict=True)
+        return _ragged([b.at(n) if (b := self._bias.get(row)) else {} for row, n in pairs], np.float32)
 
-    def seen(self, rows: list[int]) -> tuple[Int32, Int32, Int32]:
+    def seen(self, rows: Int32) -> tuple[Int32, Int32, Int32]:
         """Distinct tokens seen by rows with penalties as (start [R + 1], ids, times generated)."""
         if not self._seen:
-            return _ragged([{}] * len(rows), np.int32)
-        return _ragged([self._seen.get(row, {}) for row in rows], np.int32)
+            return _none(len(rows), np.int32)
+        return _ragged([self._seen.get(row, {}) for row in rows.tolist()], np.int32)
 
 
 class RowBias:
@@ -143,6 +161,12 @@ class RowBias:
     def at(self, num_generated: int) -> dict[int, float]:
         """Token id -> bias when `num_generated` tokens exist."""
         return self._early if num_generated < self._min_tokens else self._always
+
+
+@lru_cache(maxsize=256)
+def _none(num_rows: int, dtype: type[Value]) -> tuple[Int32, Int32, npt.NDArray[Value]]:
+    """No entry for any row; shared, so never written."""
+    return _ragged([{}] * num_rows, dtype)
 
 
 def _ragged(entries: Sequence[Mapping[int, float]], dtype: type[Value]) -> tuple[Int32, Int32, npt.NDArray[Value]]:

@@ -66,6 +66,7 @@ class NativeRuntime:
         self._tables: Tables | None = None
         self._step = lib.StepTable()
         self._step_pointer = ctypes.pointer(self._step)
+        self._placed: dict[str, npt.NDArray[Any]] = {}  # arrays whose addresses stand in the step table
         self._inputs: StepInputs | None = None
         self._weight_bytes: dict[tuple[str, ...], int] = {}
         self._kv_dtype = "float32"
@@ -239,7 +240,7 @@ class NativeRuntime:
             "logits_indices": (len(inputs.logits_indices),),
         }
         for name, shape in shapes.items():
-            setattr(step, name, _checked(name, getattr(inputs, name), _STEP_DTYPES[name], shape))
+            self._place(step, name, getattr(inputs, name), _STEP_DTYPES[name], shape)
         step.num_tokens, step.num_requests, step.max_blocks = num_tokens, num_requests, max_blocks
         step.num_logits = len(inputs.logits_indices)
 
@@ -254,9 +255,16 @@ class NativeRuntime:
             "seen_counts": (num_seen,),
         }
         for name, shape in shapes.items():
-            array = getattr(sampling, _SAMPLING_FIELDS[name])
-            setattr(step, name, _checked(name, array, _SAMPLING_DTYPES[name], shape))
+            self._place(step, name, getattr(sampling, _SAMPLING_FIELDS[name]), _SAMPLING_DTYPES[name], shape)
         step.num_bias, step.num_seen = num_bias, num_seen
+
+    def _place(
+        self, step: lib.StepTable, name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]
+    ) -> None:
+        """Puts the array's address into the table; an array that stands there already costs next to nothing."""
+        if self._placed.get(name) is not array or array.shape != shape:
+            setattr(step, name, _checked(name, array, dtype, shape))
+            self._placed[name] = array
 
 
 def _check_dtype(dtype: str) -> None:

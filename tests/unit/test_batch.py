@@ -1,0 +1,78 @@
+"""Host arrays of a step: the common step's short way against the general one, and settings that follow the rows."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from octavo.sampling_params import SamplingParams
+from octavo.step import NewRow, ScheduledRow
+from octavo.worker import batch
+from octavo.worker.batch import build_batch
+from octavo.worker.rows import Rows
+
+GREEDY = SamplingParams(temperature=0.0)
+DRAWN = SamplingParams(temperature=0.7, top_p=0.9, logit_bias={5: 1.5}, presence_penalty=0.5)
+
+
+def rows_of(*params, num_groups=2):
+    rows = Rows(8, 64, 4, num_groups)
+    for row, given in enumerate(params):
+        admit(rows, row, given)
+    return rows
+
+
+def admit(rows, row, params, tokens=(7, 8, 9, 10, 11)):
+    tables = tuple([10 * row + group, 10 * row + group + 5] for group in range(len(rows.block_tables)))
+    rows.admit(NewRow(row, f"r{row}", row, list(tokens), 3, tables, 0, params, frozenset(), row))
+
+
+def decode(*rows):
+    return [ScheduledRow(row, f"r{row}", 0, 4, 1, True) for row in rows]
+
+
+def arrays_of(made):
+    for part in (made.inputs, made.sampling, made.tokens_of):
+        for field in dataclasses.fields(part):
+            yield f"{type(part).__name__}.{field.name}", getattr(part, field.name)
+
+
+@pytest.mark.parametrize("chosen", [(0,), (0, 1, 2), (2, 0)])
+def test_the_short_way_makes_what_the_general_one_makes(chosen, monkeypatch):
+    rows = rows_of(GREEDY, DRAWN, GREEDY)
+    short = build_batch(decode(*chosen), rows)
+    calls = []
+    monkeypatch.setattr(batch, "_decode", lambda scheduled, rows: calls.append(1))
+    monkeypatch.setattr(batch, "all", lambda _: False, raising=False)
+    general = build_batch(decode(*chosen), rows)
+    assert calls == []
+    assert short.samples == general.samples == [True] * len(chosen)
+    for (name, ours), (_, theirs) in zip(arrays_of(short), arrays_of(general), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        if isinstance(ours, np.ndarray):
+            assert ours.dtype == theirs.dtype, name
+            assert ours.flags.c_contiguous, name
+
+
+def test_settings_are_the_same_arrays_until_a_row_changes():
+    rows = rows_of(GREEDY, GREEDY)
+    first = build_batch(decode(0, 1), rows).sampling
+    second = build_batch(decode(0, 1), rows).sampling
+    assert second.temperature is first.temperature
+    assert second.seen_start is first.seen_start
+    assert build_batch(decode(1, 0), rows).sampling.seeds.tolist() == first.seeds.tolist()[::-1]
+    admit(rows, 1, DRAWN)
+    third = build_batch(decode(0, 1), rows).sampling
+    assert third.temperature.tolist() == pytest.approx([0.0, 0.7])
+    assert third.bias_ids.tolist() == [5]
+    assert sorted(third.seen_ids.tolist()) == [7, 8, 9, 10, 11]
+
+
+def test_a_token_is_not_given_to_the_rows_next_request():
+    rows = rows_of(GREEDY, GREEDY)
+    expected = build_batch(decode(0, 1), rows).tokens_of
+    admit(rows, 1, GREEDY, tokens=(1, 2))
+    rows.append(expected, np.array([40, 41], np.int32))
+    assert rows.token_ids[0, 5] == 40
+    assert rows.token_ids[1, 5] != 41
+    assert rows.num_tokens[:2].tolist() == [6, 2]
