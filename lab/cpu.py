@@ -34,7 +34,7 @@ from octavo.models.hub import resolve_model
 from octavo.text.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-SERVE = {"max_model_len": "8192", "max_num_seqs": "32", "kv_cache_memory_bytes": "400MiB"}
+SERVE = {"max_model_len": 8192, "max_num_seqs": 32, "kv_cache_memory_bytes": 400 << 20}
 TEXT, TEXT_CHARACTERS = "moby-dick", slice(60_000, 500_000)
 SECONDS_PER_PART = 45.0  # an engine that has taken longer gets no further repetition of this part
 STARTS = 3

@@ -282,11 +282,11 @@ class HttpEngine(Engine):
 class OctavoEngine(HttpEngine):
     """`octavo serve` with fields of EngineConfig."""
 
-    def __init__(self, name: str, options: Mapping[str, str]) -> None:
-        flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+    def __init__(self, name: str, options: Mapping[str, str | int]) -> None:
+        flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
         flags[:2] = flags[1:2]  # the model is an argument
         command = [sys.executable, "-m", "octavo", "serve", *flags, "--port", "{port}"]
-        super().__init__(name, Launch(command), " ".join(["octavo serve", *flags]), model=options["model"])
+        super().__init__(name, Launch(command), " ".join(["octavo serve", *flags]), model=str(options["model"]))
         self.options = options
 
 
