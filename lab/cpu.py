@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lab.engines import Engine, EngineError, OctavoEngine
-from lab.figures import PARTS, Figure, Part
+from lab.figures import PARTS, W2_NAME, Figure, Part
 from lab.machine import describe_machine
 from lab.peers import PEERS
 from lab.text import load_text
@@ -38,7 +38,7 @@ SERVE = {"max_model_len": 8192, "max_num_seqs": 32, "kv_cache_memory_bytes": 400
 TEXT, TEXT_CHARACTERS = "moby-dick", slice(60_000, 500_000)
 SECONDS_PER_PART = 45.0  # an engine that has taken longer gets no further repetition of this part
 STARTS = 3
-START, MEMORY = "new process to first token", "peak memory of all processes"
+START, MEMORY = "new process to first token", "peak memory in W2, all processes"
 COMPARED = ("W1 decode", "W1 time to first token", "W2 output", "W3 prompt", "W4 wall", START, MEMORY)
 
 
@@ -113,7 +113,7 @@ class Bench:
     def end(self) -> None:
         """Notes each engine's memory and ends it."""
         for engine in self.engines:
-            if engine.name not in self.failed:
+            if engine.name not in self.failed and W2_NAME in self.figures[engine.name]:
                 self._add(engine, MEMORY, "MiB", engine.peak_memory())
             engine.stop()
 

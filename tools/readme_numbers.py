@@ -1,7 +1,7 @@
 """Fills the numbers of README.md from docs/results/*.json; with --check, says whether they are up to date.
 
-A result is {"what": ..., "date": ..., "machine": ..., "command": ..., "rows": [[name, value], ...]}. No number is
-typed into README by hand.
+A result is {"what": ..., "date": ..., "machine": ..., "command": ..., "rows": [[name, value, ...], ...]}, with
+"columns" where a row has more than one value. No number is typed into README by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def table(result: dict[str, object]) -> str:
         raise SystemExit(f"a result lacks {', '.join(missing)}: {result}")
     rows = result["rows"]
     assert isinstance(rows, list)
-    lines = [f"| {result['what']} | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+    columns = result.get("columns", [""])
+    assert isinstance(columns, list)
+    lines = [f"| {' | '.join([str(result['what']), *columns])} |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", f"`{result['command']}`, {result['machine']}, {result['date']}"])
 
 

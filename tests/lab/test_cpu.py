@@ -4,11 +4,12 @@ import asyncio
 import io
 import json
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
-from lab import cpu, figures, overheads
+from lab import cpu, figures, overheads, report
 from lab.engines import Batch, Engine, EngineError, Launch, PipeEngine, Timed
 from lab.figures import Figure, Part
 from lab.nodes import CONTEXT, step_inputs
@@ -69,6 +70,12 @@ def test_an_engine_that_fails_is_reported_and_the_others_go_on():
     bench.end()
     assert bench.failed == {"a": "it broke"}
     assert bench.figures["b"]["figure"].values == [0.0, 1.0]
+
+
+def test_memory_is_that_of_w2():
+    bench, _ = bench_of("a", "b")
+    bench.figures["b"]["W2 output"] = Figure("tok/s", [1.0])
+    bench.end()
     assert bench.figures["b"][cpu.MEMORY].values == [7.0]
     assert cpu.MEMORY not in bench.figures["a"]
 
@@ -200,3 +207,28 @@ def test_steps_for_the_node_table_lie_in_blocks_of_their_own():
 
 def test_the_parts_are_named_as_they_are_asked_for():
     assert all(name == part.name for name, part in figures.PARTS.items())
+
+
+def test_the_report_has_every_engine_and_where_its_figures_came_from():
+    def engine(note, **figures):
+        made = {
+            name: {"unit": "tok/s", "values": values, "date": "2026-01-02", "command": "python -m lab.cpu --x "}
+            for name, values in figures.items()
+        }
+        return {"note": note, "failed": None, "figures": made}
+
+    engines = {
+        "gguf": engine("octavo serve", **{"W1 decode": [10.0, 30.0, 20.0], "front": [5.0]}),
+        "Slow & co": engine("in process: no HTTP", **{"W1 decode": [2.0]}),
+    }
+    saved = {"engines": engines, "machine": "this one", "date": "2026-01-02"}
+    saved["engines"]["Slow & co"]["failed"] = "out of breath"
+    assert "| front, tok/s | 5.00 |" in report.ours(saved)
+    beside = report.beside(saved)
+    assert "| Octavo gguf | 20.0 (10.0-30.0) |" in beside
+    assert "Slow & co (in process) failed: out of breath" in beside
+    assert "`python -m lab.cpu --x`, 2026-01-02" in report.commands(saved)
+    assert report.readme_numbers(saved)["rows"][1][:2] == ["Slow & co (in process)", "2.0"]
+    image = ElementTree.fromstring(report.plot(saved))
+    bars = [float(bar.get("width")) for bar in image.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert bars == [bars[0], pytest.approx(bars[0] / 10, abs=0.1)]

@@ -1,0 +1,203 @@
+"""`python -m lab.report`: puts committed results into docs/benchmarks-cpu.md, its plot, and README's numbers.
+
+No figure in those pages is typed by hand: rerun this after `python -m lab.cpu` or `python -m lab.nodes`, then
+`python tools/readme_numbers.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lab.cpu import COMPARED, CONFIGURATIONS, RESULTS
+from lab.figures import Figure
+from lab.nodes import CASES, cells
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, PLOT = DOCS / "benchmarks-cpu.md", DOCS / "benchmarks-cpu.svg"
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+PANELS = (("W1 decode", True), ("W2 output", True), ("W3 prompt", True), ("W4 wall", False))  # (figure, more is better)
+WIDTH, BAR, GAP, NAMES, SPACE = 880, 18, 8, 160, 70
+OURS, OTHERS = "#1f6f54", "#b9b9b0"
+
+
+def figure_of(engine: dict[str, Any], name: str) -> Figure | None:
+    """One figure of an engine, or None where it was not measured."""
+    found = engine["figures"].get(name)
+    return Figure(found["unit"], found["values"]) if found else None
+
+
+def title(name: str, engine: dict[str, Any]) -> str:
+    """How an engine is called beside others."""
+    if name in CONFIGURATIONS:
+        return f"Octavo {name}"
+    return f"{name} (in process)" if "in process" in engine["note"] else name
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def ours(saved: dict[str, Any]) -> str:
+    """A line a figure, a column a configuration."""
+    engines = {name: engine for name, engine in saved["engines"].items() if name in CONFIGURATIONS}
+    names = dict.fromkeys(name for engine in engines.values() for name in engine["figures"])
+    rows = []
+    for name in names:
+        found = [figure_of(engine, name) for engine in engines.values()]
+        unit = next(f.unit for f in found if f)
+        rows.append([f"{name}, {unit}" if unit else name, *(str(f) if f else "" for f in found)])
+    return table(["", *engines], rows)
+
+
+def beside(saved: dict[str, Any]) -> str:
+    """A line an engine, what it ran with, and what failed."""
+    engines = saved["engines"]
+    head = [""]
+    for name in COMPARED:
+        unit = next((f.unit for engine in engines.values() if (f := figure_of(engine, name))), "")
+        head.append(f"{name}, {unit}")
+    rows = [
+        [title(name, engine), *(str(f) if (f := figure_of(engine, figure)) else "" for figure in COMPARED)]
+        for name, engine in engines.items()
+    ]
+    notes = [f"- {title(name, engine)}: {engine['note']}" for name, engine in engines.items()]
+    failed = [
+        f"- {title(name, engine)} failed: {engine['failed']}"
+        for name, engine in engines.items()
+        if engine.get("failed")
+    ]
+    return "\n".join([table(head, rows), "", *notes, *failed])
+
+
+def runs_of(saved: dict[str, Any]) -> dict[str, str]:
+    """Command and date of every run that figures came from."""
+    figures = [figure for engine in saved["engines"].values() for figure in engine["figures"].values()]
+    return {figure["command"].rstrip(): figure["date"] for figure in figures}
+
+
+def commands(saved: dict[str, Any]) -> str:
+    """Where the figures came from."""
+    lines = [f"- `{command}`, {date}" for command, date in runs_of(saved).items()]
+    return "\n".join([f"Measured on {saved['machine']}, by", "", *lines])
+
+
+def nodes(saved: dict[str, Any]) -> str:
+    """A table a model; then what is open."""
+    parts = [f"`{saved['command'].rstrip()}`, {saved['machine']}, {saved['date']}"]
+    for found in saved["results"]:
+        read, compute = found["limits"]
+        parts.append(
+            f"**{found['model']}, {found['dtype']}**, KV {found['kv']}, level {found['level']}; "
+            f"limits {read:.1f} GB/s, {compute:.0f} GFLOP/s"
+        )
+        head = ["node"]
+        for rows in CASES:
+            rate = "GB/s" if rows == "1" else "GFLOP/s"
+            head += [f"us, {rows} row{'s' * (rows != '1')}", rate, "of limit"]
+        lines = []
+        for name in dict.fromkeys(n for rows in CASES for n in found["rows"][rows]["nodes"]):
+            op = next(step["nodes"][name]["op"] for step in found["rows"].values() if name in step["nodes"])
+            of_rows = [cell for rows in CASES for cell in cells(found["rows"][rows]["nodes"], name, rows)]
+            lines.append([f"{name} ({op})", *of_rows])
+        steps = [found["rows"][rows] for rows in CASES]
+        lines.append(["**step**", *(c for s in steps for c in (f"{s['us']:,.0f}", "", f"{s['of_limit']:.0%}"))])
+        parts.append(table(head, lines))
+    if saved["open"]:
+        parts.append("\n".join(f"- {line}" for line in saved["open"]))
+    return "\n\n".join(parts)
+
+
+def plot(saved: dict[str, Any]) -> str:
+    """Four panels of bars, the best on top, as SVG."""
+    shapes: list[str] = []
+    y = 0
+    for name, more in PANELS:
+        found = [(title(n, engine), f) for n, engine in saved["engines"].items() if (f := figure_of(engine, name))]
+        if not found:
+            continue
+        found.sort(key=lambda pair: pair[1].median, reverse=more)
+        unit, longest = found[0][1].unit, max(figure.median for _, figure in found)
+        y += 26
+        shapes.append(_text(0, y, f"{name}, {unit}{'' if more else ' (less is better)'}", "600"))
+        y += 8
+        for label, figure in found:
+            length = max(2.0, figure.median / longest * (WIDTH - NAMES - SPACE))
+            color = OURS if label.startswith("Octavo") else OTHERS
+            shapes.append(_text(0, y + 13, label))
+            shapes.append(f'<rect x="{NAMES}" y="{y}" width="{length:.1f}" height="{BAR - 4}" fill="{color}"/>')
+            digits = 0 if figure.median >= 100 else 1
+            shapes.append(_text(NAMES + length + 6, y + 12, f"{figure.median:,.{digits}f}"))
+            y += BAR
+        y += GAP
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" '
+        'font-family="system-ui, sans-serif" font-size="12" role="img">'
+    )
+    background = f'<rect width="{WIDTH}" height="{y}" fill="#ffffff"/>'
+    return "\n".join([head, background, *shapes, "</svg>"]) + "\n"
+
+
+def _text(x: float, y: float, text: str, weight: str = "400") -> str:
+    return f'<text x="{x:.1f}" y="{y}" font-weight="{weight}" fill="#222222">{escape(text)}</text>'
+
+
+def sections() -> Iterator[str]:
+    """What is generated of the page."""
+    saved = json.loads((RESULTS / "cpu-smollm2.json").read_text(encoding="utf-8"))
+    yield f"## Octavo\n\nMedian (range).\n\n{ours(saved)}\n\n{commands(saved)}"
+    yield f"## Beside others\n\n![The same as bars](benchmarks-cpu.svg)\n\n{beside(saved)}"
+    for name, heading in (("models", "Nodes and limits"), ("levels", "Ops, types and levels")):
+        path = RESULTS / f"nodes-{name}.json"
+        if path.exists():
+            yield f"## {heading}\n\n{nodes(json.loads(path.read_text(encoding='utf-8')))}"
+
+
+def readme_numbers(saved: dict[str, Any]) -> dict[str, Any]:
+    """Medians beside others, in the form of tools/readme_numbers.py."""
+    engines = saved["engines"]
+    head = []
+    for name in COMPARED:
+        unit = next((f.unit for engine in engines.values() if (f := figure_of(engine, name))), "")
+        head.append(f"{name}, {unit}")
+    rows = []
+    for name, engine in engines.items():
+        found = [figure_of(engine, figure) for figure in COMPARED]
+        rows.append(
+            [title(name, engine), *(f"{f.median:,.{0 if f.median >= 100 else 1}f}" if f else "" for f in found)]
+        )
+    pieces = [*runs_of(saved)]
+    return {
+        "what": "SmolLM2-135M beside others, medians",
+        "date": saved["date"],
+        "machine": saved["machine"],
+        "command": pieces[0]
+        if len(pieces) == 1
+        else f"python -m lab.cpu, in {len(pieces)} pieces (docs/benchmarks-cpu.md)",
+        "columns": head,
+        "rows": rows,
+    }
+
+
+def main() -> int:
+    """Writes page, plot and README's input."""
+    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"{PAGE} lacks {START} ... {END}")
+    PAGE.write_text("\n\n".join([before + START, *sections(), END]) + after, encoding="utf-8")
+    saved = json.loads((RESULTS / "cpu-smollm2.json").read_text(encoding="utf-8"))
+    PLOT.write_text(plot(saved), encoding="utf-8")
+    out = json.dumps(readme_numbers(saved), indent=1) + "\n"
+    (DOCS / "results" / "cpu.json").write_text(out, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
