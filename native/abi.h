@@ -111,7 +111,9 @@ struct OctavoStep {
     const int32_t* seen_start;
     const int32_t* seen_ids;
     const int32_t* seen_counts;
-    int64_t num_bias, num_seen;  // lengths of the ragged values
+    const int32_t* mask_of;  // [num_logits] into masks, -1 none; null: no row has one
+    const uint32_t* masks;   // [num_masks, ceil(vocab / 32)]: bit i of word w allows token 32 w + i
+    int64_t num_bias, num_seen, num_masks;  // lengths of the ragged values, masks
 
     int32_t* out_token_ids;
     float* out_logprobs;

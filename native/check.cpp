@@ -167,6 +167,9 @@ void OctavoEngine::check_sampling(const OctavoStep& s) const {
     check_ragged("seen", s.seen_start, s.num_logits, s.num_seen);
     check_ids("bias_ids", s.bias_ids, s.num_bias, vocab);
     check_ids("seen_ids", s.seen_ids, s.num_seen, vocab);
+    for (int64_t r = 0; s.mask_of && r < s.num_logits; ++r)
+        if (s.mask_of[r] < -1 || s.mask_of[r] >= s.num_masks)
+            refuse("mask_of[%lld] is %d, with %lld masks", (long long)r, s.mask_of[r], (long long)s.num_masks);
     for (int64_t r = 0; r < s.num_logits; ++r)
         if (s.num_logprobs[r] > s.max_logprobs)
             refuse("num_logprobs[%lld] is %d, above %lld", (long long)r, s.num_logprobs[r], (long long)s.max_logprobs);

@@ -24,11 +24,27 @@ double uniform(uint64_t seed, int64_t position) {
 }
 
 bool adjusts(const OctavoStep& s, size_t row) {
-    return s.bias_start[row] != s.bias_start[row + 1] || s.seen_start[row] != s.seen_start[row + 1];
+    return s.bias_start[row] != s.bias_start[row + 1] || s.seen_start[row] != s.seen_start[row + 1] ||
+           (s.mask_of && s.mask_of[row] >= 0);
 }
 
-void adjust(const OctavoStep& s, size_t row, float* logits) {
+// Most words of a grammar's mask are all zeros or all ones.
+void apply_mask(const uint32_t* mask, float* logits, size_t vocab) {
+    for (size_t first = 0; first < vocab; first += 32) {
+        const uint32_t bits = mask[first / 32];
+        const size_t end = std::min(vocab, first + 32);
+        if (bits == 0)
+            std::fill(logits + first, logits + end, kNever);
+        else if (bits != 0xFFFFFFFFu)
+            for (size_t id = first; id < end; ++id)
+                if (!(bits >> (id - first) & 1)) logits[id] = kNever;
+    }
+}
+
+void adjust(const OctavoStep& s, size_t row, float* logits, size_t vocab) {
     for (int32_t i = s.bias_start[row]; i < s.bias_start[row + 1]; ++i) logits[s.bias_ids[i]] += s.bias_values[i];
+    if (s.mask_of && s.mask_of[row] >= 0)
+        apply_mask(s.masks + static_cast<size_t>(s.mask_of[row]) * ((vocab + 31) / 32), logits, vocab);
     const float repetition = s.repetition_penalty[row];
     for (int32_t i = s.seen_start[row]; i < s.seen_start[row + 1]; ++i) {
         float& logit = logits[s.seen_ids[i]];
@@ -228,7 +244,7 @@ void sample_row(const OctavoStep& s, size_t row, const float* logits, size_t voc
     size_t token;
     if (adjusts(s, row)) {
         std::memcpy(scratch.adjusted.data(), logits, vocab * sizeof(float));
-        adjust(s, row, scratch.adjusted.data());
+        adjust(s, row, scratch.adjusted.data(), vocab);
         token = draw(s, row, Row(scratch.adjusted.data(), vocab, kernels, scratch.adjusted_maxima), scratch);
     } else {
         token = draw(s, row, raw, scratch);

@@ -26,6 +26,8 @@ class AddRequest:
     tenant: str = ""  # whose fair share it uses
     weight: float = 1.0  # of that tenant
     timeout: float | None = None  # seconds from arrival; then it is ended
+    grammar: str | None = None  # llguidance's
+    bad_ids: list[list[int]] = field(default_factory=list)  # words that must not be completed
     output_token_ids: list[int] = field(default_factory=list)  # generated already, by an engine that is gone
     runs_alone: bool = False  # for its next token, because an engine died while it ran
 

@@ -80,7 +80,7 @@ class Request:
     @property
     def needs_host_token(self) -> bool:
         """True when its next step cannot be decided before its last token is known here: it is not run ahead."""
-        return self.params.has_penalties  # they count tokens on the host
+        return self.params.has_penalties or self.params.has_rules  # they look at the tokens, on the host
 
     @property
     def num_output_tokens(self) -> int:

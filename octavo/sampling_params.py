@@ -16,6 +16,10 @@ MAX_STOP = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 300
+MAX_ALLOWED_IDS = 1 << 16
+MAX_BAD_WORDS = 128
+MAX_GRAMMAR = 1 << 16  # characters of a specification as JSON
+MAX_NESTING = 32
 MAX_TOKENS = 1 << 24  # of a request; the model's context binds long before
 MAX_SEED = (1 << 63) - 1
 
@@ -26,6 +30,44 @@ class RequestOutputKind(StrEnum):
     CUMULATIVE = "cumulative"  # everything so far
     DELTA = "delta"  # what is new since the last one
     FINAL_ONLY = "final_only"  # one output, at the end
+
+
+@dataclass(kw_only=True)
+class StructuredOutputsParams:
+    """What the answer must look like; exactly one of these, as in vLLM.
+
+    Raises InvalidValueError: none or several are given, or one is too large or nested too deeply.
+    """
+
+    json: str | dict[str, Any] | None = None  # a JSON schema
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None  # Lark, or EBNF with ::=
+    json_object: bool | None = None  # any JSON object
+    asked_as: str = "structured_outputs"  # the parameter that errors name
+
+    def __post_init__(self) -> None:
+        if len(self._given()) != 1:
+            raise InvalidValueError(
+                "give exactly one of json, regex, choice, grammar, json_object", param=self.asked_as
+            )
+        kind, spec = self.chosen
+        size = len(spec if isinstance(spec, str) else str(spec)) if _nesting(spec) <= MAX_NESTING else MAX_GRAMMAR + 1
+        if size > MAX_GRAMMAR:
+            raise InvalidValueError(
+                f"{kind} must have at most {MAX_GRAMMAR} characters and {MAX_NESTING} levels", param=self.asked_as
+            )
+        if kind == "choice" and not all(isinstance(text, str) and text for text in self.choice or [""]):
+            raise InvalidValueError("choice must be a list of strings, none empty", param=self.asked_as)
+
+    @property
+    def chosen(self) -> tuple[str, Any]:
+        """The one that is given, and its name."""
+        return self._given()[0]
+
+    def _given(self) -> list[tuple[str, Any]]:
+        names = ("json", "regex", "choice", "grammar", "json_object")
+        return [(name, value) for name in names if (value := getattr(self, name)) not in (None, False)]
 
 
 @dataclass(kw_only=True)
@@ -61,6 +103,7 @@ class SamplingParams:
     use_beam_search: bool = False
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     logits_processors: Any | None = None
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -87,6 +130,13 @@ class SamplingParams:
         if _stop_list(self.stop) and not self.detokenize:
             raise InvalidValueError("stop strings need detokenize=True; use stop_token_ids", param="stop")
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidValueError("allowed_token_ids must name at least one token", param="allowed_token_ids")
+        _words("bad_words", self.bad_words)
+        if self.structured_outputs and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise InvalidValueError(f"{name} does not go with structured outputs: they say when to end", param=name)
         self._check_logit_bias()
         try:
             self.output_kind = RequestOutputKind(self.output_kind)
@@ -98,11 +148,17 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidValueError where a parameter names a token that the model does not have."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            ids = getattr(self, name)
             if ids and max(ids) >= vocab_size:
                 raise InvalidValueError(
                     f"{name}: token id {max(ids)} is outside the vocabulary of {vocab_size}", param=name
                 )
+
+    @property
+    def has_rules(self) -> bool:
+        """True when not every token may come next."""
+        return bool(self.structured_outputs or self.bad_words or self.allowed_token_ids)
 
     @property
     def stops(self) -> list[str]:
@@ -124,8 +180,6 @@ class SamplingParams:
             "best_of": self.best_of is not None and self.best_of != self.n,
             "prompt_logprobs": self.prompt_logprobs is not None,
             "use_beam_search": self.use_beam_search,
-            "bad_words": bool(self.bad_words),
-            "allowed_token_ids": self.allowed_token_ids is not None,
             "logits_processors": bool(self.logits_processors),
             "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
         }
@@ -175,6 +229,34 @@ def _token_ids(name: str, ids: object, limit: int) -> None:
         raise InvalidValueError(f"{name} must be a list of at most {limit} token ids", param=name)
     for token in ids:
         _integer(name, token, 0, 1 << 31)
+
+
+def _words(name: str, words: object) -> None:
+    if words is None:
+        return
+    if not isinstance(words, Sequence) or isinstance(words, str) or len(words) > MAX_BAD_WORDS:
+        raise InvalidValueError(f"{name} must be a list of at most {MAX_BAD_WORDS} strings", param=name)
+    for word in words:
+        if not isinstance(word, str) or not 0 < len(word) <= MAX_STOP_LENGTH:
+            raise InvalidValueError(
+                f"each of {name} must be a string of 1 to {MAX_STOP_LENGTH} characters, not {_show(word)}", param=name
+            )
+
+
+def _nesting(value: object) -> int:
+    """Levels of lists and mappings in a JSON value, counted up to one more than MAX_NESTING."""
+    level, values = 0, [value]
+    while level <= MAX_NESTING:
+        values = [
+            inner
+            for outer in values
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not values:
+            break
+        level += 1
+    return level
 
 
 def _show(value: object) -> str:

@@ -22,6 +22,7 @@ from octavo import __version__, errors
 from octavo.config import EngineConfig
 from octavo.engine.child import EngineProcess
 from octavo.engine.frontend import Frontend, Group, Prompt, Update
+from octavo.engine.grammar import GrammarCompiler
 from octavo.engine.outbox import Outbox
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
@@ -70,6 +71,7 @@ class AsyncEngine:
         self._outboxes: dict[int, Outbox] = {}
         self._watchdog = Watchdog(config.max_num_batched_tokens, config.threads())
         self._restarts = Restarts()
+        self._grammars = GrammarCompiler()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -144,6 +146,8 @@ class AsyncEngine:
             EngineDeadError: the engine is gone for good, or (EngineLoadingError) a new one is being loaded.
         """
         text, ids = await self.tokenize(prompt)
+        asked = params.structured_outputs
+        grammar = await self._grammars.compile(asked) if asked is not None else None
         if self.dead:  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
             raise EngineDeadError(self.dead)
         if self.restarting:
@@ -158,6 +162,7 @@ class AsyncEngine:
             tenant=tenant,
             weight=weight,
             timeout=timeout,
+            grammar=grammar,
         )
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind)
         try:
@@ -220,6 +225,7 @@ class AsyncEngine:
             self._process.channel.send(Shutdown())
         for task in self._tasks:
             task.cancel()
+        await self._grammars.close()
         await self._process.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all()

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
-from octavo.errors import QueueFullError
+from octavo.engine.rules import RuleBook
+from octavo.errors import InvalidValueError, QueueFullError
 from octavo.executor.base import Executor, StepResult
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import (
@@ -35,7 +36,10 @@ from octavo.scheduler.choose import make_policy
 from octavo.scheduler.recorder import RecordingScheduler
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import SchedulerOutput
+from octavo.text.tokenizer import Tokenizer
 from octavo.worker.worker import WorkerInfo
+
+OPENING_SECONDS = 0.0005  # between two looks at rules that are being made
 
 
 @dataclass(slots=True)
@@ -56,12 +60,14 @@ class EngineCore:
         *,
         depth: int | None = None,
         default_queue: int = 0,
+        tokenizer: Callable[[], Tokenizer | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             depth: most steps in flight; by default what the workers can, and 1 without --async-scheduling.
             default_queue: requests that may wait where the config does not say; 0 for no bound.
+            tokenizer: loads the model's, when the first grammar needs it.
             clock: seconds, monotonic.
         """
         self.config = config
@@ -75,6 +81,7 @@ class EngineCore:
         self.announce: Callable[[StepOutputs], None] | None = None  # called before a suspect runs alone
         self._pending: list[RequestDelta] = []  # of requests that ended outside a step
         self._eos_ids = frozenset(info.spec.eos_token_ids)
+        self._rules = RuleBook(info.spec.vocab_size, info.spec.eos_token_ids, tokenizer)
         key = config.prefix_caching_hash_key
         kv = KVCacheManager(
             num_blocks=info.plan.num_blocks,
@@ -117,30 +124,45 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """True while step() has something to do or to publish."""
-        return bool(self._pending or self._in_flight or self.scheduler.has_unfinished)
+        return bool(self._pending or self._in_flight or self._rules.is_opening or self.scheduler.has_unfinished)
 
     def handle(self, message: ToEngine) -> None:
         """Takes one message from the front; it acts at the next step."""
         if isinstance(message, AddRequest):
-            self._add(message)
+            if message.params.has_rules or message.grammar:
+                self._rules.open(message)
+            else:
+                self._add(message)
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
+                if self._rules.forget(request_id):
+                    self._pending.append(RequestDelta(request_id, finish_reason=FinishReason.ABORT))
                 self._pending.extend(self.scheduler.abort(request_id))
         elif isinstance(message, FinishRequest):
+            self._rules.forget(message.request_id)
             self.scheduler.finish(message.request_id, message.num_kept)
 
     def step(self) -> StepOutputs:
         """Launches a step if there is room in flight, else waits for the oldest; returns what happened since."""
+        for message, error in self._rules.opened():
+            if error is None:
+                self._add(message)
+            else:
+                self._pending.append(_failed(message.request_id, error, InvalidValueError.__name__))
         self._pending.extend(self.scheduler.expire())
         launched = len(self._in_flight) < self._depth and self._launch()
         records: list[StepRecord] = []
         if self._in_flight and (len(self._in_flight) == self._depth or not launched):
             records += self._finish_oldest()
+        if not (records or launched or self._pending) and self._rules.is_opening:
+            time.sleep(OPENING_SECONDS)  # nothing else to do
         deltas, self._pending = self._pending, []
+        self._rules.forget_finished(deltas)
         return StepOutputs(deltas, records)
 
     def close(self) -> None:
         """Ends the workers."""
+        self._rules.close()
         self.scheduler.close()
         self._executor.close()
 
@@ -186,7 +208,7 @@ class EngineCore:
         record.schedule_seconds = scheduled_at - record.time
         calls = self._executor.num_foreign_calls
         self._executor.execute(output)
-        result = self._executor.sample()
+        result = self._executor.sample(self._rules.masks(output))
         record.launch_seconds = record.execute_seconds = self._clock() - scheduled_at
         record.num_foreign_calls = self._executor.num_foreign_calls - calls
         self._in_flight.append(_InFlight(output, record, result))
@@ -208,6 +230,9 @@ class EngineCore:
         record.num_finished = sum(d.finish_reason is not None for d in deltas)
         record.update_seconds = self._clock() - done_at
         self._pending.extend(deltas)
+        for request_id, reason in self._rules.take(deltas):
+            if self.scheduler.abort(request_id):
+                self._pending.append(_failed(request_id, reason))
         self.log.append(record)
         return [record]
 
@@ -224,5 +249,5 @@ class EngineCore:
         return [step.record for step in steps]
 
 
-def _failed(request_id: str, message: str) -> RequestDelta:
-    return RequestDelta(request_id, finish_reason=FinishReason.ERROR, error=message)
+def _failed(request_id: str, message: str, kind: str | None = None) -> RequestDelta:
+    return RequestDelta(request_id, finish_reason=FinishReason.ERROR, error=message, error_kind=kind)

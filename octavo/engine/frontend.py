@@ -123,13 +123,15 @@ class Frontend:
         tenant: str = "",
         weight: float = 1.0,
         timeout: float | None = None,
+        grammar: str | None = None,
     ) -> tuple[Group, list[AddRequest]]:
-        """Registers a group and makes its engine requests. `timeout` is in seconds from arrival at the engine.
+        """Registers a group and makes its engine requests. `timeout` is in seconds from arrival at the engine;
+        `grammar` is what was built from `params.structured_outputs`.
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token.
-            InvalidValueError: this id is already running, stop strings without a tokenizer, a token id outside the
-                vocabulary, more logprobs than the engine gives.
+            InvalidValueError: this id is already running, stop strings, bad words or a grammar without a tokenizer, a
+                token id outside the vocabulary, more logprobs than the engine gives.
         """
         params.check_vocabulary(self.spec.vocab_size)
         room = self.max_model_len - len(ids)
@@ -141,6 +143,11 @@ class Frontend:
             )
         if params.stops and self.tokenizer is None:
             raise InvalidValueError("stop strings need a tokenizer; use stop_token_ids", param="stop")
+        if (params.bad_words or grammar) and self.tokenizer is None:
+            name = "bad_words" if params.bad_words else "structured_outputs"
+            raise InvalidValueError(f"{name} needs a tokenizer", param=name)
+        bad_ids = self._bad_ids(params.bad_words or ())
+        told = replace(params, structured_outputs=None) if grammar else params
         if params.logprobs is not None and params.logprobs > self._max_logprobs:
             raise InvalidValueError(
                 f"{params.logprobs} logprobs were asked for; this engine gives at most {self._max_logprobs} "
@@ -163,8 +170,9 @@ class Frontend:
                 output.cumulative_logprob = 0.0
             fork_of = requests[0].request_id if requests else None
             seed = base_seed + index
-            add = AddRequest(child_id, ids, params, max_tokens, seed, priority, cache_salt, fork_of)
+            add = AddRequest(child_id, ids, told, max_tokens, seed, priority, cache_salt, fork_of)
             add.tenant, add.weight, add.timeout = tenant, weight, timeout
+            add.grammar, add.bad_ids = grammar, bad_ids
             group.children.append(Child(group, child_id, output, stream, add))
             requests.append(add)
         self._children.update((child.request_id, child) for child in group.children)
@@ -249,6 +257,17 @@ class Frontend:
         for update in touched.values():
             self._close(update, now)
         return list(touched.values()), finishes, arrivals
+
+    def _bad_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """The token sequences that spell a word, at the start of a text and behind a space."""
+        found: list[list[int]] = []
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                assert self.tokenizer is not None
+                ids = self.tokenizer.encode(text, add_special_tokens=False)
+                if ids and ids not in found:
+                    found.append(ids)
+        return found
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -360,6 +379,8 @@ def _error(delta: RequestDelta) -> Exception | None:
         return QueueFullError(delta.error, retry_after=delta.retry_after)
     if delta.error_kind == TimeLimitError.__name__:
         return TimeLimitError(delta.error, param="timeout")
+    if delta.error_kind == InvalidValueError.__name__:
+        return InvalidValueError(delta.error, param="structured_outputs")
     return StepError(delta.error)
 
 

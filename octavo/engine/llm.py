@@ -14,6 +14,7 @@ from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
 from octavo.engine.core import EngineCore
 from octavo.engine.frontend import Frontend, Group, Prompt, default_sampling
+from octavo.engine.grammar import compile_here
 from octavo.errors import ConfigError, InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests
@@ -47,7 +48,8 @@ class LLM:
             load_format=config.load_format,
         )
         self._executor = LocalExecutor(config, files)
-        self.core = EngineCore(config, self._executor, self._executor.start())
+        start = self._executor.start()
+        self.core = EngineCore(config, self._executor, start, tokenizer=lambda: self._text.tokenizer)
         prepare(self.core)
         self.config = config
         self._text = load_text(config, files)
@@ -191,7 +193,9 @@ class LLM:
         try:
             for (text, ids), p, priority in zip(tokenized, params, priorities or [0] * len(params), strict=True):
                 wanted = replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
-                group, added = self._frontend.add(str(next(self._numbers)), text, ids, wanted, priority=priority)
+                grammar = compile_here(p.structured_outputs) if p.structured_outputs else None
+                number = str(next(self._numbers))
+                group, added = self._frontend.add(number, text, ids, wanted, priority=priority, grammar=grammar)
                 groups.append(group)
                 requests.extend(added)
             for request in requests:

@@ -18,6 +18,7 @@ from octavo.errors import OctavoError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import EngineFailed, Shutdown
 from octavo.models.spec import ModelFiles
+from octavo.text.load import load_text
 
 
 def main(fd: int) -> int:
@@ -54,7 +55,13 @@ def main(fd: int) -> int:
 def _build(start: StartEngine) -> EngineCore:
     files = ModelFiles(start.model_name, "gguf" if start.model_format == "gguf" else "hf", Path(start.model_path))
     executor = LocalExecutor(start.config, files)
-    core = EngineCore(start.config, executor, executor.start(), default_queue=DEFAULT_QUEUE)
+    core = EngineCore(
+        start.config,
+        executor,
+        executor.start(),
+        default_queue=DEFAULT_QUEUE,
+        tokenizer=lambda: load_text(start.config, files).tokenizer,
+    )
     prepare(core, serving=True)
     return core
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 from octavo.worker.worker import WorkerInfo
+
+Masks = Mapping[int, npt.NDArray[np.uint32]]  # row -> [ceil(vocab / 32)], as SamplingInputs.masks
 
 
 class StepResult(Protocol):
@@ -32,8 +37,9 @@ class Executor(Protocol):
         """Publishes a step: from here on it always executes."""
         ...
 
-    def sample(self) -> StepResult:
-        """The result of the step just published. An exception in it is that step's failure."""
+    def sample(self, masks: Masks | None = None) -> StepResult:
+        """The result of the step just published. An exception in it is that step's failure. `masks`, by row, say what
+        some rows may choose."""
         ...
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from octavo.config import EngineConfig
-from octavo.executor.base import StepResult
+from octavo.executor.base import Masks, StepResult
 from octavo.models.spec import ModelFiles
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 from octavo.worker.worker import Worker, WorkerInfo
@@ -31,11 +31,11 @@ class LocalExecutor:
         except Exception as error:  # the step's failure, wherever it happens, is reported by its result
             self._failure = error
 
-    def sample(self) -> StepResult:
+    def sample(self, masks: Masks | None = None) -> StepResult:
         failure, self._failure = self._failure, None
         if failure is None:
             try:
-                return _Launched(self.worker.sample())
+                return _Launched(self.worker.sample(masks))
             except Exception as error:
                 failure = error
         self._failed = _Failed(failure)

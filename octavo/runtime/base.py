@@ -19,6 +19,7 @@ from octavo.program.program import Program
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
 
@@ -89,7 +90,7 @@ class StepInputs:
 class SamplingInputs:
     """How each of the R positions chooses its token. C-contiguous. Ragged parts as (start [R + 1], values).
 
-    The order of stages is fixed (runtime/reference/sampler.py is the definition): bias, penalties, temperature,
+    The order of stages is fixed (runtime/reference/sampler.py is the definition): bias, mask, penalties, temperature,
     top-k, top-p, min-p, draw. Noise is one uniform number from (seed, position).
     """
 
@@ -109,6 +110,8 @@ class SamplingInputs:
     seen_start: Int32  # [R + 1]: distinct tokens seen, for rows with penalties only
     seen_ids: Int32
     seen_counts: Int32  # how often generated; 0 means in the prompt only
+    mask_of: Int32 | None = None  # [R]: which of `masks` holds for a row; -1: none. None: no row has one
+    masks: UInt32 | None = None  # [M, ceil(vocab / 32)]: bit i of word w allows token 32 w + i; others become -inf
     rows: Int32 | None = None  # [R]: where the tokens are kept for later steps; None: nowhere
 
 

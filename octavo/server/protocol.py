@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 from octavo import sampling_params as limits
 from octavo.errors import InvalidValueError, UnsupportedParameterError
+from octavo.sampling_params import StructuredOutputsParams
 
 MAX_TEXT = 1 << 24  # characters; the body limit binds first
 MAX_PROMPT_TOKENS = 1 << 24
@@ -28,6 +29,8 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+GrammarText = Annotated[str, Field(min_length=1, max_length=limits.MAX_GRAMMAR)]
+JsonSchema = Annotated[dict[str, Any], Field(max_length=1024)]  # its size and nesting are bounded too
 Count = Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_LENGTH)]
 BiasKey = Annotated[str, Field(max_length=10, pattern=r"^(0|[1-9][0-9]{0,9})$")]  # one spelling a token
@@ -36,12 +39,8 @@ BiasValue = Annotated[float, Field(ge=-100, le=100)]
 UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "logits_processors": ([],),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
@@ -186,6 +185,51 @@ class StreamOptions(Strict):
         return self
 
 
+class JsonSchemaFormat(Strict):
+    """A JSON schema under a name. With or without `strict` the answer follows it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: JsonSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What the answer is: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidValueError("json_schema goes with type json_schema, and with no other", param="json_schema")
+        return self
+
+    def structure(self) -> StructuredOutputsParams | None:
+        """The same as the engine knows it."""
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.schema_, asked_as="response_format")
+        return StructuredOutputsParams(json_object=True, asked_as="response_format") if self.type != "text" else None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to say what the answer looks like: exactly one of these."""
+
+    refused = {"structural_tag": (), "disable_any_whitespace": (False,), "whitespace_pattern": ()}
+
+    json_: JsonSchema | GrammarText | None = Field(default=None, alias="json")
+    regex: GrammarText | None = None
+    choice: Annotated[list[Name], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: GrammarText | None = None
+    json_object: bool | None = None
+
+    def structure(self) -> StructuredOutputsParams:
+        """The same as the engine knows it. Raises InvalidValueError for none or several."""
+        given = self.model_dump(exclude_none=True)
+        return StructuredOutputsParams(**{name.rstrip("_"): value for name, value in given.items()})
+
+
 class GenerationRequest(Strict):
     """What chat and completions share. Null means: the default."""
 
@@ -206,6 +250,10 @@ class GenerationRequest(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[BiasKey, BiasValue], Field(max_length=limits.MAX_LOGIT_BIAS)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=limits.MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=limits.MAX_ALLOWED_IDS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool = True
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -241,6 +289,13 @@ class GenerationRequest(Strict):
     def continuous_usage(self) -> bool:
         """True when every chunk carries the usage so far."""
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the answer must look like. Raises InvalidValueError for what cannot be."""
+        formatted = self.response_format.structure() if self.response_format else None
+        if formatted and self.structured_outputs:
+            raise InvalidValueError("give response_format or structured_outputs, not both", param="response_format")
+        return self.structured_outputs.structure() if self.structured_outputs else formatted
 
     @model_validator(mode="after")
     def _stream_options_with_stream(self) -> GenerationRequest:

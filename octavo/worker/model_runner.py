@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
 
 from octavo.errors import StepError
 from octavo.runtime.base import Runtime, SamplerOutput
@@ -29,8 +32,9 @@ class ModelRunner:
         self._batch = build_batch(output.scheduled, self._rows)
         self._runtime.execute(self._batch.inputs)
 
-    def sample(self) -> Callable[[], ModelRunnerOutput]:
-        """Launches the rest of the step. What it returns, called in the order of the steps, waits for the result:
+    def sample(self, masks: Mapping[int, npt.NDArray[np.uint32]] | None = None) -> Callable[[], ModelRunnerOutput]:
+        """Launches the rest of the step; `masks` say what some rows may choose (SamplingInputs.masks). What it returns,
+        called in the order of the steps, waits for the result:
 
         one new token for every scheduled row that reached its last known or pending token.
         """
@@ -38,6 +42,8 @@ class ModelRunner:
         if batch is None:
             raise StepError("sample() without execute()")
         self._batch = None
+        if masks:
+            _set_masks(batch, masks)
         wait = self._runtime.sample_later(batch.sampling)
 
         def finish() -> ModelRunnerOutput:
@@ -48,6 +54,14 @@ class ModelRunner:
             return result
 
         return finish
+
+
+def _set_masks(batch: Batch, masks: Mapping[int, npt.NDArray[np.uint32]]) -> None:
+    sampling = batch.sampling
+    assert sampling.rows is not None
+    number_of = {row: number for number, row in enumerate(masks)}
+    sampling.mask_of = np.array([number_of.get(row, -1) for row in sampling.rows.tolist()], np.int32)
+    sampling.masks = np.stack(list(masks.values()))
 
 
 def _logprobs(batch: Batch, out: SamplerOutput) -> list[TokenLogprobs | None]:

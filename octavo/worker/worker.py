@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from octavo.config import EngineConfig
 from octavo.models.decoder import record
@@ -112,10 +115,10 @@ class Worker:
         assert self._runner is not None, "start() first"
         self._runner.execute(output)
 
-    def sample(self) -> Callable[[], ModelRunnerOutput]:
+    def sample(self, masks: Mapping[int, npt.NDArray[np.uint32]] | None = None) -> Callable[[], ModelRunnerOutput]:
         """Launches the rest of it; what this returns waits for the result."""
         assert self._runner is not None, "start() first"
-        return self._runner.sample()
+        return self._runner.sample(masks)
 
     def close(self) -> None:
         """Frees weights, KV and threads."""

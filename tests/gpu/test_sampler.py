@@ -34,7 +34,7 @@ def draw(device, logits, inputs, dtype=torch.float32, way="few", repeat=1):
     raw = torch.from_numpy(logits).to(device, dtype)
     raw = raw.repeat_interleave(repeat, 0) if repeat > 1 else raw
     draws = bool((inputs.temperature > 0).any())
-    is_plain = not len(inputs.bias_ids) and not len(inputs.seen_ids)
+    is_plain = not len(inputs.bias_ids) and not len(inputs.seen_ids) and inputs.masks is None
     sampler.launch(raw if is_plain else sampler.adjust(raw, inputs), rows_of(inputs, device), draws=draws)
     most = int(max(0, inputs.num_logprobs.max(initial=0)))
     tokens = sampler.tokens.cpu().numpy()
@@ -94,10 +94,13 @@ def test_bias_and_penalties_equal_the_reference(device):
         "seen_ids": np.array([best[1, 0], best[1, 1], 7, best[2, 5], 9], np.int32),
         "seen_counts": np.array([2, 0, 1, 3, 0], np.int32),
         "num_logprobs": np.array([3, -1, 0], np.int32),
+        "mask_of": np.array([1, -1, 0], np.int32),
+        "masks": np.full((2, -(-logits.shape[1] // 32)), 0xFFFFFFFF, np.uint32),
     }
+    changes["masks"][1, best[0, 1] // 32] ^= np.uint32(1 << best[0, 1] % 32)  # the second best of row 0, too
     expected, found = sample(logits, sampling(3, **changes)), draw(device, logits, sampling(3, **changes))
     assert found.token_ids.tolist() == expected.token_ids.tolist()
-    assert found.token_ids[0] != best[0, 0]
+    assert found.token_ids[0] == best[0, 2]
     assert found.token_ids[2] == best[2, 5]
     assert found.ranks.tolist() == expected.ranks.tolist()
     assert found.top_ids.tolist() == expected.top_ids.tolist()

@@ -121,6 +121,33 @@ def test_bias_and_penalties(runtime: NativeRuntime) -> None:
     assert (assert_same_tokens(runtime, **changes) != plain).any()
 
 
+def test_masks_bound_every_way_of_drawing(runtime: NativeRuntime) -> None:
+    """Every third row has none; one mask allows a single token, one the last there is, others a random half."""
+    random = np.random.default_rng(5)
+    words = -(-VOCAB // 32)
+    masks = random.integers(0, 1 << 32, (5, words), dtype=np.uint32)
+    masks[0] = 0
+    masks[0, 1] = 1 << 7
+    masks[1] = 0
+    masks[1, (VOCAB - 1) // 32] = 1 << ((VOCAB - 1) % 32)
+    masks[2, 2:] = 0xFFFFFFFF
+    mask_of = np.where(np.arange(ROWS) % 3 == 0, -1, np.arange(ROWS) % 5).astype(np.int32)
+    for temperature in (0.0, 1.5):
+        changes = {"temperature": full(temperature), "mask_of": mask_of, "masks": masks}
+        tokens = assert_same_tokens(runtime, **changes).reshape(-1, ROWS)
+        assert (tokens[:, mask_of == 0] == 39).all()
+        assert (tokens[:, mask_of == 1] == VOCAB - 1).all()
+        for row in np.flatnonzero(mask_of >= 0):
+            allowed = masks[mask_of[row], tokens[:, row] // 32] >> (tokens[:, row] % 32).astype(np.uint32) & 1
+            assert allowed.all()
+        free = assert_same_tokens(runtime, temperature=full(temperature)).reshape(-1, ROWS)
+        assert (tokens[:, mask_of < 0] == free[:, mask_of < 0]).all()
+    wanted = {"num_logprobs": full(3, np.int32), "mask_of": mask_of, "masks": masks}
+    found, _ = both(runtime, sampling(ROWS, **wanted))
+    raw, _ = both(runtime, sampling(ROWS, num_logprobs=full(3, np.int32)))
+    assert np.array_equal(found.top_ids, raw.top_ids), "log probabilities are of the raw distribution"
+
+
 def test_logprobs_and_ranks(runtime: NativeRuntime) -> None:
     wanted = (np.arange(ROWS, dtype=np.int32) % 7) - 1
     found, expected = both(runtime, sampling(ROWS, temperature=full(2.0), num_logprobs=wanted))

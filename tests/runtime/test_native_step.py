@@ -147,13 +147,16 @@ def test_wrong_array_types_and_shapes_are_refused() -> None:
         ("bias_start", {"bias_start": [1, 1], "bias_ids": [0], "bias_values": [1.0]}),
         ("seen_ids", {"seen_start": [0, 1], "seen_ids": [-1], "seen_counts": [1]}),
         ("seen_start", {"seen_start": [0, 2], "seen_ids": [1], "seen_counts": [1]}),
+        ("mask_of", {"mask_of": [1], "masks": [[0] * -(-VOCAB // 32)]}),
+        ("mask_of", {"mask_of": [-2], "masks": [[0] * -(-VOCAB // 32)]}),
     ],
 )
 def test_wrong_sampling_is_refused(field: str, changes: dict[str, list[float]]) -> None:
     steps = Steps()
     runtime = load(NativeRuntime(1), decoder_program(), steps=steps)
     runtime.execute(steps.inputs([Piece(0, 0, 5)], "last"))
-    arrays = {k: np.array(v, np.float32 if k.endswith("values") else np.int32) for k, v in changes.items()}
+    dtypes = {"bias_values": np.float32, "masks": np.uint32}
+    arrays = {k: np.array(v, dtypes.get(k, np.int32)) for k, v in changes.items()}
     with pytest.raises(NativeError, match=field):
         runtime.sample(sampling(1, **arrays))
     runtime.close()

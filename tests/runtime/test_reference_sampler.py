@@ -109,6 +109,20 @@ def test_bias_moves_and_bans() -> None:
     assert logits[0].tolist() == [3, 2, 1]
 
 
+def test_a_mask_allows_what_has_a_bit() -> None:
+    logits = np.arange(70, dtype=np.float32)[None].repeat(3, 0)
+    settings = inputs(3)
+    settings.mask_of = np.array([1, -1, 0], np.int32)
+    settings.masks = np.array([[1 << 5, 0, 1 << 2], [1 << 31 | 3, 0, 0]], np.uint32)
+    assert sample(logits, settings).token_ids.tolist() == [31, 69, 66]
+    settings.temperature[:] = 50.0
+    drawn = set()
+    for seed in range(60):
+        settings.seeds = np.full(3, seed, np.uint64)
+        drawn.add(int(sample(logits, settings).token_ids[0]))
+    assert drawn == {0, 1, 31}
+
+
 def penalised(logits: list[float], ids: list[int], counts: list[int], **changes: float) -> int:
     settings = inputs(1, seen_start=[0, len(ids)], seen_ids=ids, seen_counts=counts, **changes)
     return int(sample(np.array([logits], dtype=np.float32), settings).token_ids[0])

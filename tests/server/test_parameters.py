@@ -12,7 +12,7 @@ import pytest
 from fake_engine import EOS, FakeEngine
 from live_server import Server
 
-from octavo.sampling_params import RequestOutputKind
+from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.protocol import ChatRequest, CompletionRequest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
@@ -38,6 +38,21 @@ ENGINE_ROWS = [
     ("presence_penalty", 1.5, {"presence_penalty": 1.5}),
     ("frequency_penalty", -1.5, {"frequency_penalty": -1.5}),
     ("repetition_penalty", 1.25, {"repetition_penalty": 1.25}),
+    ("bad_words", ["no"], {"bad_words": ["no"], "has_rules": True}),
+    ("allowed_token_ids", [97, 98], {"allowed_token_ids": [97, 98], "has_rules": True}),
+    ("response_format", {"type": "json_object"}, {"structure": ("json_object", True)}),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
+        {"structure": ("json", {})},
+    ),
+    ("response_format", {"type": "text"}, {"structured_outputs": None}),
+    ("structured_outputs", {"json": {"type": "array"}}, {"structure": ("json", {"type": "array"})}),
+    ("structured_outputs", {"json": "{}"}, {"structure": ("json", "{}")}),
+    ("structured_outputs", {"regex": "a+"}, {"structure": ("regex", "a+")}),
+    ("structured_outputs", {"choice": ["a", "b"]}, {"structure": ("choice", ["a", "b"])}),
+    ("structured_outputs", {"grammar": "start: A"}, {"structure": ("grammar", "start: A")}),
+    ("structured_outputs", {"json_object": True}, {"structure": ("json_object", True)}),
     ("logit_bias", {"97": -100, "98": 5.5}, {"logit_bias": {97: -100, 98: 5.5}}),
     ("skip_special_tokens", False, {"skip_special_tokens": False}),
     ("stream", True, {"output_kind": RequestOutputKind.DELTA}),
@@ -72,6 +87,12 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+def told(params: SamplingParams, name: str) -> object:
+    if name == "structure":
+        return params.structured_outputs.chosen
+    return getattr(params, name)
+
+
 def post(server: Server, path: str, **body: object) -> dict:
     answer = server.http.post(path, json=body)
     assert answer.status_code == 200, answer.text
@@ -81,15 +102,13 @@ def post(server: Server, path: str, **body: object) -> dict:
 @pytest.mark.parametrize(("name", "value", "expected"), [*ENGINE_ROWS, *COMPLETION_ROWS])
 def test_completion_parameter_reaches_the_engine(server: Server, name: str, value: object, expected: dict) -> None:
     post(server, "/v1/completions", **{**COMPLETION, name: value})
-    params = server.engine.seen[-1].params
-    assert {key: getattr(params, key) for key in expected} == expected
+    assert {key: told(server.engine.seen[-1].params, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), [*ENGINE_ROWS, *CHAT_ROWS])
 def test_chat_parameter_reaches_the_engine(server: Server, name: str, value: object, expected: dict) -> None:
     post(server, "/v1/chat/completions", **{**CHAT, name: value})
-    params = server.engine.seen[-1].params
-    assert {key: getattr(params, key) for key in expected} == expected
+    assert {key: told(server.engine.seen[-1].params, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(("name", "value", "_"), [row for row in ENGINE_ROWS if row[0] not in ("n", "stream")])
@@ -98,7 +117,10 @@ def test_one_parameter_changes_nothing_else(server: Server, name: str, value: ob
     plain = vars(server.engine.seen[-1].params).copy()
     post(server, "/v1/completions", **{**COMPLETION, name: value})
     changed = vars(server.engine.seen[-1].params)
-    assert {key for key in plain if plain[key] != changed[key]} <= {name, "stops"}
+    assert {key for key in plain if plain[key] != changed[key]} <= {
+        "structured_outputs" if name == "response_format" else name,
+        "stops",
+    }
 
 
 @pytest.mark.parametrize(("name", "value", "text"), TEXT_ROWS)

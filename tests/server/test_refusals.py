@@ -14,12 +14,8 @@ PATHS = {"/v1/chat/completions": (CHAT, ChatRequest), "/v1/completions": (COMPLE
 REFUSED = {
     "use_beam_search": True,
     "length_penalty": 0.5,
-    "bad_words": ["no"],
-    "allowed_token_ids": [1],
     "prompt_logprobs": 0,
     "spaces_between_special_tokens": False,
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
     "logits_processors": ["x"],
     "kv_transfer_params": {},
     "vllm_xargs": {"a": 1},

@@ -45,7 +45,7 @@ class KnownCosts:
     def execute(self, output: SchedulerOutput) -> None:
         self._output = output
 
-    def sample(self) -> Future[ModelRunnerOutput]:
+    def sample(self, masks: object = None) -> Future[ModelRunnerOutput]:
         rows = self._output.scheduled
         ends = [row.start + row.num_tokens for row in rows]
         long = [(row.num_tokens, end) for row, end in zip(rows, ends, strict=True) if row.num_tokens > 1]

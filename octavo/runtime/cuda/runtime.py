@@ -358,8 +358,8 @@ def _queries_per_tile(program: Program, dtype: torch.dtype) -> int:
 
 
 def _ending(sampling: SamplingInputs) -> str:
-    """How a step ends: biases and penalties are not captured."""
-    if len(sampling.bias_ids) or len(sampling.seen_ids):
+    """How a step ends: biases, masks and penalties are not captured."""
+    if len(sampling.bias_ids) or len(sampling.seen_ids) or sampling.masks is not None:
         return LOGITS
     return DRAWS if (sampling.temperature > 0).any() else GREEDY
 

@@ -112,13 +112,20 @@ class Sampler:
         )  # fmt: skip
 
     def adjust(self, logits: torch.Tensor, sampling: SamplingInputs) -> torch.Tensor:
-        """Biases and penalties, on a float32 copy."""
+        """Biases, masks and penalties, on a float32 copy."""
         num_rows = len(logits)
         adjusted = self._adjusted
         kernels.adjust[(num_rows, self._num_chunks)](logits, adjusted, self._vocab, CHUNK=self._chunk)
         if len(sampling.bias_ids):
             biases = (sampling.bias_start, sampling.bias_ids, sampling.bias_values)
             kernels.bias[(num_rows,)](adjusted, *map(self._upload, biases), self._vocab, BLOCK=128)
+        if sampling.masks is not None and sampling.mask_of is not None:
+            masked = np.flatnonzero(sampling.mask_of >= 0)
+            words = self._upload(sampling.masks[sampling.mask_of[masked]].view(np.int32))  # [rows, words]
+            bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
+            banned = bits.reshape(len(masked), -1)[:, : self._vocab] == 0
+            rows = self._upload(masked)
+            adjusted[rows] = adjusted[rows].masked_fill_(banned, -torch.inf)
         if len(sampling.seen_ids):
             seen = (
                 *(sampling.seen_start, sampling.seen_ids, sampling.seen_counts),

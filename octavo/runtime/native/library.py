@@ -86,8 +86,9 @@ class StepTable(ctypes.Structure):
         *((name, c_int64) for name in ("num_tokens", "num_requests", "num_logits", "max_blocks", "max_logprobs")),
         *((name, c_void_p) for name in STEP_ARRAYS),
         *((name, c_void_p) for name in SAMPLING_ARRAYS),
-        ("num_bias", c_int64),
-        ("num_seen", c_int64),
+        ("mask_of", c_void_p),
+        ("masks", c_void_p),
+        *((name, c_int64) for name in ("num_bias", "num_seen", "num_masks")),
         *((f"out_{name}", c_void_p) for name in OUTPUT_ARRAYS),
         ("out_times", c_void_p),
     ]

@@ -257,6 +257,13 @@ class NativeRuntime:
         for name, shape in shapes.items():
             self._place(step, name, getattr(sampling, _SAMPLING_FIELDS[name]), _SAMPLING_DTYPES[name], shape)
         step.num_bias, step.num_seen = num_bias, num_seen
+        step.mask_of = step.masks = None
+        if sampling.mask_of is not None and sampling.masks is not None:
+            assert self._program is not None
+            num_masks, width = len(sampling.masks), -(-self._program.logits.width // 32)
+            step.mask_of = _checked("mask_of", sampling.mask_of, np.int32, (num_logits,))
+            step.masks = _checked("masks", sampling.masks, np.uint32, (num_masks, width))
+            step.num_masks = num_masks
 
     def _place(
         self, step: lib.StepTable, name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 The stages, in this order, each skipped where it is off:
 
-1. bias           logits[id] += value; -inf bans
+1. bias           logits[id] += value; -inf bans; then -inf where the row's mask has no bit
 2. penalties      repetition on every id seen (prompt and output): l / r where l > 0, else l * r (Keskar et al. 2019);
                   then l -= frequency * count and l -= presence where count > 0, count over generated tokens only
 3. temperature 0  the largest logit wins, the lowest id among equals; nothing below applies
@@ -61,6 +61,10 @@ def _adjusted(raw: Float32, sampling: SamplingInputs, row: int) -> Float32:
     logits = raw.copy()
     biased = slice(sampling.bias_start[row], sampling.bias_start[row + 1])
     np.add.at(logits, sampling.bias_ids[biased], sampling.bias_values[biased])
+
+    if sampling.masks is not None and sampling.mask_of is not None and sampling.mask_of[row] >= 0:
+        bits = np.unpackbits(sampling.masks[sampling.mask_of[row]].view(np.uint8), bitorder="little")
+        logits[bits[: len(logits)] == 0] = -np.inf
 
     seen = slice(sampling.seen_start[row], sampling.seen_start[row + 1])
     ids, counts = sampling.seen_ids[seen], sampling.seen_counts[seen]

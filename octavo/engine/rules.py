@@ -1,0 +1,200 @@
+"""What a Request may sample next: a grammar, a list of allowed tokens, words that must not be completed.
+
+Each rule gives a mask, one bit per token of the vocabulary; a Request's mask is the AND of its rules'. The masks of a
+step are made after it was launched, so on a device they cost nothing while it runs. A Request with a grammar or bad
+words needs its last token on the host first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import InvalidValueError, StepError
+from octavo.messages import AddRequest, RequestDelta
+from octavo.step import SchedulerOutput
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from octavo.text.tokenizer import Tokenizer
+
+Mask = npt.NDArray[np.uint32]  # [ceil(vocab / 32)]: bit i of word w allows token 32 w + i
+MAX_MATCHERS = 64  # built grammars that are kept
+
+
+class Rules:
+    """The rules of one Request. `take` hears every token it got."""
+
+    def __init__(
+        self, vocab_size: int, *, matcher: LLMatcher | None, allowed: Sequence[int] | None, bad: list[list[int]]
+    ) -> None:
+        self._matcher = matcher
+        self._bad = bad
+        self._longest = max(map(len, bad), default=1) - 1  # tokens before the one that completes a word
+        self._tail: list[int] = []
+        self._static = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
+        if allowed is not None:
+            self._static[:] = 0
+            for token in allowed:
+                self._static[token >> 5] |= np.uint32(1 << (token & 31))
+
+    def mask(self) -> Mask:
+        """What the next token may be.
+
+        Raises StepError when the grammar ran into one of its limits.
+        """
+        if self._matcher is None:
+            mask = self._static.copy()
+        else:
+            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32) & self._static
+            if self._matcher.is_error():
+                raise StepError(f"the grammar became too complex: {self._matcher.get_error():.200}")
+        for word in self._bad:
+            if len(word) == 1 or self._tail[-(len(word) - 1) :] == word[:-1]:
+                mask[word[-1] >> 5] &= ~np.uint32(1 << (word[-1] & 31))
+        return mask
+
+    def take(self, tokens: list[int]) -> None:
+        """The Request got these tokens. Raises StepError for one that the grammar does not allow."""
+        if self._longest:
+            self._tail = (self._tail + tokens)[-self._longest :]
+        if self._matcher is not None and not self._matcher.consume_tokens(tokens):
+            raise StepError(f"the grammar refused what it allowed: {self._matcher.get_error():.200}")
+
+
+class RuleBook:
+    """The rules of all live Requests. Grammars are built in a thread, because the first of a kind takes a while.
+
+    Args:
+        vocab_size: of the model's logits.
+        eos_ids: what the model ends with; a grammar that is complete allows nothing else.
+        tokenizer: called once, when the first grammar comes.
+    """
+
+    def __init__(self, vocab_size: int, eos_ids: Iterable[int], tokenizer: Callable[[], Tokenizer | None]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_ids = list(eos_ids)
+        self._load = tokenizer
+        self._tokenizer: LLTokenizer | None = None
+        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._thread: ThreadPoolExecutor | None = None
+        self._rules: dict[str, Rules] = {}
+        self._opening: dict[str, tuple[AddRequest, Future[Rules]]] = {}
+        self._failed: list[tuple[str, str]] = []
+
+    @property
+    def is_opening(self) -> bool:
+        """True while rules are being made."""
+        return bool(self._opening)
+
+    def open(self, message: AddRequest) -> None:
+        """Begins to make the rules of a request; `opened` hands it back."""
+        self._thread = self._thread or ThreadPoolExecutor(1, "rules")
+        self._opening[message.request_id] = (message, self._thread.submit(self._make, message))
+
+    def opened(self) -> Iterator[tuple[AddRequest, str | None]]:
+        """Requests whose rules are made since the last call, or why they could not be."""
+        for request_id, (message, future) in list(self._opening.items()):
+            if future.done():
+                del self._opening[request_id]
+                try:
+                    self._rules[request_id] = future.result()
+                except Exception as error:  # of this request, and of no other
+                    yield message, str(error)
+                else:
+                    yield message, None
+
+    def forget(self, request_id: str) -> bool:
+        """A Request has ended; True if its rules were still being made."""
+        self._rules.pop(request_id, None)
+        return self._opening.pop(request_id, None) is not None
+
+    def masks(self, output: SchedulerOutput) -> dict[int, Mask]:
+        """By row, what the sampling Requests of a step may choose; those without rules are not in it."""
+        masks: dict[int, Mask] = {}
+        for item in output.scheduled if self._rules else ():
+            rules = self._rules.get(item.request_id) if item.samples else None
+            if rules is not None:
+                try:
+                    masks[item.row] = rules.mask()
+                except Exception as error:
+                    self._failed.append((item.request_id, str(error)))
+        return masks
+
+    def take(self, deltas: Iterable[RequestDelta]) -> list[tuple[str, str]]:
+        """Hears what a step brought; returns the Requests that cannot go on, and why."""
+        for delta in deltas if self._rules else ():
+            rules = self._rules.get(delta.request_id)
+            if rules is not None and delta.finish_reason is None:
+                try:
+                    rules.take(delta.token_ids)
+                except Exception as error:
+                    self._failed.append((delta.request_id, str(error)))
+        failed, self._failed = self._failed, []
+        return failed
+
+    def forget_finished(self, deltas: Iterable[RequestDelta]) -> None:
+        """Forgets the Requests that these deltas end."""
+        for delta in deltas if self._rules else ():
+            if delta.finish_reason is not None:
+                self.forget(delta.request_id)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, asked: AddRequest) -> Rules:
+        matcher = self._matcher(asked.grammar) if asked.grammar is not None else None
+        allowed = asked.params.allowed_token_ids
+        rules = Rules(self._vocab_size, matcher=matcher, allowed=allowed, bad=asked.bad_ids)
+        rules.take(asked.output_token_ids)
+        return rules
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        first = self._matchers.get(grammar)
+        if first is None:
+            self._tokenizer = self._tokenizer or self._make_tokenizer()
+            first = LLMatcher(self._tokenizer, grammar, log_level=0)
+            if first.is_error():
+                raise InvalidValueError(f"no grammar can be built: {first.get_error():.500}")
+            self._matchers[grammar] = first
+            if len(self._matchers) > MAX_MATCHERS:
+                self._matchers.popitem(last=False)
+        self._matchers.move_to_end(grammar)
+        return first.deep_copy()
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        tokenizer = self._load()
+        if tokenizer is None or not self._eos_ids:
+            raise InvalidValueError("structured output needs a tokenizer and an end-of-sequence token")
+        words: Any = _Words(tokenizer, self._vocab_size, self._eos_ids[0])
+        return LLTokenizer(words, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+
+
+class _Words:
+    """A vocabulary as llguidance asks for it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        num_tokens = min(tokenizer.vocab_size, vocab_size)
+        self.eos_token_id = eos_token_id
+        self.tokens = [tokenizer.token_bytes(token) for token in range(num_tokens)]
+        self.special_token_ids = sorted(token for token in tokenizer.special_ids if token < num_tokens)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        return self._tokenizer.encode(text, add_special_tokens=False)

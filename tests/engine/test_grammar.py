@@ -1,0 +1,110 @@
+"""Grammars of strangers are built in a process that can be killed, within limits, and refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from octavo.engine import grammar
+from octavo.engine.grammar import GrammarCompiler, compile_here
+from octavo.errors import InvalidValueError
+from octavo.sampling_params import MAX_GRAMMAR, MAX_NESTING, SamplingParams, StructuredOutputsParams
+
+pytest.importorskip("llguidance")
+
+
+def with_compiler(use):
+    async def body():
+        compiler = GrammarCompiler()
+        try:
+            return await use(compiler)
+        finally:
+            await compiler.close()
+
+    return asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_both_ways_give_the_same_and_the_process_is_kept() -> None:
+    asked = [
+        StructuredOutputsParams(json={"type": "object", "properties": {"a": {"type": "number"}}}),
+        StructuredOutputsParams(json='{"type": "array"}'),
+        StructuredOutputsParams(json_object=True),
+        StructuredOutputsParams(regex="[a-z]{2}"),
+        StructuredOutputsParams(choice=["a", 'b"', "\n"]),
+        StructuredOutputsParams(grammar='start: "a" | "b"'),
+        StructuredOutputsParams(grammar='root ::= "a" root | "b"'),
+    ]
+
+    async def use(compiler):
+        built = [await compiler.compile(one) for one in asked]
+        pid = compiler._process.pid
+        assert [await compiler.compile(one) for one in asked] == built
+        assert compiler._process.pid == pid
+        return built
+
+    assert with_compiler(use) == [compile_here(one) for one in asked]
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [
+        ({"regex": "(a"}, "regex"),
+        ({"grammar": "start: nothing_here"}, "grammar"),
+        ({"json": {"type": "sometimes"}}, "json"),
+        ({"json": "{"}, "json"),
+        ({"json": {"$ref": "http://example.org/schema"}}, "json"),
+        ({"json": {"$ref": "file:///etc/passwd"}}, "json"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_and_the_next_one_is_built(spec: dict, word: str) -> None:
+    async def use(compiler):
+        with pytest.raises(InvalidValueError, match=f"^{word}: no grammar can be built") as caught:
+            await compiler.compile(StructuredOutputsParams(**spec, asked_as="response_format"))
+        assert caught.value.param == "response_format"
+        assert await compiler.compile(StructuredOutputsParams(regex="a"))
+
+    with_compiler(use)
+
+
+def test_what_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(compiler):
+        assert await compiler.compile(StructuredOutputsParams(regex="a"))
+        compiler._process.send_signal(19)  # SIGSTOP: it will never answer
+        monkeypatch.setattr(grammar, "MAX_SECONDS", 0.3)
+        began = time.monotonic()
+        with pytest.raises(InvalidValueError, match=r"longer than 0\.3 s"):
+            await compiler.compile(StructuredOutputsParams(regex="b"))
+        assert time.monotonic() - began < 3
+        monkeypatch.setattr(grammar, "MAX_SECONDS", 20)
+        assert await compiler.compile(StructuredOutputsParams(regex="b"))
+        compiler._process.kill()
+        with pytest.raises(InvalidValueError, match="too large"):
+            await compiler.compile(StructuredOutputsParams(regex="c"))
+        assert await compiler.compile(StructuredOutputsParams(regex="c"))
+
+    with_compiler(use)
+
+
+def nested(levels: int) -> dict:
+    schema: dict = {"type": "string"}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+def test_limits_are_checked_before_anything_is_built() -> None:
+    StructuredOutputsParams(json=nested(MAX_NESTING - 1))
+    for spec in ({"json": nested(MAX_NESTING)}, {"json": nested(5000)}, {"regex": "a" * (MAX_GRAMMAR + 1)}):
+        with pytest.raises(InvalidValueError, match=r"characters and 32 levels"):
+            StructuredOutputsParams(**spec)
+    for spec in ({}, {"regex": "a", "choice": ["b"]}, {"json_object": False}):
+        with pytest.raises(InvalidValueError, match="exactly one"):
+            StructuredOutputsParams(**spec)
+    for choice in ([""], [5]):
+        with pytest.raises(InvalidValueError, match="list of strings"):
+            StructuredOutputsParams(choice=choice)
+    for clash in ({"ignore_eos": True}, {"min_tokens": 2}):
+        with pytest.raises(InvalidValueError, match="does not go with"):
+            SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"), **clash)
