@@ -24,6 +24,7 @@ from octavo.cli.help import Verb
 from octavo.cli.terminal import console, process_age, say, say_table
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -86,6 +87,13 @@ class HttpFlags:
     sse_ping_interval: Annotated[
         int, Option(help="Seconds of silence in a stream after which a comment is sent; 0: never.", metavar="N", min=0)
     ] = 15
+    tool_call_parser: Annotated[
+        str | None,
+        Option(help="How the model writes tool calls.", metavar="hermes|qwen|llama3_json|mistral|pythonic"),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None, Option(help="How the model writes what it thinks.", metavar="qwen3|deepseek_r1")
+    ] = None
     metrics_compat: Annotated[str, Option(help="vllm repeats every metric under vllm:.", metavar="octavo|vllm")] = (
         "octavo"
     )
@@ -93,6 +101,10 @@ class HttpFlags:
     def __post_init__(self) -> None:
         if self.metrics_compat not in ("octavo", "vllm"):
             raise ConfigError(f"--metrics-compat must be octavo or vllm, not {self.metrics_compat!r}")
+        if self.tool_call_parser not in (None, *TOOL_PARSERS):
+            raise ConfigError(f"--tool-call-parser must be one of {', '.join(TOOL_PARSERS)}")
+        if self.reasoning_parser not in (None, *REASONING_PARSERS):
+            raise ConfigError(f"--reasoning-parser must be one of {', '.join(REASONING_PARSERS)}")
 
 
 @dataclass(frozen=True)
@@ -245,6 +257,8 @@ async def _serve(
             keyring=access.keyring,
             allowed_origins=access.allowed_origins or (),
             ping_seconds=http.sse_ping_interval,
+            tool_form=TOOL_PARSERS[http.tool_call_parser] if http.tool_call_parser else None,
+            reasoning_parser=http.reasoning_parser,
         )
         await loop_module.run_server(
             app, host=http.host, port=http.port, ready=ready, drain_seconds=http.shutdown_timeout, tls=access.tls

@@ -23,6 +23,7 @@ from octavo.server.door import MAX_BODY_BYTES, Door, Gate
 from octavo.server.front import PING_SECONDS, Caller, Front
 from octavo.server.keys import Keyring
 from octavo.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.tools import Form
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -51,6 +52,8 @@ def create_app(
     keyring: Keyring | None = None,
     allowed_origins: Sequence[str] = (),
     ping_seconds: float = PING_SECONDS,
+    tool_form: Form | None = None,
+    reasoning_parser: str | None = None,
 ) -> FastAPI:
     """The ASGI application for an engine. The first served name is the one answers carry by default.
 
@@ -61,6 +64,8 @@ def create_app(
         keyring: who may ask; everybody by default.
         allowed_origins: web pages ("https://example.org", or "*") whose scripts may ask; none by default.
         ping_seconds: silence in a stream after which a comment is sent, so that nobody takes it for dead.
+        tool_form: how the model writes tool calls, where no grammar makes it.
+        reasoning_parser: how it writes what it thinks, one of REASONING_PARSERS; None: it does not.
     """
     app = FastAPI(title="Octavo", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, keyring=keyring or Keyring(), max_body_bytes=max_body_bytes)
@@ -74,7 +79,7 @@ def create_app(
         )
     app.add_middleware(Door, metrics=engine.metrics, max_body_bytes=max_body_bytes)  # outermost
     errors.install(app)
-    front = app.state.front = Front(engine, served_model_names, ping_seconds)
+    front = app.state.front = Front(engine, served_model_names, ping_seconds, tool_form, reasoning_parser)
     _add_generation(app, front)
     _add_text(app, front)
     _add_information(app, front)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from octavo.errors import InvalidValueError
 from octavo.outputs import CompletionOutput
+from octavo.sampling_params import StructuredOutputsParams
 from octavo.server.answer import Answer
 from octavo.server.chunks import ChunkWriter
 from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
 from octavo.server.logprobs import LogprobsWriter
-from octavo.server.protocol import ChatRequest
+from octavo.server.protocol import ChatRequest, NamedTool
+from octavo.server.tools import REQUIRED, Calls, Form, Message, Reasoning, whole_message
 
 
 class Chat(Generation):
@@ -22,8 +26,10 @@ class Chat(Generation):
 
     def choice(self, number: int, output: CompletionOutput) -> dict[str, Any]:
         """The assistant's message."""
-        choice: dict[str, Any] = {"message": {"role": "assistant", "content": output.text, "refusal": None}}
-        return choice
+        if self.messages is None:
+            return {"message": {"role": "assistant", "content": output.text, "refusal": None}}
+        message = self.messages[number * self.n + output.index]
+        return {"message": whole_message(message.feed(output.text, last=True))}
 
     def opening(self, writer: ChunkWriter, number: int) -> list[bytes]:
         """Every choice begins with its role."""
@@ -48,4 +54,70 @@ async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
     max_tokens = front.max_tokens(len(ids), asked, default=None, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
-    return Chat(front, caller, body, [ids], params, f"chatcmpl-{body.request_id or caller.request_id}").answer()
+    form = _form(front, body)
+    if (structure := _forced(body)) is not None:
+        params = replace(params, structured_outputs=structure)
+    if form and form.needs_special_tokens:
+        params = replace(params, skip_special_tokens=False)
+    job = Chat(front, caller, body, [ids], params, f"chatcmpl-{body.request_id or caller.request_id}")
+    if form or front.reasoning_parser:
+        opened, shown = front.reasoning_parser == "deepseek_r1", body.include_reasoning
+        job.messages = [
+            Message(
+                Reasoning(opened=opened, shown=shown) if front.reasoning_parser and structure is None else None,
+                Calls(form) if form else None,
+                single=body.parallel_tool_calls is False,
+            )
+            for _ in range(job.num_choices)
+        ]
+        job.is_named = isinstance(body.tool_choice, NamedTool)
+    return job.answer()
+
+
+def _form(front: Front, body: ChatRequest) -> Form | None:
+    """How calls will be written: as the grammar says where one must be made, else as the model was taught."""
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        return Form(lambda text: [(name, text.strip())], openings=("{",))
+    if body.tool_choice == "required":
+        return REQUIRED
+    if not body.tools or body.tool_choice == "none":
+        return None
+    if front.tool_form is None:
+        raise InvalidValueError(
+            "this server does not know how the model writes calls: start it with --tool-call-parser, or send "
+            "tool_choice required or none",
+            param="tools",
+        )
+    return front.tool_form
+
+
+def _forced(body: ChatRequest) -> StructuredOutputsParams | None:
+    """What the answer must look like when a call must be made: the arguments of the named function, or a list of calls.
+
+    Raises InvalidValueError beside another structure.
+    """
+    schemas = {tool.function.name: dict(tool.function.parameters or {"type": "object"}) for tool in body.tools or ()}
+    if isinstance(body.tool_choice, NamedTool):
+        schema = schemas[body.tool_choice.function.name]
+    elif body.tool_choice == "required":
+        definitions: dict[str, Any] = {}
+        for own in schemas.values():
+            definitions |= own.pop("$defs", {})
+        calls = [_call_schema(name, own) for name, own in schemas.items()]
+        schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
+        if body.parallel_tool_calls is False:
+            schema["maxItems"] = 1
+    else:
+        return None
+    if body.structure() is not None:
+        raise InvalidValueError(
+            "a call that must be made and another structure exclude each other", param="tool_choice"
+        )
+    return StructuredOutputsParams(json=schema, asked_as="tools")
+
+
+def _call_schema(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    properties = {"name": {"const": name}, "parameters": parameters}
+    required = ["name", "parameters"]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}

@@ -5,7 +5,9 @@ SamplingParams. What is wrong with a request is refused here, with the limit in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import json
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.server.errors import Failure, Refused, unavailable
 from octavo.server.keys import Key
 from octavo.server.protocol import ChatRequest, GenerationRequest, TokenizeRequest
+from octavo.server.tools import Form
 from octavo.text.chat import cut_after_last_message, missing_template, plain_message
 from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
 
@@ -51,6 +54,8 @@ class Front:
     engine: AsyncEngine
     model_names: list[str]
     ping_seconds: float = PING_SECONDS
+    tool_form: Form | None = None  # how the model writes calls
+    reasoning_parser: str | None = None
     draining: bool = False  # running answers end, new ones are refused
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -134,7 +139,7 @@ class Front:
 
     async def render(self, body: ChatRequest | TokenizeRequest) -> str:
         """The messages of `body` as one prompt, through the model's chat template."""
-        messages = [plain_message(message.model_dump(exclude_none=True)) for message in body.messages or ()]
+        messages = [_template_message(message.model_dump(exclude_none=True)) for message in body.messages or ()]
         if sum(len(message["content"]) for message in messages) < LONG_TEXT:
             return self._render(messages, body)
         return await asyncio.to_thread(self._render, messages, body)
@@ -149,7 +154,10 @@ class Front:
         for name in kwargs:
             if name in RESERVED_KWARGS or name.endswith("_token"):
                 raise InvalidValueError(f"{name} cannot be set here", param="chat_template_kwargs")
-        text = template.render(messages, add_generation_prompt=body.add_generation_prompt, **kwargs)
+        tools = None
+        if isinstance(body, ChatRequest) and body.tools and body.tool_choice != "none":
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+        text = template.render(messages, tools=tools, add_generation_prompt=body.add_generation_prompt, **kwargs)
         return cut_after_last_message(text, messages) if body.continue_final_message else text
 
     def check_ids(self, ids: list[int], param: str) -> None:
@@ -222,3 +230,11 @@ class Front:
         )
         params.check_vocabulary(engine.spec.vocab_size)
         return params
+
+
+def _template_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as templates know it: the arguments of calls are mappings, not JSON."""
+    for call in message.get("tool_calls", ()):
+        with contextlib.suppress(ValueError):  # a model may have written what is no JSON: shown as it is
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return plain_message(message)

@@ -18,6 +18,7 @@ from octavo.server.chunks import ChunkWriter, Timing, Usage, encode
 from octavo.server.front import Caller, Front
 from octavo.server.logprobs import LogprobsWriter
 from octavo.server.protocol import GenerationRequest
+from octavo.server.tools import Message
 
 
 class Generation(ABC):
@@ -49,6 +50,8 @@ class Generation(ABC):
         self.n = body.n or 1
         self.num_choices = len(prompts) * self.n
         self.timing = Timing()
+        self.messages: list[Message] | None = None  # by choice, where text is not all there is
+        self.is_named = False  # a function that must be called
         self.usage = Usage()
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
         self._logprobs: list[LogprobsWriter] | None = None
@@ -127,12 +130,14 @@ class Generation(ABC):
                 for answer in output.outputs:
                     usage.completion_tokens += len(answer.token_ids)
                     index = number * self.n + answer.index
-                    if tells_tokens and answer.token_ids:
+                    if self.messages is not None:
+                        parts += self._message_parts(writer, index, answer)
+                    elif tells_tokens and answer.token_ids:
                         parts.append(writer.choice(index, answer.text, **self._token_fields(index, answer)))
                     elif answer.text:
                         parts.append(writer.text(index, answer.text))
                     if answer.finish_reason is not None:
-                        parts.append(writer.choice(index, "", **_ending(answer)))
+                        parts.append(writer.choice(index, "", **self._ending(index, answer)))
                 if output.finished:
                     self.timing.add(output)
                 if parts:
@@ -141,8 +146,27 @@ class Generation(ABC):
 
     def _finished(self, number: int, answer: CompletionOutput) -> dict[str, Any]:
         index = number * self.n + answer.index
-        fields = {"logprobs": None, **self._token_fields(index, answer), **_ending(answer)}
-        return {"index": index, **self.choice(number, answer), **fields}
+        choice = self.choice(number, answer)
+        fields = {"logprobs": None, **self._token_fields(index, answer), **self._ending(index, answer)}
+        return {"index": index, **choice, **fields}
+
+    def _message_parts(self, writer: ChunkWriter, index: int, answer: CompletionOutput) -> list[bytes]:
+        """The chunks of some more text of a message that may hold thoughts and calls."""
+        assert self.messages is not None
+        deltas = self.messages[index].feed(answer.text, last=answer.finish_reason is not None)
+        fields = {"logprobs": None, **(self._token_fields(index, answer) if answer.token_ids else {})}
+        if not deltas and fields.keys() == {"logprobs"} and fields["logprobs"] is None:
+            return []
+        first, *others = deltas or [{}]
+        chunks = [{"index": index, "delta": first, "finish_reason": None, **fields}]
+        chunks += [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in others]
+        return [writer.chunk(chunk) for chunk in chunks]
+
+    def _ending(self, index: int, answer: CompletionOutput) -> dict[str, Any]:
+        reason = answer.finish_reason
+        if reason == "stop" and not self.is_named and self.messages and self.messages[index].num_calls:
+            reason = "tool_calls"
+        return {"finish_reason": reason, "stop_reason": answer.stop_reason}
 
     def _token_fields(self, index: int, answer: CompletionOutput) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -151,7 +175,3 @@ class Generation(ABC):
         if self.body.return_token_ids:
             fields["token_ids"] = answer.token_ids
         return fields
-
-
-def _ending(answer: CompletionOutput) -> dict[str, Any]:
-    return {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}

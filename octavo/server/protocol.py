@@ -23,12 +23,14 @@ MAX_CHOICES = 1024  # prompts x n of one request
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_TEMPLATE_KWARGS = 32
+MAX_TOOLS = 128
 REQUEST_ID = r"^[A-Za-z0-9._-]{1,128}$"
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", max_length=64)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=limits.MAX_GRAMMAR)]
 JsonSchema = Annotated[dict[str, Any], Field(max_length=1024)]  # its size and nesting are bounded too
 Count = Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)]
@@ -46,16 +48,12 @@ UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
     "vllm_xargs": ({},),
 }
 UNBUILT_CHAT: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),  # without tools it says nothing
     "functions": ([],),
     "function_call": ("none", "auto"),
     "best_of": (1,),
     "echo": (False,),
     "modalities": (["text"],),
     "reasoning_effort": (),
-    "include_reasoning": (True,),
     "verbosity": ("medium",),
     "documents": ([],),
     "chat_template": (),  # a template is code: it comes with the model or from the operator
@@ -147,21 +145,67 @@ TemplateValue = Annotated[
 TemplateKwargs = Annotated[dict[Name, TemplateValue], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: Annotated[str, Field(max_length=1 << 16)] | None = None
+    parameters: JsonSchema | None = None
+    strict: bool | None = None  # named and required calls always follow the schema
+
+
+class Tool(Strict):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionReference(Strict):
+    """A function by its name."""
+
+    name: FunctionName
+
+
+class NamedTool(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionReference
+
+
+class FunctionCall(Strict):
+    """A call that the model made before."""
+
+    name: FunctionName
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """The same under its id."""
+
+    id: Name | None = None
+    type: Literal["function"]
+    function: FunctionCall
+    index: Annotated[int, Field(ge=0, le=MAX_TOOLS)] | None = None
+
+
 class Message(Strict):
     """One turn of a chat. "developer" is OpenAI's newer word for "system"."""
 
     refused = {
-        "tool_calls": ([],),
-        "tool_call_id": (),
         "function_call": (),
         "audio": (),
         "refusal": (),
         "annotations": ([],),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Name | None = None
+    reasoning_content: Text | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -304,6 +348,12 @@ class GenerationRequest(Strict):
         return self
 
 
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedTool, Tag("<object>")],
+    Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>"),
+]
+
+
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -313,6 +363,10 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None  # default: auto with tools, none without
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False  # a template writes its own
@@ -330,7 +384,20 @@ class ChatRequest(GenerationRequest):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidValueError("max_tokens and max_completion_tokens differ: give one", param="max_tokens")
         check_continuation(self)
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        names = {tool.function.name for tool in self.tools or ()}
+        if len(names) < len(self.tools or ()):
+            raise InvalidValueError("two tools have the same name", param="tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise InvalidValueError(
+                f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools",
+                param="tool_choice",
+            )
+        if self.tool_choice == "required" and not names:
+            raise InvalidValueError("tool_choice required needs tools", param="tool_choice")
 
 
 class CompletionRequest(GenerationRequest):

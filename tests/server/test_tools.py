@@ -1,0 +1,213 @@
+"""Tool calls and thoughts in what models write, however it is cut into pieces; and what the API makes of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_engine import FakeEngine
+from inside import Inside
+
+from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS, Calls, Message, Reasoning, whole_message
+
+ONE = [("weather", {"city": "Zürich", "days": 2})]
+TWO = [*ONE, ("time", {})]
+ZURICH = '{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}'
+PARAMETERS = '{"name": "weather", "parameters": {"city": "Zürich", "days": 2}}'
+WRITTEN = [
+    ("hermes", f"<tool_call>\n{ZURICH}\n</tool_call>", "", ONE),
+    (
+        "qwen",
+        f'Let me see.\n<tool_call>{ZURICH}</tool_call>\n<tool_call>{{"name": "time"}}</tool_call>',
+        "Let me see.\n",
+        TWO,
+    ),
+    ("hermes", f"<tool_call>{ZURICH}", "", ONE),
+    ("hermes", "a < b and <tool> and <tool_cal", "a < b and <tool> and <tool_cal", []),
+    ("hermes", "<tool_call>no JSON</tool_call> so", "<tool_call>no JSON</tool_call> so", []),
+    ("hermes", '<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
+    ("llama3_json", PARAMETERS, "", ONE),
+    ("llama3_json", f'<|python_tag|>{PARAMETERS}; {{"name": "time", "parameters": {{}}}}', "", TWO),
+    ("llama3_json", "\n " + PARAMETERS, "", ONE),
+    ("llama3_json", "{not a call}", "{not a call}", []),
+    ("llama3_json", "It is {x}.", "It is {x}.", []),
+    ("mistral", f'[TOOL_CALLS][{ZURICH}, {{"name": "time", "arguments": {{}}}}]', "", TWO),
+    ("mistral", 'So:[TOOL_CALLS]weather{"city": "Zürich", "days": 2}[TOOL_CALLS]time[ARGS]{}', "So:", TWO),
+    ("mistral", "[TOOL_CALLS]hm", "[TOOL_CALLS]hm", []),
+    ("pythonic", '[weather(city="Zürich", days=2), time()]', "", TWO),
+    ("pythonic", '[weather(city=open("/etc/passwd"))]', '[weather(city=open("/etc/passwd"))]', []),
+    ("pythonic", "[1, 2]", "[1, 2]", []),
+    ("pythonic", "[" * 5000, "[" * 5000, []),
+    ("pythonic", "No list.", "No list.", []),
+]
+
+
+def message_of(text: str, size: int, *, parser: str | None = None, reasoning: Reasoning | None = None) -> dict:
+    message = Message(reasoning, Calls(TOOL_PARSERS[parser]) if parser else None, single=False)
+    deltas = []
+    for at in range(0, len(text), size):
+        deltas += message.feed(text[at : at + size])
+    return whole_message(deltas + message.feed("", last=True))
+
+
+@pytest.mark.parametrize(("parser", "text", "content", "calls"), WRITTEN)
+def test_calls_are_found_however_the_text_is_cut(parser: str, text: str, content: str, calls: list) -> None:
+    for size in (1, 2, 3, 7, 19, len(text)):
+        message = message_of(text, size, parser=parser)
+        assert (message["content"] or "") == content
+        found = [call["function"] for call in message.get("tool_calls", ())]
+        assert [(call["name"], json.loads(call["arguments"])) for call in found] == calls
+        assert len({call["id"] for call in message.get("tool_calls", ())}) == len(calls)
+
+
+def test_every_parser_is_tested() -> None:
+    assert {row[0] for row in WRITTEN} == set(TOOL_PARSERS)
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "thought", "content"),
+    [
+        ("qwen3", "<think>\nIs it?\n</think>\n\nYes.", "\nIs it?\n", "\n\nYes."),
+        ("qwen3", "Yes </think>.", None, "Yes </think>."),
+        ("qwen3", "  <think>cut", "cut", ""),
+        ("qwen3", "<thin", None, "<thin"),
+        ("deepseek_r1", "Is it?</think>Yes.", "Is it?", "Yes."),
+        ("deepseek_r1", "<think>Is it?</think>Yes.", "Is it?", "Yes."),
+        ("deepseek_r1", "Is it", "Is it", ""),
+    ],
+)
+def test_thoughts_are_split_off(parser: str, text: str, thought: str | None, content: str) -> None:
+    assert parser in REASONING_PARSERS
+    for size in (1, 2, 5, len(text)):
+        message = message_of(text, size, reasoning=Reasoning(opened=parser == "deepseek_r1", shown=True))
+        assert (message.get("reasoning_content"), message["content"]) == (thought, content)
+    hidden = message_of(text, 3, reasoning=Reasoning(opened=parser == "deepseek_r1", shown=False))
+    assert "reasoning_content" not in hidden
+    assert hidden["content"] == content
+
+
+def tool(name: str, **properties: object) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+CHAT = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "tools": [tool("weather", city={"type": "string"}), tool("time")],
+}
+ANSWER = b'Hm. <tool_call>{"name": "time", "arguments": {"zone": "CET"}}</tool_call>'
+
+
+def chunks(answer) -> list[dict]:
+    events = [event.removeprefix("data: ") for event in answer.text.split("\n\n") if event]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event)["choices"][0] for event in events[:-1]]
+
+
+def test_auto_calls_whole_and_streamed() -> None:
+    ask = Inside(FakeEngine(answer=ANSWER), tool_form=TOOL_PARSERS["hermes"])
+    choice = ask("POST", "/v1/chat/completions", json=CHAT).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert message["content"] == "Hm. "
+    (call,) = message["tool_calls"]
+    assert (call["type"], call["function"]) == ("function", {"name": "time", "arguments": '{"zone": "CET"}'})
+    streamed = chunks(ask("POST", "/v1/chat/completions", json={**CHAT, "stream": True}))
+    assert "".join(c["delta"].get("content", "") for c in streamed) == "Hm. "
+    (told,) = [call for c in streamed for call in c["delta"].get("tool_calls", ())]
+    assert told["index"] == 0
+    assert told["function"] == call["function"]
+    assert streamed[-1]["finish_reason"] == "tool_calls"
+    with_logprobs = chunks(ask("POST", "/v1/chat/completions", json={**CHAT, "stream": True, "logprobs": True}))
+    assert sum(len((c["logprobs"] or {"content": []})["content"]) for c in with_logprobs) == len(ANSWER) + 1
+
+
+def test_one_call_where_they_may_not_be_parallel() -> None:
+    two = b'<tool_call>{"name": "time"}</tool_call><tool_call>{"name": "weather"}</tool_call>'
+    ask = Inside(FakeEngine(answer=two), tool_form=TOOL_PARSERS["hermes"])
+    for parallel, count in ((None, 2), (True, 2), (False, 1)):
+        body = {**CHAT, "parallel_tool_calls": parallel}
+        message = ask("POST", "/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        assert len(message["tool_calls"]) == count
+        assert message["content"] is None
+
+
+def test_required_and_named_calls_are_made_by_a_grammar() -> None:
+    """No parser is needed: the answer is JSON of the tools' schemas."""
+    ask = Inside(FakeEngine(answer=b'[{"name": "time", "parameters": {"a": 1}}]'))
+    body = {**CHAT, "tool_choice": "required", "parallel_tool_calls": False}
+    choice = ask("POST", "/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": '{"a": 1}'}
+    kind, schema = ask.engine.seen[-1].params.structured_outputs.chosen
+    assert kind == "json"
+    assert (schema["minItems"], schema["maxItems"]) == (1, 1)
+    names = [one["properties"]["name"]["const"] for one in schema["items"]["anyOf"]]
+    assert names == ["weather", "time"]
+    ask = Inside(FakeEngine(answer=b'{"city": "Rome"}'))
+    body = {**CHAT, "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    choice = ask("POST", "/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["finish_reason"] == "stop", "as OpenAI's, for a function that was named"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+    kind, schema = ask.engine.seen[-1].params.structured_outputs.chosen
+    assert schema["properties"] == {"city": {"type": "string"}}
+
+
+def test_none_leaves_the_tools_out() -> None:
+    ask = Inside(FakeEngine(answer=ANSWER), tool_form=TOOL_PARSERS["hermes"])
+    choice = ask("POST", "/v1/chat/completions", json={**CHAT, "tool_choice": "none"}).json()["choices"][0]
+    assert choice["message"]["content"] == ANSWER.decode()
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({}, "tools"),  # without a parser
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [tool("a"), tool("a")]}, "tools"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+        ({"tool_choice": "always"}, "tool_choice"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(change: dict, param: str) -> None:
+    answer = Inside()("POST", "/v1/chat/completions", json={**CHAT, **change})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_calls_and_their_results_go_through_the_template() -> None:
+    seen = []
+
+    class Template:
+        def render(self, messages, *, tools=None, add_generation_prompt=True):
+            seen.append((messages, tools))
+            return "prompt"
+
+    engine = FakeEngine()
+    engine.chat_template = Template()
+    ask = Inside(engine, tool_form=TOOL_PARSERS["hermes"])
+    call = {"id": "c1", "type": "function", "function": {"name": "time", "arguments": '{"zone": "CET"}'}}
+    history = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "12:00"},
+    ]
+    assert ask("POST", "/v1/chat/completions", json={**CHAT, "messages": history}).status_code == 200
+    (messages, tools) = seen[0]
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "time", "arguments": {"zone": "CET"}}
+    assert messages[2] == {"role": "tool", "tool_call_id": "c1", "content": "12:00"}
+    assert [one["function"]["name"] for one in tools] == ["weather", "time"]
+
+
+def test_reasoning_over_the_api() -> None:
+    ask = Inside(FakeEngine(answer=b"<think>Hm.</think>Yes."), reasoning_parser="qwen3")
+    body = {"messages": CHAT["messages"], "max_tokens": 60}
+    message = ask("POST", "/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+    streamed = chunks(ask("POST", "/v1/chat/completions", json={**body, "stream": True}))
+    assert "".join(c["delta"].get("reasoning_content", "") for c in streamed) == "Hm."
+    assert "".join(c["delta"].get("content", "") for c in streamed) == "Yes."
+    body["include_reasoning"] = False
+    assert "reasoning_content" not in ask("POST", "/v1/chat/completions", json=body).json()["choices"][0]["message"]
