@@ -81,7 +81,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def measure(machine: Machine) -> dict[str, dict[str, list[Figures]]]:
     """load -> policy (and "fcfs, no headroom") -> figures of each trace."""
-    variants = {policy: replace(CONFIG, scheduling_policy=policy) for policy in POLICIES}
+    variants: dict[str, EngineConfig] = {p: replace(CONFIG, scheduling_policy=p) for p in POLICIES}
     variants["fcfs, no headroom"] = replace(CONFIG, admission_headroom=0.0)
     found: dict[str, dict[str, list[Figures]]] = {}
     with tqdm(total=len(LOADS) * len(variants) * NUM_TRACES, unit=" runs") as bar:
