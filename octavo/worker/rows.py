@@ -59,7 +59,7 @@ class Rows:
         self.repetition_penalty = np.ones(num_rows, np.float32)
         self.presence_penalty = np.zeros(num_rows, np.float32)
         self.frequency_penalty = np.zeros(num_rows, np.float32)
-        self._settings: tuple[bytes, dict[str, npt.NDArray[Any]]] = (b"", {})  # of the rows of the last step
+        self._settings: tuple[bytes | None, dict[str, npt.NDArray[Any]]] = (None, {})  # of the rows of the last step
         self._bias: dict[int, RowBias] = {}
         self._seen: dict[int, dict[int, int]] = {}  # row -> token id -> times generated
 
@@ -83,7 +83,7 @@ class Rows:
         self.repetition_penalty[row] = params.repetition_penalty
         self.presence_penalty[row] = params.presence_penalty
         self.frequency_penalty[row] = params.frequency_penalty
-        self._settings = (b"", {})
+        self._settings = (None, {})
         self._bias.pop(row, None)
         self._seen.pop(row, None)
         if params.logit_bias or params.min_tokens:
