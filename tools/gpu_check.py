@@ -30,8 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 SHAPES = ("qwen3-0.6b", "llama-2-7b")
 RESULTS: list[dict[str, Any]] = []
-LIMIT_TBS = 4.37  # read rate of one H200, measured
-LIMIT_TFLOPS = 740.0  # bf16 8192^3, the middle of what was measured
 ENGINE = {
     "dtype": "bfloat16",
     "load_format": "dummy",
@@ -75,44 +73,12 @@ def stage_tests() -> None:
     result("tests/gpu", ok=done.returncode == 0, summary=lines[-1] if lines else "", s=time.perf_counter() - start)
 
 
-def timed(function: Callable[[int], None], num_sets: int = 1, repeat: int = 20) -> float:
-    """Median seconds of one call, from replays of a graph of ten; `function(i)` works on input set i % num_sets."""
-    import torch
-
-    for i in range(max(num_sets, 2)):
-        function(i % num_sets)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(10):
-            function(i % num_sets)
-    seconds = []
-    for _ in range(repeat):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3 / 10)
-    return statistics.median(seconds)
-
-
 def stage_kernels() -> None:
-    """Each kernel alone, against bandwidth or arithmetic; matrix products against cuBLAS."""
-    for rows, num_out, num_in, act in [
-        *((m, n, k, a) for m in (1, 2, 4) for n, k, a in LINEARS if m == 1 or (n, k) in MORE_ROWS)
-    ]:
-        guarded("linear", lambda m=rows, n=num_out, k=num_in, a=act: time_linear(m, n, k, a))
-    for batch, heads, kv_heads, length in [
-        *((1, 16, 8, 256), (1, 32, 32, 256), (16, 32, 32, 1024), (64, 32, 32, 1100), (256, 16, 8, 800)),
-        *((256, 32, 32, 800), (1, 32, 8, 16000), (256, 32, 8, 800)),
-    ]:
-        guarded("decode", lambda b=batch, h=heads, g=kv_heads, n=length: time_decode(b, h, g, n))
-    for heads, kv_heads, count, length in [(16, 8, 4, 2048), (32, 32, 4, 2048), (32, 8, 1, 8192)]:
-        guarded("prefill", lambda h=heads, g=kv_heads, c=count, n=length: time_prefill(h, g, c, n))
+    """Each kernel alone, against the card's limits; then the sampler."""
+    from gpu_kernels import time_kernels
+
+    time_kernels(result, guarded)
     stage_sampler()
-    for rows, width in [(1, 1024), (256, 4096), (8192, 4096)]:
-        guarded("norm", lambda r=rows, w=width: time_norm(r, w))
 
 
 def stage_sampler() -> None:
@@ -121,113 +87,10 @@ def stage_sampler() -> None:
         guarded("sampler", lambda r=rows, v=vocab: time_sampler(r, v))
 
 
-LINEARS = [
-    *((4096, 1024, "none"), (1024, 2048, "none"), (3072, 1024, "silu_mul"), (1024, 3072, "none")),
-    *((151936, 1024, "none"), (12288, 4096, "none"), (4096, 4096, "none"), (11008, 4096, "silu_mul")),
-    *((4096, 11008, "none"), (32000, 4096, "none")),
-]
-MORE_ROWS = {(4096, 1024), (11008, 4096), (4096, 11008)}
-
-
-def time_linear(rows: int, num_out: int, num_in: int, activation: Any) -> None:
-    """Our few-row kernel and cuBLAS, weights rotating so that they come from memory."""
-    import torch
-
-    from octavo.runtime.cuda.kernels.linear import few_rows
-
-    stacked = num_out * (2 if activation.endswith("_mul") else 1)
-    num_bytes = stacked * num_in * 2
-    sets = max(1, min(10, (200 << 20) // num_bytes + 1))
-    weights = [torch.randn(stacked, num_in, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
-    x = torch.randn(16, num_in, device=DEVICE, dtype=torch.bfloat16)
-    out = torch.empty(16, num_out, device=DEVICE, dtype=torch.bfloat16)
-    product = torch.empty(rows, stacked, device=DEVICE, dtype=torch.bfloat16)
-    few = timed(lambda i: few_rows(rows, x, weights[i], None, out, activation=activation, scale=1.0, softcap=0.0), sets)
-    blas = timed(lambda i: torch.mm(x[:rows], weights[i].t(), out=product), sets)
-    result(
-        f"linear {rows}x{num_in}->{stacked}", us=few * 1e6, tbs=num_bytes / few / 1e12, cublas_us=blas * 1e6,
-        cublas_tbs=num_bytes / blas / 1e12, percent=num_bytes / few / 1e10 / LIMIT_TBS,
-    )  # fmt: skip
-
-
-def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_heads: int) -> tuple[Any, ...]:
-    """A paged pool with shuffled blocks, bf16, head_dim 128, and the node."""
-    import numpy as np
-    import torch
-
-    from octavo.program.ops import Attention, Buffer, Rows
-    from octavo.runtime.base import StepInputs
-    from octavo.runtime.cuda.kernels.attention import queries_per_tile
-    from octavo.runtime.cuda.runtime import greedy
-    from octavo.runtime.cuda.staging import Staging, send_step
-
-    width = -(-max(lengths) // 16)
-    num_blocks = sum(-(-n // 16) for n in lengths)
-    ids = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
-    tables = np.zeros((1, len(lengths), width), np.int32)
-    used = 0
-    for row, n in enumerate(lengths):
-        count = -(-n // 16)
-        tables[0, row, :count] = ids[used : used + count]
-        used += count
-    num_tokens = sum(queries)
-    starts = np.concatenate(([0], np.cumsum(queries))).astype(np.int32)
-    zeros = np.zeros(num_tokens, np.int32)
-    inputs = StepInputs(
-        zeros, zeros, zeros.astype(np.int64)[None], starts, np.array(lengths, np.int32), tables, starts[1:] - 1
-    )
-    device = torch.device(DEVICE)
-    staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), 1, device)
-    tile = queries_per_tile(128, heads // kv_heads, 2)
-    step = send_step(staging, inputs, greedy(len(lengths)), tile_queries=tile, trash_row=0)
-    pools = [torch.randn(num_blocks, kv_heads, 16, 128, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    q = torch.randn(num_tokens, heads * 128, device=device, dtype=torch.bfloat16)
-    handle = Buffer("q", Rows.TOKENS, heads * 128)
-    node = Attention("attention", handle, handle, 0, heads, kv_heads, 128, scale=128**-0.5)
-    return step.attention, node, q, pools, torch.empty_like(q)
-
-
-def time_decode(batch: int, heads: int, kv_heads: int, length: int) -> None:
-    """One layer's decode attention; the pool is read whole each time, so it comes from memory where it is large."""
-    import torch
-
-    from octavo.runtime.cuda.kernels import attention
-
-    inputs, node, q, pools, out = attention_inputs([length] * batch, [1] * batch, heads, kv_heads)
-    rows = attention.partial_rows(batch, heads, kv_heads)
-    arrived = torch.zeros(batch * kv_heads, device=DEVICE, dtype=torch.int32)
-    partials = attention.Partials(torch.empty(rows * 128, device=DEVICE), torch.empty(rows, device=DEVICE), arrived)
-    s = timed(lambda _: attention.decode_attention(inputs, node, 0, q, *pools, out, partials))
-    moved = 2 * batch * length * kv_heads * 128 * 2
-    name = f"decode b{batch} h{heads}/{kv_heads} len{length}"
-    result(name, us=s * 1e6, tbs=moved / s / 1e12, percent=moved / s / 1e10 / LIMIT_TBS)
-
-
-def time_prefill(heads: int, kv_heads: int, count: int, length: int) -> None:
-    """One layer's prefill attention."""
-    from octavo.runtime.cuda.kernels import attention
-
-    inputs, node, q, pools, out = attention_inputs([length] * count, [length] * count, heads, kv_heads)
-    s = timed(lambda _: attention.prefill_attention(inputs, node, 0, q, *pools, out))
-    work = 4 * count * heads * 128 * length * (length + 1) / 2
-    result(f"prefill {count}x{length} h{heads}/{kv_heads}", us=s * 1e6, tflops=work / s / 1e12)
-
-
-def time_norm(rows: int, width: int) -> None:
-    """RMS norm with residual."""
-    import torch
-
-    from octavo.runtime.cuda.kernels.rows import norm
-
-    x, residual, out = (torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
-    weight = torch.ones(width, device=DEVICE)
-    s = timed(lambda _: norm(rows, x, residual, weight, None, out, residual, eps=1e-5, is_layer=False))
-    result(f"norm {rows}x{width}", us=s * 1e6, tbs=4 * rows * width * 2 / s / 1e12)
-
-
 def time_sampler(rows: int, vocab: int) -> None:
     """From logits to tokens: greedy, top-k and top-p, and flat rows, which take the passes over all logits."""
     import torch
+    from gpu_kernels import timed
 
     from octavo.runtime.cuda.sampler import Sampler, SamplerRows
 
@@ -326,7 +189,7 @@ def time_work(llm: Any, shape: str, work: Any, repetitions: int, keep: bool = Tr
 def stage_shape(shape: str, args: argparse.Namespace) -> None:
     """Runs `run_shape` in a new process and takes over its results."""
     command = [sys.executable, __file__, "--inside", shape, "--workloads", args.workloads]
-    command += ["--repetitions", str(args.repetitions)]
+    command += ["--repetitions", str(args.repetitions), "--engine", args.engine]
     env = {**os.environ, "GPU_CHECK_START": str(time.time())}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
     assert process.stdout is not None
@@ -344,8 +207,10 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", default=["tests", "kernels", *SHAPES])
     parser.add_argument("--workloads", default="G2,G4,G3,G1,G5")
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--engine", default="", help="settings of the engine, such as kv_cache_dtype=fp8,cuda_ops=cuda")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    ENGINE.update(pair.split("=") for pair in args.engine.split(",") if pair)
     if args.inside:
         guarded(args.inside, lambda: run_shape(args.inside, args.workloads.split(","), args.repetitions))
         print("JSON " + json.dumps(RESULTS), flush=True)

@@ -1,0 +1,245 @@
+"""Each kernel of the cuda runtime alone, against the card's own limits: part of tools/gpu_check.py.
+
+The limits (read rate, rate of a large bf16 product) are measured first, in the same process; `percent` is of the one
+that binds. Shapes are those of a 0.6B, a 7B and a grouped-query 8B model, and of other head sizes. Inputs rotate where
+they would fit the card's cache. That results are right is shown by tests/gpu, against the reference.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+DEVICE = "cuda"
+Report = Callable[..., None]
+LINEARS = [
+    *((4096, 1024, "none"), (1024, 2048, "none"), (3072, 1024, "silu_mul"), (1024, 3072, "none")),
+    *((151936, 1024, "none"), (12288, 4096, "none"), (4096, 4096, "none"), (11008, 4096, "silu_mul")),
+    *((4096, 11008, "none"), (32000, 4096, "none"), (6144, 4096, "none"), (14336, 4096, "silu_mul")),
+    *((4096, 14336, "none"), (128256, 4096, "none"), (2048, 2048, "none")),
+]
+DECODES = [  # requests, heads, KV heads, head size, context
+    *((1, 16, 8, 128, 192), (1, 32, 32, 128, 192), (1, 32, 8, 128, 8000), (8, 16, 8, 128, 600)),
+    *((64, 32, 32, 128, 1100), (256, 16, 8, 128, 800), (256, 32, 32, 128, 800), (256, 32, 8, 128, 800)),
+    *((256, 9, 3, 64, 800), (64, 16, 4, 256, 1100), (64, 32, 8, 96, 1100)),
+]
+PREFILLS = [(4, 16, 8, 128, 2048), (4, 32, 32, 128, 2048), (1, 32, 8, 128, 8192), (8, 9, 3, 64, 1024)]
+
+
+def time_kernels(report: Report, guarded: Callable[[str, Callable[[], None]], None]) -> None:
+    """Reports one line for each kernel and shape."""
+    limits: dict[str, float] = {}
+    guarded("limits", lambda: limits.update(measure_limits(report)))
+    for shape in LINEARS:
+        guarded("linear", lambda s=shape: time_linear(report, limits, 1, *s))
+    guarded("linear", lambda: time_linear(report, limits, 2, 11008, 4096, "silu_mul"))
+    for shape in DECODES:
+        for kv in ("bfloat16", "float8_e4m3fn"):
+            guarded("decode", lambda s=shape, k=kv: time_decode(report, limits, k, *s))
+    for shape in PREFILLS:
+        guarded("prefill", lambda s=shape: time_prefill(report, limits, *s))
+    for rows, width in [(1, 1024), (256, 4096), (8192, 4096)]:
+        guarded("norm", lambda r=rows, w=width: time_norms(report, limits, r, w))
+
+
+def timed(function: Callable[[int], None], num_sets: int = 1, repeat: int = 20) -> float:
+    """Median seconds of one call, from replays of a graph of ten; `function(i)` works on input set i % num_sets."""
+    import torch
+
+    for i in range(max(num_sets, 2)):
+        function(i % num_sets)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(10):
+            function(i % num_sets)
+    seconds = []
+    for _ in range(repeat):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3 / 10)
+    return statistics.median(seconds)
+
+
+def measure_limits(report: Report) -> dict[str, float]:
+    """TB/s of reading weights once (the best of our products, and of a sum), TFLOP/s of a large product."""
+    import torch
+
+    from octavo.runtime.cuda.kernels.linear import few_rows
+
+    weight, x = (torch.randn(n, 4096, device=DEVICE, dtype=torch.bfloat16) for n in (128256, 1))
+    out = torch.empty(1, 128256, device=DEVICE, dtype=torch.bfloat16)
+    read = weight.numel() * 2 / timed(lambda _: few_rows(1, x, weight, None, out), repeat=5) / 1e12
+    summed = weight.numel() * 2 / timed(lambda _: torch.sum(weight, 1), repeat=5) / 1e12
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * 8192**3 / timed(lambda _: torch.mm(a, b), repeat=3) / 1e12
+    limits = {"tbs": max(read, summed), "tflops": product}
+    report("limits", card=torch.cuda.get_device_name(), read_tbs=limits["tbs"], sum_tbs=summed, mm_tflops=product)
+    return limits
+
+
+def time_linear(
+    report: Report, limits: dict[str, float], rows: int, num_out: int, num_in: int, activation: Any
+) -> None:
+    """Our few-row kernel, alone and behind another, and cuBLAS without the activation; weights come from memory."""
+    import torch
+
+    from octavo.runtime.cuda.kernels.linear import few_rows
+    from octavo.runtime.cuda.launches import can_chain
+
+    stacked = num_out * (2 if activation.endswith("_mul") else 1)
+    num_bytes = stacked * num_in * 2
+    sets = max(1, min(10, (200 << 20) // num_bytes + 1))
+    weights = [torch.randn(stacked, num_in, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
+    x = torch.randn(rows, num_in, device=DEVICE, dtype=torch.bfloat16)
+    out = torch.empty(rows, num_out, device=DEVICE, dtype=torch.bfloat16)
+    product = torch.empty(rows, stacked, device=DEVICE, dtype=torch.bfloat16)
+    alone, behind = (
+        timed(lambda i, c=chained: few_rows(rows, x, weights[i], None, out, activation=activation, chained=c), sets)
+        for chained in (False, can_chain(torch.device(DEVICE)))
+    )
+    blas = timed(lambda i: torch.mm(x, weights[i].t(), out=product), sets)
+    rate = num_bytes / behind / 1e12
+    report(
+        f"linear {rows}x{num_in}->{stacked}", us=behind * 1e6, alone_us=alone * 1e6, cublas_us=blas * 1e6, tbs=rate,
+        percent=100 * rate / limits["tbs"],
+    )  # fmt: skip
+
+
+def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_heads: int, dim: int) -> tuple[Any, ...]:
+    """A paged pool with shuffled blocks in bf16, the inputs of a step over it, and the node."""
+    import numpy as np
+    import torch
+
+    from octavo.program.ops import Attention, Buffer, Rows
+    from octavo.runtime.base import StepInputs
+    from octavo.runtime.cuda.kernels.attention import queries_per_tile
+    from octavo.runtime.cuda.runtime import greedy
+    from octavo.runtime.cuda.staging import Staging, send_step
+
+    width = -(-max(lengths) // 16)
+    num_blocks = sum(-(-n // 16) for n in lengths)
+    ids = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+    tables = np.zeros((1, len(lengths), width), np.int32)
+    used = 0
+    for row, n in enumerate(lengths):
+        count = -(-n // 16)
+        tables[0, row, :count] = ids[used : used + count]
+        used += count
+    num_tokens = sum(queries)
+    starts = np.concatenate(([0], np.cumsum(queries))).astype(np.int32)
+    zeros = np.zeros(num_tokens, np.int32)
+    inputs = StepInputs(
+        zeros, zeros, zeros.astype(np.int64)[None], starts, np.array(lengths, np.int32), tables, starts[1:] - 1
+    )
+    device = torch.device(DEVICE)
+    staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), 1, device)
+    tile = queries_per_tile(dim, heads // kv_heads, 2)
+    step = send_step(staging, inputs, greedy(len(lengths)), tile_queries=tile, trash_row=0)
+    pools = [torch.randn(num_blocks, kv_heads, 16, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    q = torch.randn(num_tokens, heads * dim, device=device, dtype=torch.bfloat16)
+    handle = Buffer("q", Rows.TOKENS, heads * dim)
+    node = Attention("attention", handle, handle, 0, heads, kv_heads, dim, scale=dim**-0.5)
+    return step.attention, node, q, pools, torch.empty_like(q)
+
+
+def time_decode(
+    report: Report,
+    limits: dict[str, float],
+    kv: str,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    length: int,
+) -> None:
+    """One layer's decode attention, Triton's and the C++ one; pools larger than the cache come from memory."""
+    import torch
+
+    from octavo.runtime.cuda import build, operators
+    from octavo.runtime.cuda.kernels import attention
+
+    inputs, node, q, pools, out = attention_inputs([length] * batch, [1] * batch, heads, kv_heads, dim)
+    pools = [pool.to(getattr(torch, kv)) for pool in pools]
+    rows = attention.partial_rows(batch, heads, kv_heads)
+    arrived = torch.zeros(batch * kv_heads, device=DEVICE, dtype=torch.int32)
+    partials = attention.Partials(torch.empty(rows * dim, device=DEVICE), torch.empty(rows, device=DEVICE), arrived)
+    moved = 2 * batch * length * kv_heads * dim * pools[0].element_size()
+    s = timed(lambda _: attention.decode_attention(inputs, node, 0, q, *pools, out, partials), repeat=9)
+    values = {"us": s * 1e6, "tbs": moved / s / 1e12, "percent": moved / s / 1e10 / limits["tbs"]}
+    if build.find_nvcc() and operators.can_decode(node, 16, pools[0].element_size()):
+        s = timed(lambda _: operators.decode_attention(inputs, node, 0, q, *pools, out, partials), repeat=9)
+        values |= {"cpp_us": s * 1e6, "cpp_tbs": moved / s / 1e12}
+    report(f"decode b{batch} h{heads}/{kv_heads}x{dim} len{length} {kv}", **values)
+
+
+def time_prefill(
+    report: Report, limits: dict[str, float], count: int, heads: int, kv_heads: int, dim: int, length: int
+) -> None:
+    """One layer's prefill attention, and torch's over contiguous K and V for comparison."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from octavo.runtime.cuda.kernels import attention
+
+    inputs, node, q, pools, out = attention_inputs([length] * count, [length] * count, heads, kv_heads, dim)
+    work = 4 * count * heads * dim * length * (length + 1) / 2
+    s = timed(lambda _: attention.prefill_attention(inputs, node, 0, q, *pools, out), repeat=5)
+    values = {"us": s * 1e6, "tflops": work / s / 1e12, "percent": work / s / 1e10 / limits["tflops"]}
+    rows = [
+        torch.randn(count, length, n, dim, device=DEVICE, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
+    ]
+    each = [t.transpose(1, 2) for t in rows]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(backend):
+            s = timed(lambda _: attend(*each, is_causal=True, enable_gqa=heads != kv_heads), repeat=5)
+        values[f"{name}_tflops"] = work / s / 1e12
+    report(f"prefill {count}x{length} h{heads}/{kv_heads}x{dim}", **values)
+
+
+def time_norms(report: Report, limits: dict[str, float], rows: int, width: int) -> None:
+    """RMS norm with residual; LayerNorm with residual and bias + GELU, Triton's and the C++ ones."""
+    import torch
+
+    from octavo.runtime.cuda import build, operators
+    from octavo.runtime.cuda.kernels.rows import epilogue, norm
+
+    x, residual, out = (torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    weight, bias = torch.ones(width, device=DEVICE), torch.zeros(width, device=DEVICE)
+    moved, plain = 4 * rows * width * 2, {"scale": 1.0, "softcap": 0.0}
+    runs: dict[str, tuple[int, Callable[[int], None], Callable[[int], None] | None]] = {
+        "rms norm": (
+            moved,
+            lambda _: norm(rows, x, residual, weight, None, out, residual, eps=1e-5, is_layer=False),
+            None,
+        ),
+        "layer norm": (
+            moved,
+            lambda _: norm(rows, x, residual, weight, bias, out, residual, eps=1e-5, is_layer=True),
+            lambda _: operators.layer_norm(x, residual, weight, bias, out, residual, 1e-5, rows, False),
+        ),
+        "layer norm + gelu": (
+            moved // 2,
+            lambda _: (
+                norm(rows, x, None, weight, bias, out, None, eps=1e-5, is_layer=True),
+                epilogue(rows, out, None, out, activation="gelu", **plain),
+            )[0],
+            lambda _: operators.layer_norm(x, None, weight, bias, out, None, 1e-5, rows, True),
+        ),
+        "bias + gelu": (
+            moved // 2,
+            lambda _: epilogue(rows, x, bias, out, activation="gelu", **plain),
+            lambda _: operators.bias_gelu(x, bias, out, rows, False),
+        ),
+    }  # fmt: skip
+    for name, (size, triton_run, cpp_run) in runs.items():
+        s = timed(triton_run)
+        values = {"us": s * 1e6, "tbs": size / s / 1e12, "percent": size / s / 1e10 / limits["tbs"]}
+        if cpp_run is not None and build.find_nvcc():
+            values["cpp_us"] = timed(cpp_run) * 1e6
+        report(f"{name} {rows}x{width}", **values)
