@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from octavo.errors import ConfigError
 from octavo.models.hub import cache_folder
 from octavo.scheduler.recorder import RecordingScheduler, Ring
 
+log = logging.getLogger("octavo.engine")
 MAX_LEFT = 8  # recordings of engines that died, in the cache folder
 WHAT_IF = (  # settings that a replay may change
     "admission_headroom",
@@ -30,14 +32,26 @@ WHAT_IF = (  # settings that a replay may change
 
 def start_recording(core: EngineCore, *, serving: bool) -> Path | None:
     """Begins to record an idle engine, as its config says: `auto` does so behind a server, in the cache folder, and
-    the file goes when the engine ends well. A folder is written to in any case, and its files stay.
+    the file goes when the engine ends well; where that cannot be written, there is a warning and no recording. A folder
+    is written to in any case, and its files stay.
 
-    Raises ConfigError: the folder cannot be written.
+    Raises ConfigError: that folder cannot be written.
     """
     config = core.config
     scheduler = core.scheduler
     if not isinstance(scheduler, RecordingScheduler) or (config.record == "auto" and not serving):
         return None
+    try:
+        return _start(core, scheduler)
+    except ConfigError as error:
+        if config.record != "auto":
+            raise
+        log.warning("%s", error)
+        return None
+
+
+def _start(core: EngineCore, scheduler: RecordingScheduler) -> Path:
+    config = core.config
     keep = config.record != "auto"
     folder = Path(config.record).expanduser() if keep else cache_folder(config.download_dir) / "records"
     try:

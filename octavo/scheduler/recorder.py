@@ -22,6 +22,7 @@ Any line may tell digests that became known: "h": [number, block, digest].
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from array import array
@@ -38,6 +39,7 @@ from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import LeftOut, facts, freeze
 from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
+log = logging.getLogger("octavo.scheduler")
 FORMAT = "octavo-record-1"
 
 
@@ -70,26 +72,40 @@ class Ring(LeftOut):
     def turn(self) -> None:
         """Begins a new half; the older one is dropped."""
         self.flush()
-        os.close(self._file)
-        self.path.replace(self.older)
-        self._open()
+        try:
+            os.close(self._file)
+            self.path.replace(self.older)
+            self._open()
+        except OSError as error:
+            self._give_up(error)
 
     def write(self, event: dict[str, Any]) -> None:
         """Adds a line; it is in the file after the next flush()."""
         self._lines.append(json.dumps(event, separators=(",", ":")) + "\n")
 
     def flush(self) -> None:
-        """Hands the lines to the system: a crash of this process does not lose them."""
+        """Hands the lines to the system: a crash of this process does not lose them. A full disk ends the recording,
+        not the engine."""
         data = "".join(self._lines).encode()
         self._lines.clear()
+        if self._file < 0:
+            return
         self._size += len(data)
-        while data:
-            data = data[os.write(self._file, data) :]
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.error("recording to %s ends: %s", self.path, error)
+        self._file, self._size = -1, 0
 
     def close(self) -> None:
         """Ends the recording."""
         self.flush()
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
         if not self._keep:
             self.path.unlink(missing_ok=True)
             self.older.unlink(missing_ok=True)

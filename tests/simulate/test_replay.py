@@ -124,9 +124,35 @@ def test_auto_records_behind_a_server_only_and_leaves_nothing_when_it_ends_well(
     assert path.exists()  # and so it stays if the process dies
     core.close()
     assert not path.exists()
+    monkeypatch.setenv("OCTAVO_CACHE", "/dev/null/nowhere")
+    core, _ = known_core(EngineConfig())
+    prepare(core, serving=True)
+    assert core.record is None  # a warning, and a server all the same
+    core, _ = known_core(EngineConfig(record="/dev/null/nowhere"))
+    with pytest.raises(ConfigError, match="cannot record to"):
+        prepare(core)
     core, _ = known_core(EngineConfig(record="off"))
     prepare(core, serving=True)
     assert core.record is None
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_engine(tmp_path, monkeypatch, caplog) -> None:
+    core, _ = known_core(EngineConfig(record=str(tmp_path)))
+    prepare(core)
+    core.handle(AddRequest("r", [5, 6, 7], SamplingParams(ignore_eos=True, max_tokens=3), 3, seed=0))
+    core.step()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("octavo.scheduler.recorder.os.write", full)
+    while core.has_work:
+        core.step()
+    core.close()
+    assert caplog.text.count("No space left") == 1
+    replay = Replay(Path(core.record or ""))
+    assert replay.run() is None
+    assert len(replay.steps) == 0  # the result of the first step was still to be written
 
 
 def test_the_verb_says_what_it_found(tmp_path, capfd) -> None:
