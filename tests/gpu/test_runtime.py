@@ -8,9 +8,11 @@ pytest.importorskip("triton")
 
 from octavo.errors import UnsupportedError  # noqa: E402
 from octavo.program.ops import Add, Embedding, Linear, Norm  # noqa: E402
-from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
+from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
+from octavo.runtime.cuda.runtime import CudaRuntime, greedy  # noqa: E402
 from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
 from tests.runtime.programs import (  # noqa: E402
+    MAX_TOKENS,
     Piece,
     Steps,
     attention_program,
@@ -142,6 +144,28 @@ def test_graphs_give_what_eager_steps_give(device):
     with_graphs = compare(device, decoder_program(), plan, logits="last")
     assert with_graphs.num_replays == 3
     assert compare(device, decoder_program(), plan, logits="last", use_graphs=False).num_replays == 0
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_padding_of_a_mixed_step_changes_nothing(device, rows):
+    steps, program = Steps(), decoder_program()
+    plain, padded = (load(CudaRuntime("float32", device=device, use_graphs=False), program, steps=steps) for _ in "ab")
+    first = steps.inputs([Piece(0, 0, 37), Piece(1, 0, 1), Piece(2, 0, 9)], "last")
+    shape = mixed_shape(len(first.token_ids), 3, MAX_TOKENS, rows)
+    assert shape == Shape(64, rows, is_decode=False)
+    with torch.inference_mode():
+        padded._launch(padded._send_padded(first, greedy(3), shape), GREEDY)
+    padded._num_logits = 3
+    np.testing.assert_allclose(padded.logits(), run(plain, first), atol=1e-5)
+    then = steps.inputs([Piece(0, 37, 1), Piece(1, 1, 50), Piece(2, 9, 1)], "last")
+    np.testing.assert_allclose(run(padded, then), run(plain, then), atol=1e-5)
+
+
+def test_a_step_of_too_many_tiles_is_not_padded(device):
+    steps = Steps(num_requests=40)
+    runtime = load(CudaRuntime("float32", device=device, use_graphs=False), decoder_program(), steps=steps)
+    inputs = steps.inputs([Piece(i, 0, 2) for i in range(40)], "last")
+    assert runtime._send_padded(inputs, greedy(40), mixed_shape(80, 40, MAX_TOKENS, 64)) is None
 
 
 def test_blocks_are_copied_in_all_layers(device):

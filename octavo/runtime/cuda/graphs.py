@@ -1,14 +1,48 @@
-"""CUDA graphs of decode steps: one replay instead of hundreds of launches. One for each bucket of batch sizes and way
-to end the step."""
+"""CUDA graphs of steps: one replay instead of hundreds of launches. One for each padded shape and way to end the step.
+
+Decode steps have a bucket of batch sizes. Steps with prompts in them have one of tokens and one of rows, up to a size
+from which on the device takes longer than the host needs to launch them one by one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 GREEDY, DRAWS, LOGITS = "greedy", "draws", "logits"  # how a step ends: the largest, a draw, or the logits alone
-Key = tuple[int, str]
+MOST_MIXED_TOKENS = 2048
+_MIXED_ROWS = (16, 64)  # and the most there may be
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a captured step is padded to. A decode has as many tokens as rows; in a mixed step the rows are requests."""
+
+    num_tokens: int
+    num_rows: int
+    is_decode: bool
+
+
+Key = tuple[Shape, str]
+
+
+def mixed_shape(num_tokens: int, num_requests: int, max_tokens: int, max_rows: int) -> Shape | None:
+    """The padded shape of a step with prompts: at least one token more, which padding requests may point at.
+
+    None where it is too large to be captured.
+    """
+    step = 64 if num_tokens < 512 else 128 if num_tokens < 1024 else 256
+    size = (num_tokens // step + 1) * step
+    if size > min(max_tokens, MOST_MIXED_TOKENS):
+        return None
+    return Shape(size, next((n for n in _MIXED_ROWS if num_requests <= n <= max_rows), max_rows), is_decode=False)
+
+
+def mixed_rows(max_rows: int) -> list[int]:
+    """Every number of rows that mixed_shape() gives."""
+    return [n for n in _MIXED_ROWS if n < max_rows] + [max_rows]
 
 
 def bucket_of(num_rows: int, max_rows: int) -> int:

@@ -23,23 +23,31 @@ _Key = tuple[object, ...]
 
 @contextmanager
 def only_compiling() -> Iterator[None]:
-    """A launch only asks for its kernel to be compiled, in a thread; leaving waits for all of them.
+    """A launch only asks for its kernel to be compiled, in a thread; leaving waits until all of them are loaded.
 
-    Most of the time goes to ptxas, a process of its own, and to passes that let go of the interpreter lock.
+    Most of the time goes to ptxas and to gcc (Triton compiles what calls a kernel as well, when that is first loaded):
+    processes of their own.
     """
     from triton.runtime._async_compile import AsyncCompileMode
 
-    asked: set[_Key] = set()
+    asked: dict[_Key, Any] = {}
 
     def ask(kernel: Any, grid: object, *args: object, **constants: object) -> None:
         key, _ = _specialised(kernel, args, constants)
         if key not in asked:  # Triton's own key hashes the source: a millisecond
-            asked.add(key)
-            kernel.run(*args, grid=grid, warmup=True, **constants)
+            asked[key] = kernel.run(*args, grid=grid, warmup=True, **constants)
 
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool), _launching_by(ask):
-        yield
+    with ThreadPoolExecutor(threads) as pool:
+        with AsyncCompileMode(pool), _launching_by(ask):
+            yield
+        list(pool.map(_load, asked.values()))
+
+
+def _load(kernel: Any) -> None:
+    """Puts a compiled kernel on the device, which `run` does when first asked for."""
+    compiled = kernel.result() if hasattr(kernel, "result") else kernel
+    assert compiled.run is not None
 
 
 @contextmanager

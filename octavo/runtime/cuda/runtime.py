@@ -13,14 +13,14 @@ from octavo.program.ops import Attention
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
-from octavo.runtime.cuda.graphs import DRAWS, GREEDY, LOGITS, Graphs, bucket_of, buckets
+from octavo.runtime.cuda.graphs import DRAWS, GREEDY, LOGITS, Graphs, Shape, bucket_of, buckets, mixed_rows, mixed_shape
 from octavo.runtime.cuda.kernels.attention import queries_per_tile
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches
 from octavo.runtime.cuda.launching import only_compiling, quick_launches
 from octavo.runtime.cuda.packing import pack, packed_bytes
 from octavo.runtime.cuda.results import Results
 from octavo.runtime.cuda.sampler import Sampler
-from octavo.runtime.cuda.staging import DeviceStep, Staging, decode_views, send_decodes, send_step
+from octavo.runtime.cuda.staging import DeviceStep, Staging, padded_views, send_padded, send_step
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FP8 = torch.float8_e4m3fn  # how "fp8" keeps K and V, with a scale of one
@@ -32,7 +32,7 @@ class CudaRuntime:
 
     Args:
         dtype: "bfloat16" or "float32" (no TF32).
-        use_graphs: replay decode-only steps as CUDA graphs.
+        use_graphs: replay decode steps, and small steps with prompts, as CUDA graphs.
         device: "cuda", or "cpu" to run the kernels under Triton's interpreter.
         max_depth: steps that may be in flight.
         fuse_ops: norms and residual sums inside products of few rows, kernels that start before the last has ended.
@@ -61,7 +61,7 @@ class CudaRuntime:
         self.num_foreign_calls = 0
         self.num_replays = 0  # steps that ran as a graph
         self._graphs = Graphs() if use_graphs and self._device.type == "cuda" else None
-        self._decodes: dict[int, DeviceStep] = {}  # by bucket: the views of what its graphs read
+        self._padded: dict[Shape, DeviceStep] = {}  # the views of what its graphs read
         self._program: Program | None = None
         self._launches: list[Launch] = []
         self._kv = KVPool([], [])
@@ -147,9 +147,7 @@ class CudaRuntime:
         try:
             self._make_pool(0, block_size, dtype)
             with torch.inference_mode(), only_compiling():
-                for counts in ([min(64, most_tokens)], *([1] * size for size in self._sizes())):
-                    for ending in (GREEDY, DRAWS):
-                        self._launch(self._send(self._null_step(counts), _null_sampling(len(counts), ending)), ending)
+                self._launch_null_steps()
             length = min(most_tokens, self._loaded().max_model_len)
             prompts = [length] * min(most_tokens // length, most_rows)
             for counts in (prompts, [1] * most):
@@ -204,8 +202,10 @@ class CudaRuntime:
         self._num_logits = len(inputs.logits_indices)
         ending = _ending(sampling)
         with torch.inference_mode(), quick_launches():
-            if self._graphs is not None and self._is_decode(inputs):
-                step = self._replay(self._graphs, inputs, sampling, ending)
+            shape = self._shape(inputs) if self._graphs is not None else None
+            step = self._send_padded(inputs, sampling, shape) if shape is not None else None
+            if step is not None and shape is not None:
+                self._replay(step, shape, ending)
             else:
                 step = self._send(inputs, sampling)
                 self._launch(step, ending)
@@ -238,7 +238,7 @@ class CudaRuntime:
         self._program = None
         self._launches.clear()
         self._weights.clear()
-        self._decodes.clear()
+        self._padded.clear()
         self._kv.keys.clear()
         self._kv.values.clear()
         for name in ("_arena", "_sampler", "_staging", "_results"):
@@ -268,10 +268,27 @@ class CudaRuntime:
         """Undoes _make_pool(), and drops the graphs, which hold its addresses."""
         if self._graphs is not None:
             self._graphs.clear()
-        self._decodes.clear()
+        self._padded.clear()
         self._kv.keys.clear()
         self._kv.values.clear()
         torch.cuda.empty_cache()
+
+    def _launch_null_steps(self) -> None:
+        """One step for each kernel that serving may need: which one it is depends on the number of rows."""
+        most_tokens = self._limits[0]
+        mixed = [
+            Shape(size, rows, is_decode=False)
+            for size in ((64, 256) if self._graphs is not None else ())
+            for rows in mixed_rows(min(self._limits))
+            if size <= most_tokens
+        ]
+        for ending in (GREEDY, DRAWS):
+            for counts in ([min(64, most_tokens)], *([1] * size for size in self._sizes())):
+                self._launch(self._send(self._null_step(counts), _null_sampling(len(counts), ending)), ending)
+            for shape in mixed:
+                counts = [3, 1][: shape.num_rows]
+                if step := self._send_padded(self._null_step(counts), _null_sampling(len(counts), ending), shape):
+                    self._launch(step, ending)
 
     def _null_step(self, counts: list[int]) -> StepInputs:
         return _null_step(counts, self._null_block, self._block_size, self._loaded().num_kv_groups)
@@ -281,32 +298,39 @@ class CudaRuntime:
         self.execute(self._null_step(counts))
         self.sample_later(_null_sampling(len(counts), ending))()
 
-    def _is_decode(self, inputs: StepInputs) -> bool:
-        """One query a request, all of which sample, in their order: what graphs are captured for."""
-        num_requests = len(inputs.seq_lens)
-        if not num_requests == len(inputs.token_ids) == len(inputs.logits_indices) or self._loaded().num_kv_groups > 1:
-            return False
-        return num_requests > 0 and bool((inputs.logits_indices == inputs.query_start_loc[:-1]).all())
+    def _shape(self, inputs: StepInputs) -> Shape | None:
+        """What the step is padded to for a graph; None where it has to be launched piece by piece."""
+        num_tokens, num_requests = len(inputs.token_ids), len(inputs.seq_lens)
+        if self._loaded().num_kv_groups > 1 or not num_requests or len(inputs.logits_indices) > num_requests:
+            return None
+        all_sample = num_requests == num_tokens == len(inputs.logits_indices)
+        if all_sample and (inputs.logits_indices == inputs.query_start_loc[:-1]).all():  # in their order
+            size = bucket_of(num_requests, min(self._limits))
+            return Shape(size, size, is_decode=True)
+        return mixed_shape(num_tokens, num_requests, self._limits[0], min(self._limits))
 
     def _send(self, inputs: StepInputs, sampling: SamplingInputs) -> DeviceStep:
         trash_row = self._limits[2]
         return send_step(self._staging, inputs, sampling, tile_queries=self._tile_queries, trash_row=trash_row)
 
-    def _replay(self, graphs: Graphs, inputs: StepInputs, sampling: SamplingInputs, ending: str) -> DeviceStep:
-        """Sends a decode step and runs its graph; one that is not there yet is captured after its first run."""
-        size = bucket_of(len(inputs.seq_lens), min(self._limits))
-        null_slot, trash_row = self._null_block * self._block_size, self._limits[2]
-        spans = send_decodes(self._staging, inputs, sampling, size, null_slot=null_slot, trash_row=trash_row)
-        if size not in self._decodes:
-            self._decodes[size] = decode_views(self._staging, spans, size)
-        step = self._decodes[size]
-        if (size, ending) in graphs:
-            graphs.replay((size, ending))
+    def _send_padded(self, inputs: StepInputs, sampling: SamplingInputs, shape: Shape) -> DeviceStep | None:
+        spans = send_padded(
+            self._staging, inputs, sampling, shape, tile_queries=self._tile_queries,
+            null_slot=self._null_block * self._block_size, trash_row=self._limits[2],
+        )  # fmt: skip
+        if spans is not None and shape not in self._padded:
+            self._padded[shape] = padded_views(self._staging, spans, shape, self._tile_queries)
+        return None if spans is None else self._padded[shape]
+
+    def _replay(self, step: DeviceStep, shape: Shape, ending: str) -> None:
+        """Runs a graph on what was sent; one that is not there yet is captured after its first run."""
+        assert self._graphs is not None
+        if (shape, ending) in self._graphs:
+            self._graphs.replay((shape, ending))
             self.num_replays += 1
         else:
             self._launch(step, ending)
-            graphs.capture((size, ending), partial(self._launch, step, ending))
-        return step
+            self._graphs.capture((shape, ending), partial(self._launch, step, ending))
 
     def _launch(self, step: DeviceStep, ending: str) -> None:
         """Launches the program and, unless biases and penalties come between, what chooses the tokens."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.runtime.base import SamplingInputs, StepInputs
+from octavo.runtime.cuda.graphs import Shape
 from octavo.runtime.cuda.kernels.attention import AttentionInputs
 from octavo.runtime.cuda.sampler import SamplerRows, noise_keys
 
@@ -57,7 +58,8 @@ class Staging:
 
     @staticmethod
     def capacity(max_tokens: int, max_logits: int, max_requests: int, num_groups: int, max_blocks: int) -> int:
-        """Elements for the largest step. Tiles of queries are at most one a token."""
+        """Elements for the largest step. Tiles of queries are at most one a token; mixed steps have a row more."""
+        max_requests, max_tokens = max_requests + 1, max_tokens + 16
         arrays = [1, max_tokens, max_tokens, num_groups * max_tokens, max_logits, max_requests + 1, max_requests]
         arrays += [max_requests, max_tokens, max_tokens, *[max_logits] * 5, 2 * max_logits]
         arrays += [num_groups * max_requests * max_blocks]
@@ -97,25 +99,53 @@ def send_step(
     return _views(staging, spans, len(inputs.seq_lens), len(single), len(tiles[0]))
 
 
-def send_decodes(
-    staging: Staging, inputs: StepInputs, sampling: SamplingInputs, size: int, *, null_slot: int, trash_row: int
-) -> list[Span]:
-    """Stages a step of single queries that all sample, with requests of length 0 behind them, `size` in all.
+def send_padded(
+    staging: Staging,
+    inputs: StepInputs,
+    sampling: SamplingInputs,
+    shape: Shape,
+    *,
+    tile_queries: int,
+    null_slot: int,
+    trash_row: int,
+) -> list[Span] | None:
+    """Stages a step for a graph, padded to `shape`; None where it has more tiles of queries than that holds.
 
-    They write to the null block and to the trash row, and attend to nothing. The tables come last, so that in a graph,
-    where every address is fixed, their width may vary: kernels read it from the device.
+    Padding tokens are written to the null block, padding rows to the trash row; padding requests have length 0 and
+    attend to nothing. The tables come last, so that in a graph, where every address is fixed, their width may vary:
+    kernels read it from the device.
     """
     rows = _sampling_arrays(sampling, trash_row)
-    if (num_requests := len(inputs.seq_lens)) < size:
-        inputs = padded(inputs, size, null_slot)
-        settings = [_extended(array, (len(array) // num_requests * size,), 0) for array in rows[1:]]
-        rows = [_extended(rows[0], (size,), trash_row), *settings]
-    return staging.send(_arrays(inputs, inputs.logits_indices, (_NONE, _NONE), rows))
+    num_sampled, num_requests = len(inputs.logits_indices), len(inputs.seq_lens)
+    single, tiles = inputs.logits_indices, (_NONE, _NONE)
+    if not shape.is_decode:
+        counts = np.diff(inputs.query_start_loc)
+        tiles = _tiles(counts, tile_queries)
+        most_tiles = _most_tiles(shape, tile_queries)
+        if len(tiles[0]) > most_tiles:
+            return None
+        single = _extended(np.flatnonzero(counts == 1).astype(np.int32), (shape.num_rows,), num_requests)
+        tiles = _extended(tiles[0], (most_tiles,), num_requests), _extended(tiles[1], (most_tiles,), 0)
+    if num_requests < shape.num_rows or not shape.is_decode:
+        inputs = padded(inputs, shape, null_slot)
+        single = inputs.logits_indices if shape.is_decode else single
+    if num_sampled < shape.num_rows:
+        lengths = [shape.num_rows] * (len(rows) - 1) + [2 * shape.num_rows]
+        fill = [trash_row] + [0] * (len(rows) - 1)
+        rows = [_extended(array, (n,), value) for array, n, value in zip(rows, lengths, fill, strict=True)]
+    return staging.send(_arrays(inputs, single, tiles, rows))
 
 
-def decode_views(staging: Staging, spans: list[Span], size: int) -> DeviceStep:
-    """The views of what send_decodes() staged; the same for every step of this size."""
-    return _views(staging, spans, size, size, 0)
+def padded_views(staging: Staging, spans: list[Span], shape: Shape, tile_queries: int) -> DeviceStep:
+    """The views of what send_padded() staged; the same for every step of this shape."""
+    if shape.is_decode:
+        return _views(staging, spans, shape.num_rows, shape.num_rows, 0)
+    return _views(staging, spans, shape.num_rows + 1, shape.num_rows, _most_tiles(shape, tile_queries))
+
+
+def _most_tiles(shape: Shape, tile_queries: int) -> int:
+    """Tiles that a mixed step may have: those of one prompt, and one more for each of a few."""
+    return shape.num_tokens // tile_queries + 16
 
 
 def _arrays(inputs: StepInputs, single: Array, tiles: tuple[Array, Array], sampling: list[Array]) -> list[Array]:
@@ -168,17 +198,22 @@ def _views(staging: Staging, spans: list[Span], num_requests: int, num_decodes: 
     )
 
 
-def padded(inputs: StepInputs, size: int, null_slot: int) -> StepInputs:
-    """A decode-only step with requests of length 0 behind it, `size` in all; their tables are not read."""
+def padded(inputs: StepInputs, shape: Shape, null_slot: int) -> StepInputs:
+    """A step with padding behind it, in a mixed one with at least one padding request. Their tables are not read."""
     groups, _, width = inputs.block_tables.shape
+    size = shape.num_tokens
+    num_padded = shape.num_rows if shape.is_decode else shape.num_rows + 1
+    starts = np.arange(size + 1, dtype=np.int32)
+    if not shape.is_decode:
+        starts = _extended(inputs.query_start_loc, (num_padded + 1,), int(inputs.query_start_loc[-1]))
     return StepInputs(
         token_ids=_extended(inputs.token_ids, (size,), 0),
         positions=_extended(inputs.positions, (size,), 0),
         slots=_extended(inputs.slots, (groups, size), null_slot),
-        query_start_loc=np.arange(size + 1, dtype=np.int32),
-        seq_lens=_extended(inputs.seq_lens, (size,), 0),
-        block_tables=_extended(inputs.block_tables, (groups, size, width), 0),
-        logits_indices=np.arange(size, dtype=np.int32),
+        query_start_loc=starts,
+        seq_lens=_extended(inputs.seq_lens, (num_padded,), 0),
+        block_tables=_extended(inputs.block_tables, (groups, num_padded, width), 0),
+        logits_indices=starts[:-1] if shape.is_decode else _extended(inputs.logits_indices, (shape.num_rows,), 0),
     )
 
 
