@@ -19,6 +19,9 @@ _WHERE = {
     "AsyncEngine": "octavo.engine.async_engine",
     "EngineConfig": "octavo.config",
     "SamplingParams": "octavo.sampling_params",
+    "BeamSearchParams": "octavo.sampling_params",
+    "BeamSearchOutput": "octavo.outputs",
+    "BeamSearchSequence": "octavo.outputs",
     "RequestOutputKind": "octavo.sampling_params",
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
@@ -29,6 +32,9 @@ _WHERE = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineConfig",
     "Logprob",
@@ -43,8 +49,8 @@ if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
     from octavo.engine.llm import LLM
     from octavo.errors import OctavoError
-    from octavo.outputs import CompletionOutput, Logprob, RequestOutput
-    from octavo.sampling_params import RequestOutputKind, SamplingParams
+    from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
+    from octavo.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
 def __getattr__(name: str) -> Any:

@@ -88,6 +88,7 @@ class RequestDelta:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None  # the stop token id
+    cumulative_logprob: float | None = None  # of the whole answer; told by beam search
     num_cached_tokens: int = 0
     queue_time: float = 0.0  # seconds from arrival to first scheduling
     error: str | None = None

@@ -32,6 +32,25 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class BeamSearchSequence:
+    """One answer of `LLM.beam_search`."""
+
+    tokens: list[int]  # prompt and answer
+    logprobs: list[dict[int, Logprob]]  # per token of the answer
+    cum_logprob: float
+    text: str | None  # of all tokens; None without a tokenizer
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The answers to one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(slots=True)
 class RequestMetrics:
     """When things happened to a request: seconds on the front's monotonic clock."""
 

@@ -62,6 +62,7 @@ class Request:
     num_preemptions: int = 0
     num_lost_tokens: int = 0  # the most it had computed when its KV was taken: up to there it computes again
     first_scheduled_time: float | None = None
+    has_moved: bool = False  # what the worker has of its row is out of date: it is sent whole with the next step
     retry_alone: bool = False  # its step failed: it runs once alone, to find the guilty one
 
     def __post_init__(self) -> None:
@@ -80,7 +81,14 @@ class Request:
     @property
     def needs_host_token(self) -> bool:
         """True when its next step cannot be decided before its last token is known here: it is not run ahead."""
-        return self.params.has_penalties or self.params.has_rules  # they look at the tokens, on the host
+        params = self.params
+        return params.has_penalties or params.has_rules or params.use_beam_search  # they look at tokens on the host
+
+    @property
+    def answer_ids(self) -> list[str]:
+        """Under which ids its answers return: its own, or with beam search one for each of n."""
+        n = self.params.n if self.params.use_beam_search else 1
+        return [answer_id(self.request_id, index, n) for index in range(n)]
 
     @property
     def num_output_tokens(self) -> int:
@@ -91,3 +99,8 @@ class Request:
     def output_token_ids(self) -> list[int]:
         """The generated tokens (a copy)."""
         return self.token_ids[len(self.prompt_token_ids) :]
+
+
+def answer_id(request_id: str, index: int, n: int) -> str:
+    """The id of the index-th of n answers to a request."""
+    return request_id if n == 1 else f"{request_id}#{index}"

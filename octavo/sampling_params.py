@@ -11,6 +11,7 @@ from typing import Any
 from octavo.errors import InvalidValueError, UnsupportedParameterError
 
 MAX_N = 128
+MAX_BEAM_WIDTH = 64
 MAX_LOGPROBS = 20
 MAX_STOP = 16
 MAX_STOP_LENGTH = 256  # characters
@@ -100,7 +101,9 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
-    use_beam_search: bool = False
+    use_beam_search: bool = False  # keeps the best_of (default n) likeliest answers, returns the n best
+    length_penalty: float = 1.0  # an answer's score is its log probability over length ** length_penalty
+    early_stopping: bool | str = False  # True: as soon as there are enough answers; "never": not while one could win
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
@@ -111,6 +114,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._refuse_unbuilt()
         _integer("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, self.n, MAX_N)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
@@ -138,6 +143,7 @@ class SamplingParams:
             name = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise InvalidValueError(f"{name} does not go with structured outputs: they say when to end", param=name)
         self._check_logit_bias()
+        self._check_beams()
         try:
             self.output_kind = RequestOutputKind(self.output_kind)
         except ValueError:
@@ -166,6 +172,16 @@ class SamplingParams:
         return _stop_list(self.stop)
 
     @property
+    def num_candidates(self) -> int:
+        """Answers to find, of which the n best are returned."""
+        return self.best_of or self.n
+
+    @property
+    def beam_width(self) -> int:
+        """Hypotheses that grow together; 1 without beam search."""
+        return self.num_candidates if self.use_beam_search else 1
+
+    @property
     def greedy(self) -> bool:
         """True when the most likely token is taken."""
         return self.temperature == 0.0
@@ -177,15 +193,41 @@ class SamplingParams:
 
     def _refuse_unbuilt(self) -> None:
         unbuilt = {
-            "best_of": self.best_of is not None and self.best_of != self.n,
             "prompt_logprobs": self.prompt_logprobs is not None,
-            "use_beam_search": self.use_beam_search,
             "logits_processors": bool(self.logits_processors),
             "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
         }
         for name, asked in unbuilt.items():
             if asked:
                 raise UnsupportedParameterError(f"{name} is not supported yet: leave it out", param=name)
+
+    def _check_beams(self) -> None:
+        _number("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise InvalidValueError('early_stopping must be true, false or "never"', param="early_stopping")
+        if not self.use_beam_search:
+            if self.length_penalty != 1.0 or self.early_stopping is not False:
+                name = "early_stopping" if self.length_penalty == 1.0 else "length_penalty"
+                raise InvalidValueError(f"{name} needs use_beam_search=true", param=name)
+            return
+        _integer("n" if self.best_of is None else "best_of", self.num_candidates, 1, MAX_BEAM_WIDTH)
+        asked = {
+            "temperature": self.temperature not in (0.0, 1.0),
+            "top_p": self.top_p != 1.0,
+            "top_k": self.top_k > 0,
+            "min_p": self.min_p > 0,
+            "logit_bias": bool(self.logit_bias),
+            "presence_penalty": self.has_penalties,
+            "stop": bool(_stop_list(self.stop)),
+            "bad_words": bool(self.bad_words),
+            "allowed_token_ids": self.allowed_token_ids is not None,
+            "structured_outputs": self.structured_outputs is not None,
+        }
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise InvalidValueError(
+                    f"beam search takes the likeliest tokens of the plain distribution: leave {name} out", param=name
+                )
 
     def _check_logit_bias(self) -> None:
         if self.logit_bias is None:
@@ -197,6 +239,39 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, 1 << 31)
             _number("logit_bias", bias, -100.0, 100.0)
+
+
+@dataclass(kw_only=True)
+class BeamSearchParams:
+    """Parameters of `LLM.beam_search`, as in vLLM; `early_stopping` is transformers'. Checked as SamplingParams are."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0  # nothing is sampled: 0 is the only value
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    early_stopping: bool | str = False
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0.0:
+            raise InvalidValueError("beam search does not sample: leave temperature out", param="temperature")
+        _integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        self.as_sampling()
+
+    def as_sampling(self) -> SamplingParams:
+        """The same, as an engine takes it."""
+        return SamplingParams(
+            n=self.beam_width,
+            use_beam_search=True,
+            temperature=0.0,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            logprobs=0,
+        )
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

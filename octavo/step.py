@@ -26,6 +26,7 @@ class NewRow:
     stop_ids: frozenset[int]  # banned while fewer than params.min_tokens tokens were generated
     seed: int
     adapter_id: int = 0
+    num_logprobs: int = -1  # most likely tokens to tell at each position; 0: the sampled one alone, -1: none
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from octavo.messages import (
 from octavo.observe.step_log import StepLog
 from octavo.request import FinishReason, Request
 from octavo.scheduler.choose import make_policy
+from octavo.scheduler.deltas import last_deltas
 from octavo.scheduler.recorder import RecordingScheduler
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import SchedulerOutput
@@ -189,12 +190,11 @@ class EngineCore:
         request.token_ids += message.output_token_ids
         try:
             self.scheduler.add(request)
-        except QueueFullError as error:
-            refusal = _failed(request.request_id, str(error))
-            refusal.error_kind, refusal.retry_after = type(error).__name__, error.retry_after
-            self._pending.append(refusal)
         except Exception as error:  # the front checked it; whatever is left ends this request and no other
-            self._pending.append(_failed(request.request_id, str(error)))
+            for refusal in last_deltas(request, FinishReason.ERROR, str(error), type(error).__name__):
+                if isinstance(error, QueueFullError):
+                    refusal.retry_after = error.retry_after
+                self._pending.append(refusal)
 
     def _launch(self) -> bool:
         record = StepRecord(step=self.log.num_steps + len(self._in_flight), time=self._clock())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError,
 from octavo.messages import AddRequest, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from octavo.request import FinishReason
+from octavo.request import FinishReason, answer_id
 from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.step import TokenLogprobs
 from octavo.text.stream import TextStream
@@ -64,6 +64,17 @@ class Group:
     def finished(self) -> bool:
         return all(child.finished for child in self.children)
 
+    def answers(self) -> list[CompletionOutput]:
+        """Copies of all answers; of the n best where more were made."""
+        outputs = [_copy(child.output) for child in self.children]
+        if len(outputs) > self.params.n:
+            outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0) / max(1, len(output.token_ids)))
+            del outputs[self.params.n :]
+            for index, output in enumerate(outputs):
+                output.index = index
+                output.logprobs = output.logprobs if self.params.logprobs is not None else None
+        return outputs
+
     @property
     def error(self) -> Exception | None:
         return next((child.error for child in self.children if child.error), None)
@@ -87,6 +98,7 @@ class Frontend:
         self.spec = spec
         self.max_model_len = max_model_len
         self._max_logprobs = config.max_logprobs
+        self._max_num_seqs = config.max_num_seqs
         self._children: dict[str, Child] = {}
         self._seeds = random.Random(config.seed)
 
@@ -156,35 +168,48 @@ class Frontend:
             )
         if params.min_tokens > room:
             raise InvalidValueError(f"min_tokens is {params.min_tokens}, but only {room} fit", param="min_tokens")
+        if params.beam_width > self._max_num_seqs:
+            raise InvalidValueError(
+                f"{params.beam_width} beams were asked for; this engine runs {self._max_num_seqs} requests at once "
+                "(max_num_seqs)",
+                param="n",
+            )
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         base_seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        is_picked = params.num_candidates > params.n and not params.use_beam_search
+        if is_picked or params.use_beam_search:  # which answers are the best is known at the end
+            params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
         group = Group(request_id, text, ids, params, RequestMetrics(arrival_time=time.monotonic()))
+        count = params.num_candidates if is_picked else params.n
+        told = replace(told, logprobs=params.logprobs or 0) if is_picked else told
         requests: list[AddRequest] = []
-        for index in range(params.n):
-            child_id = request_id if params.n == 1 else f"{request_id}#{index}"
+        for index in range(count):
+            child_id = answer_id(request_id, index, count)
             if child_id in self._children:
                 raise InvalidValueError(f"request_id {request_id!r} is already running", param="request_id")
             stream = TextStream(self.tokenizer, params) if self.tokenizer and params.detokenize else None
-            output = CompletionOutput(index, "", [], logprobs=None if params.logprobs is None else [])
-            if params.logprobs is not None:
-                output.cumulative_logprob = 0.0
-            fork_of = requests[0].request_id if requests else None
-            seed = base_seed + index
-            add = AddRequest(child_id, ids, told, max_tokens, seed, priority, cache_salt, fork_of)
-            add.tenant, add.weight, add.timeout = tenant, weight, timeout
-            add.grammar, add.bad_ids = grammar, bad_ids
-            group.children.append(Child(group, child_id, output, stream, add))
-            requests.append(add)
+            output = CompletionOutput(index, "", [])
+            if params.logprobs is not None or is_picked:
+                output.logprobs, output.cumulative_logprob = [], 0.0
+            if not requests or not params.use_beam_search:  # a beam search is one request with n answers
+                engine_id = request_id if params.use_beam_search else child_id
+                fork_of = requests[0].request_id if requests else None
+                seed = base_seed + index
+                add = AddRequest(engine_id, ids, told, max_tokens, seed, priority, cache_salt, fork_of)
+                add.tenant, add.weight, add.timeout = tenant, weight, timeout
+                add.grammar, add.bad_ids = grammar, bad_ids
+                requests.append(add)
+            group.children.append(Child(group, child_id, output, stream, requests[-1]))
         self._children.update((child.request_id, child) for child in group.children)
         return group, requests
 
     def running(self, request_id: str) -> list[str]:
         """Ids of the engine requests of a group that still run."""
-        return [c.request_id for c in self._children.values() if c.parent.request_id == request_id]
+        return _engine_ids(c for c in self._children.values() if c.parent.request_id == request_id)
 
     def abort(self, group: Group) -> list[str]:
         """Forgets a group; returns the ids of its engine requests that still run."""
-        return [c.request_id for c in group.children if self._children.pop(c.request_id, None)]
+        return _engine_ids([c for c in group.children if self._children.pop(c.request_id, None)])
 
     def fail_all(self) -> list[Group]:
         """Forgets everything that runs (the engine is gone); returns the groups."""
@@ -207,13 +232,14 @@ class Frontend:
             update = Update(guilty.parent, None)
             self._collect({id(guilty.parent): update}, guilty, before)
             self._close(update, time.monotonic())
-        requests = []
+        requests: dict[str, AddRequest] = {}
         for child in self._children.values():
             asked, age = child.request, time.monotonic() - child.parent.metrics.arrival_time
             timeout = None if asked.timeout is None else max(asked.timeout - age, 0.001)
             generated = list(child.output.token_ids)
-            requests.append(replace(asked, output_token_ids=generated, runs_alone=True, fork_of=None, timeout=timeout))
-        return requests, update
+            again = replace(asked, output_token_ids=generated, runs_alone=True, fork_of=None, timeout=timeout)
+            requests[again.request_id] = again
+        return list(requests.values()), update
 
     def oldest_waiting(self) -> float | None:
         """When the oldest request that has no token yet arrived; front's monotonic clock."""
@@ -296,6 +322,8 @@ class Frontend:
         output.token_ids.extend(delta.token_ids)
         if output.logprobs is not None:
             self._add_logprobs(output, delta.token_ids, delta.logprobs or [])
+        if delta.cumulative_logprob is not None:
+            output.cumulative_logprob = delta.cumulative_logprob
         stopped = self._add_text(child, delta)
         if stopped is not None:
             return stopped
@@ -350,7 +378,7 @@ class Frontend:
                 update.output = self._output(group, [])
             update.output.outputs.append(before.delta(child))
         elif kind is RequestOutputKind.CUMULATIVE or group.finished:
-            update.output = self._output(group, [_copy(c.output) for c in group.children])
+            update.output = self._output(group, group.answers())
 
     def _close(self, update: Update, now: float) -> None:
         group = update.group
@@ -371,6 +399,11 @@ class Frontend:
         )
 
 
+def _engine_ids(children: Iterable[Child]) -> list[str]:
+    """The engine requests of these answers; the answers to a beam search share one."""
+    return list(dict.fromkeys(child.request.request_id for child in children))
+
+
 def _error(delta: RequestDelta) -> Exception | None:
     """What a failed request's caller gets: its own error where the engine says which, else a StepError."""
     if delta.error is None:
@@ -381,6 +414,8 @@ def _error(delta: RequestDelta) -> Exception | None:
         return TimeLimitError(delta.error, param="timeout")
     if delta.error_kind == InvalidValueError.__name__:
         return InvalidValueError(delta.error, param="structured_outputs")
+    if delta.error_kind == ContextLengthError.__name__:
+        return ContextLengthError(delta.error, param="max_tokens")
     return StepError(delta.error)
 
 

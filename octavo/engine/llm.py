@@ -19,8 +19,8 @@ from octavo.errors import ConfigError, InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests
 from octavo.models.hub import resolve_model
-from octavo.outputs import RequestOutput
-from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
+from octavo.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from octavo.text.chat import ChatTemplate, cut_after_last_message, plain_message
 from octavo.text.load import load_text
 from octavo.text.tokenizer import Tokenizer
@@ -125,6 +125,26 @@ class LLM:
         # the template writes the special tokens itself: none may be added
         tokenized: list[TextAndIds] = [(t, tokenizer.encode(t, add_special_tokens=False)) for t in texts]
         return self._run(tokenized, params, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool | Callable[..., Any] = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt, best first by log probability over length ** length_penalty.
+
+        Raises:
+            RequestError: a prompt or the parameters are wrong; nothing was started.
+            StepError: the engine failed on a request even when it was retried alone.
+        """
+        outputs = self.generate(prompts, params.as_sampling(), use_tqdm=use_tqdm)
+        return [BeamSearchOutput([self._beam(output, answer) for answer in output.outputs]) for output in outputs]
+
+    def _beam(self, output: RequestOutput, answer: CompletionOutput) -> BeamSearchSequence:
+        tokens = output.prompt_token_ids + answer.token_ids
+        text = self._text.tokenizer.decode(tokens) if self._text.tokenizer is not None else None
+        logprob = answer.cumulative_logprob or 0.0
+        return BeamSearchSequence(
+            tokens, answer.logprobs or [], logprob, text, answer.finish_reason, answer.stop_reason
+        )
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends; plain defaults where it has none."""

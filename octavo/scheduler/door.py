@@ -6,7 +6,8 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 
-from octavo.errors import QueueFullError
+from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError
+from octavo.kvcache.manager import KVCacheManager
 from octavo.request import Request
 
 RECENT = 64  # admissions that the predicted wait is made from
@@ -63,3 +64,33 @@ class Door:
         """(deadline, request id) of those that have passed; the Request may have ended since."""
         while self._deadlines and self._deadlines[0][0] <= now:
             yield heapq.heappop(self._deadlines)
+
+
+def refuse_impossible(request: Request, kv: KVCacheManager, max_model_len: int, max_num_seqs: int) -> None:
+    """Refuses what an empty pool could not finish, or no step begin: whatever is let in ends.
+
+    Raises:
+        InvalidValueError: an empty prompt, or more beams than rows.
+        ContextLengthError: too long for the context, or for the whole KV pool.
+    """
+    num_prompt = request.num_prompt_tokens
+    if num_prompt < 1:
+        raise InvalidValueError("the prompt is empty: give at least one token", param="prompt")
+    if num_prompt >= max_model_len:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt} tokens; the context is {max_model_len} and at least one is for the "
+            "answer: shorten the prompt",
+            param="prompt",
+        )
+    width = request.params.beam_width
+    if width > max_num_seqs:
+        raise InvalidValueError(f"{width} beams were asked for; at most {max_num_seqs} fit (max_num_seqs)", param="n")
+    longest = min(num_prompt + request.max_tokens, max_model_len) - 1  # the last token's KV is never needed
+    needed, total = width * kv.blocks_for(longest), kv.pool.num_blocks
+    if needed > total:
+        beams = f", in {width} beams," if width > 1 else ""
+        raise ContextLengthError(
+            f"{num_prompt} prompt tokens and {request.max_tokens} to generate{beams} need {needed} KV blocks of "
+            f"{kv.block_size}, but the whole pool has {total}: lower max_tokens, or give more KV memory",
+            param="max_tokens",
+        )

@@ -171,6 +171,9 @@ class RecordingScheduler(Scheduler):
 
     def add(self, request: Request) -> None:
         self._tick()
+        if self._ring is not None and request.params.use_beam_search:
+            log.warning("beam search decides by log probabilities, which are not recorded: the recording ends here")
+            self.close()
         if self._ring is None:
             return super().add(request)
         numbers = self._describer.numbers

@@ -1,3 +1,4 @@
+# long: one state machine over queue, rows and blocks, whose transitions are read together
 """Who runs in the next step. No phases: each Request's `num_computed_tokens` tries to catch up with its tokens.
 
 `schedule()` decides a step, `update()` or `fail()` takes its result; other steps may be scheduled in between. A token
@@ -18,12 +19,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, TimeLimitError
+from octavo.errors import ConfigError, InvalidValueError, TimeLimitError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
+from octavo.scheduler.beams import Beams
 from octavo.scheduler.counts import Counts, fill_pool, make_delta
-from octavo.scheduler.door import Door
+from octavo.scheduler.deltas import last_deltas
+from octavo.scheduler.door import Door, refuse_impossible
 from octavo.scheduler.forks import Forks
 from octavo.scheduler.policies import NO_CAP, FcfsPolicy, Policy
 from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput, TokenLogprobs
@@ -85,6 +88,7 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_share = long_prefill_token_threshold or max_num_batched_tokens
         self._max_run_ahead = max_run_ahead
+        self._max_num_seqs = max_num_seqs
         self._clock = clock
         self._free_rows = list(range(max_num_seqs))  # a heap: the lowest is taken first
         self._requests: dict[str, Request] = {}
@@ -94,6 +98,7 @@ class Scheduler:
         self.preempted: list[tuple[Request, Request]] = []  # by the last schedule(): who, and for whom
         self._prefill_left = NO_CAP  # prompt tokens that the policy still allows in this step
         self._running: dict[str, Request] = {}  # in the order of admission
+        self._beams = Beams()
         self._forks = Forks()
         self._ready: list[Request] = []  # parents whose prompt the step being decided completes
         self.suspects: dict[str, Request] = {}  # waiting or running, to be tried alone, in this order
@@ -127,7 +132,9 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that wait to be admitted, for the first time or again."""
-        return len(self._requests) - len(self._running)
+        if not self._beams:
+            return len(self._requests) - len(self._running)
+        return len(self._requests) - sum(request_id in self._requests for request_id in self._running)
 
     def add(self, request: Request) -> None:
         """Puts a new Request into the queue.
@@ -137,27 +144,13 @@ class Scheduler:
             ContextLengthError: too long for the context, or for the whole KV pool.
             QueueFullError: as many wait as may.
         """
-        num_prompt = request.num_prompt_tokens
         if request.request_id in self._requests:
             raise InvalidValueError(f"request_id {request.request_id!r} is already running", param="request_id")
-        if num_prompt < 1:
-            raise InvalidValueError("the prompt is empty: give at least one token", param="prompt")
-        if num_prompt >= self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {num_prompt} tokens; the context is {self.max_model_len} and at least one is for the "
-                "answer: shorten the prompt",
-                param="prompt",
-            )
-        request.max_length = min(num_prompt + request.max_tokens, self.max_model_len)
-        needed, total = self.kv.blocks_for(request.max_length - 1), self.kv.pool.num_blocks  # the last needs no KV
-        if needed > total:
-            raise ContextLengthError(
-                f"{num_prompt} prompt tokens and {request.max_tokens} to generate need {needed} KV blocks of "
-                f"{self.kv.block_size}, but the whole pool has {total}: lower max_tokens, or give more KV memory",
-                param="max_tokens",
-            )
+        request.max_length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        refuse_impossible(request, self.kv, self.max_model_len, self._max_num_seqs)
         self._door.enter(request, self.num_waiting, self._clock())
-        self.kv.add(request)
+        for member in self._beams.add(request, self.max_model_len):
+            self.kv.add(member)
         parent = self._requests.get(request.fork_of or "")
         self._requests[request.request_id] = request
         self.policy.arrived(request)
@@ -171,8 +164,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return []
-        self._end(request)
-        return [make_delta(request, finish_reason=FinishReason.ABORT)]
+        return self._give_up(request, FinishReason.ABORT)
 
     def expire(self) -> list[RequestDelta]:
         """Ends the Requests whose deadline has passed: their last deltas."""
@@ -181,10 +173,8 @@ class Scheduler:
             request = self._requests.get(request_id)
             if request is not None and request.deadline == deadline:  # else it has ended; a namesake may run
                 allowed = deadline - request.arrival_time
-                self._end(request)
                 error = f"the request's timeout of {allowed:g} s has passed: allow more, or ask for fewer tokens"
-                deltas.append(make_delta(request, finish_reason=FinishReason.ERROR, error=error))
-                deltas[-1].error_kind = TimeLimitError.__name__
+                deltas += self._give_up(request, FinishReason.ERROR, error, TimeLimitError.__name__)
         return deltas
 
     def finish(self, request_id: str, num_kept: int) -> None:
@@ -228,7 +218,7 @@ class Scheduler:
         request = next(iter(self.suspects.values()))
         if request.status is RequestStatus.RUNNING:
             self._schedule_row(output, step, request, self._share(output, request), [])
-        elif not self._try_admit(output, step, request):
+        elif not self._try_admit(output, step, self._beams.leader(request)):
             self._schedule_running(output, step)  # no row or blocks yet: those that hold them go on, and end
 
     def _schedule_running(self, output: SchedulerOutput, step: _Step) -> None:
@@ -258,12 +248,13 @@ class Scheduler:
                     charge(request, 0, 1)
                 continue
             share = self._share(output, request)
-            if not share:
+            if not share or request.status is not RequestStatus.RUNNING:  # preempted with another of its beams
                 continue
             while (blocks := self.kv.try_allocate(request, start + share)) is None and not request.num_pending:
                 victim = order.pop()
-                self._preempt(victim, request)
-                if victim is request:
+                if not self._is_kept(victim, output, order):
+                    self._preempt(self._beams.leader(victim), request)
+                if victim is request or request.status is not RequestStatus.RUNNING:
                     break
             if blocks is not None:
                 request.num_slots = self.kv.num_slots(request)
@@ -311,34 +302,46 @@ class Scheduler:
         All of them at once, although its first chunk may be shorter: so a prefill never preempts anybody, nor starts
         what the pool cannot hold.
         """
-        if not self._free_rows or output.num_tokens == self._budget or not self._prefill_left:
+        members = self._beams.members(request)
+        if len(self._free_rows) < len(members) or output.num_tokens == self._budget or not self._prefill_left:
             return False
-        hits = self.kv.lookup(request)
         spare = int(self._headroom * len(self._running))
-        if self.kv.try_allocate(request, request.num_tokens, hits, spare) is None:
-            return False
-        num_hit = len(hits) * self.kv.block_size
+        starts: list[int] = []
+        for member in members:
+            hits = self.kv.lookup(member)
+            if self.kv.try_allocate(member, member.num_tokens, hits, spare) is None:
+                for other in members[: len(starts)]:
+                    self.kv.free(other)
+                return False
+            starts.append(len(hits) * self.kv.block_size)
         if request.first_scheduled_time is None:
-            request.num_cached_tokens = num_hit
+            request.num_cached_tokens = starts[0]
             if self.kv.enable_prefix_caching:
                 self._counts.prefix_queries += request.num_tokens
-                self._counts.prefix_hits += num_hit
-        self._start(output, request, num_hit)
-        self._schedule_row(output, step, request, self._share(output, request), [])
+                self._counts.prefix_hits += starts[0]
+        alone = next(iter(self.suspects.values()), None)
+        for member, start in zip(members, starts, strict=True):
+            self._start(output, member, start)
+            share = self._share(output, member)
+            if share and alone in (None, member):
+                self._schedule_row(output, step, member, share, [])
         return True
 
     def _start(self, output: SchedulerOutput, request: Request, num_computed_tokens: int) -> None:
         """Gives a Request that has its blocks a row: it runs."""
         if request.first_scheduled_time is None:
-            self._door.admitted(request, self._now)
+            if request.request_id in self._requests:
+                self._door.admitted(request, self._now)
             request.first_scheduled_time = self._now
         request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
         request.row = heapq.heappop(self._free_rows)
         request.num_slots = self.kv.num_slots(request)
         request.plain_from = max(request.num_lost_tokens, request.num_prompt_tokens)
+        if request in self._beams:
+            request.plain_from = self.max_model_len  # never
         self._running[request.request_id] = request
-        output.new_rows.append(self._new_row(request))
+        self._send_row(output, request)
 
     def _share(self, output: SchedulerOutput, request: Request) -> int:
         """How many tokens the Request computes in this step: what it lacks, cut by the budget and the cap."""
@@ -371,7 +374,9 @@ class Scheduler:
         samples = end == len(request.token_ids) + request.num_pending
         request.num_pending += samples
         row = ScheduledRow(request.row, request.request_id, request.epoch, start, share, samples)
-        if blocks:
+        if request.has_moved:
+            self._send_row(output, request)
+        elif blocks:
             row.new_block_ids = (blocks,)
         output.scheduled.append(row)
         output.num_tokens += share
@@ -394,10 +399,14 @@ class Scheduler:
         if self.policy.charges:
             fresh = max(start, request.num_lost_tokens)
             prompt_end = min(max(fresh, num_prompt), end)
-            self.policy.charge(request, max(prompt_end - fresh, 0), max(end - max(fresh, num_prompt), 0))
+            self.policy.charge(
+                self._beams.leader(request), max(prompt_end - fresh, 0), max(end - max(fresh, num_prompt), 0)
+            )
 
-    def _new_row(self, request: Request) -> NewRow:
-        return NewRow(
+    def _send_row(self, output: SchedulerOutput, request: Request) -> None:
+        """Sends the whole state of a row, as it is before this step."""
+        request.has_moved = False
+        new = NewRow(
             row=request.row,
             request_id=request.request_id,
             epoch=request.epoch,
@@ -409,7 +418,9 @@ class Scheduler:
             stop_ids=request.stop_ids,
             seed=request.seed,
             adapter_id=request.adapter_id,
+            num_logprobs=self._beams.num_logprobs(request),
         )
+        output.new_rows.append(new)
 
     # --------------------------------------------------------------------------------------------------- update
 
@@ -437,15 +448,18 @@ class Scheduler:
             ):
                 request.token_ids.append(tokens[0])
                 deltas.append(RequestDelta(request.request_id, tokens, logprobs))  # the front knows the rest already
+                continue
+            if request.retry_alone:  # it sampled: it was not the guilty one
+                request.retry_alone = False
+                del self.suspects[request.request_id]
+            if request in self._beams:
+                deltas += self._grow(request, logprobs)
             else:
                 deltas.append(self._append(request, tokens, logprobs))
         return deltas
 
     def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> RequestDelta:
         """Appends new tokens up to the one that ends the Request, if any does."""
-        if request.retry_alone:  # it sampled: it was not the guilty one
-            request.retry_alone = False
-            del self.suspects[request.request_id]
         token_ids, num_prompt = request.token_ids, request.num_prompt_tokens
         for count, token in enumerate(tokens, 1):
             token_ids.append(token)
@@ -476,14 +490,15 @@ class Scheduler:
             if request.epoch != item.epoch:
                 continue
             if request.retry_alone:
-                self._end(request)
-                deltas.append(make_delta(request, finish_reason=FinishReason.ERROR, error=error))
+                deltas += self._give_up(self._beams.leader(request), FinishReason.ERROR, error)
                 continue
             request.num_computed_tokens = item.start
-            self._release(request)
-            request.status = RequestStatus.PREEMPTED
-            request.retry_alone = True
-            suspects[request.request_id] = request
+            for member in self._beams.members(request):
+                self._release(member)
+                member.status = RequestStatus.PREEMPTED
+                if member.token_ids:
+                    member.retry_alone = True
+                    suspects[member.request_id] = member
         self.suspects |= suspects
         return deltas
 
@@ -493,14 +508,16 @@ class Scheduler:
         """Takes a running Request's row and blocks, because `whom` needs blocks; it waits again."""
         self.preempted.append((request, whom))
         self._counts.num_preempted += 1
-        self._counts.num_preempted_tokens += request.num_computed_tokens
         request.num_preemptions += 1
-        self._release(request)
-        request.status = RequestStatus.PREEMPTED
+        for member in self._beams.members(request):
+            self._counts.num_preempted_tokens += member.num_computed_tokens
+            self._release(member)
+            member.status = RequestStatus.PREEMPTED
         self.policy.put_back(request)
 
     def _release(self, request: Request) -> None:
         """Takes row and blocks, and raises the epoch: results in flight are stale from here on."""
+        self._beams.forget_round(request)
         self.kv.free(request)
         del self._running[request.request_id]
         heapq.heappush(self._free_rows, request.row)
@@ -510,19 +527,51 @@ class Scheduler:
         request.num_computed_tokens = request.num_pending = request.num_slots = 0
 
     def _end(self, request: Request) -> None:
-        """Forgets a Request, wherever it is."""
-        if request.status is RequestStatus.RUNNING:
-            self._release(request)
-        elif not request.retry_alone and not self._forks.drop(request):
-            self.policy.remove(request)
+        """Forgets a Request, with all its beams, wherever it is."""
+        suspected = any(member.retry_alone for member in self._beams.members(request))
+        for member in self._beams.members(request):
+            if member.status is RequestStatus.RUNNING:
+                self._release(member)
+            elif member is request and not suspected and not self._forks.drop(request):
+                self.policy.remove(request)
+            self.suspects.pop(member.request_id, None)
+            self.kv.forget(member)
+            member.status = RequestStatus.FINISHED
+        self._beams.drop(request)
         if (heir := self._forks.heir(request)) is not None:
             self.policy.push(heir)
-        self.suspects.pop(request.request_id, None)
         self.policy.ended(request)
         self._door.left(request)
-        self.kv.forget(request)
         del self._requests[request.request_id]
-        request.status = RequestStatus.FINISHED
+
+    def _give_up(
+        self, request: Request, reason: FinishReason, error: str | None = None, kind: str | None = None
+    ) -> list[RequestDelta]:
+        """Ends a Request before its time: the last delta of each of its answers."""
+        self._end(request)
+        return last_deltas(request, reason, error, kind)
+
+    # ---------------------------------------------------------------------------------------------------- beams
+
+    def _is_kept(self, victim: Request, output: SchedulerOutput, order: list[Request]) -> bool:
+        """Whether a Request must not be preempted, because of another of its beams: in this step already, or oldest."""
+        if victim not in self._beams:
+            return False
+        in_step = {item.request_id for item in output.scheduled}
+        return any(m.request_id in in_step or m in order[:1] for m in self._beams.members(victim))
+
+    def _grow(self, request: Request, logprobs: list[TokenLogprobs] | None) -> list[RequestDelta]:
+        """Takes what a beam told; at the end of a round all of them move on, or the search ends."""
+        assert logprobs is not None, "beams are told the likeliest tokens"
+        first, deltas = self._beams.leader(request), []
+        if self._beams.is_told(request, logprobs[0]):
+            num_forked = self._beams.advance(request, self.kv)
+            if num_forked is None:
+                deltas = self._beams.answers(request)
+                self._end(first)
+            else:
+                self._counts.num_forked += num_forked
+        return deltas
 
     def fill(self, record: StepRecord, output: SchedulerOutput) -> None:
         """Writes the counts of schedule() into the step's record; preemptions since the last record included."""

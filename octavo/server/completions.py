@@ -59,7 +59,7 @@ async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Ans
     longest = max(map(len, prompts))
     max_tokens = front.max_tokens(longest, body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
-    if body.best_of:  # ranked by their logprobs
+    if body.best_of and not body.use_beam_search:  # ranked by their logprobs
         params = replace(params, n=body.best_of, logprobs=body.logprobs or 0)
     job = Completion(front, caller, body, prompts, params, f"cmpl-{body.request_id or caller.request_id}")
     job.echoes = [_echo(front, prompt) if body.echo else "" for prompt in texts]

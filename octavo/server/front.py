@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 PING_SECONDS = 15.0  # of silence in a stream
+GIVEN = ("n", "presence_penalty", "frequency_penalty", "length_penalty", "early_stopping")  # None: the default
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -205,13 +206,11 @@ class Front:
             )
         if body.stop and engine.tokenizer is None:
             raise UnsupportedParameterError("stop strings need a tokenizer: use stop_token_ids", param="stop")
-        given = {
-            name: getattr(body, name)
-            for name in (*MODEL_DEFAULTS, "n", "presence_penalty", "frequency_penalty")
-            if getattr(body, name) is not None
-        }
+        given = {name: getattr(body, name) for name in (*MODEL_DEFAULTS, *GIVEN) if getattr(body, name) is not None}
         params = SamplingParams(
-            **{**default_sampling(engine.spec), **given},
+            **{**({} if body.use_beam_search else default_sampling(engine.spec)), **given},
+            best_of=getattr(body, "best_of", None) if body.use_beam_search else None,
+            use_beam_search=body.use_beam_search,
             seed=body.seed,
             stop=body.stop,
             stop_token_ids=body.stop_token_ids,

@@ -39,8 +39,6 @@ BiasKey = Annotated[str, Field(max_length=10, pattern=r"^(0|[1-9][0-9]{0,9})$")]
 BiasValue = Annotated[float, Field(ge=-100, le=100)]
 
 UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
     "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
     "logits_processors": ([],),
@@ -284,6 +282,9 @@ class GenerationRequest(Strict):
     top_k: Annotated[int, Field(ge=-1, le=1 << 30)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
+    use_beam_search: bool = False  # n is the width, or best_of where it is given
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
     seed: Annotated[int, Field(ge=-limits.MAX_SEED - 1, le=limits.MAX_SEED)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS)] | None = None

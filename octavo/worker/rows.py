@@ -79,7 +79,7 @@ class Rows:
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.seeds[row] = new.seed & 0xFFFFFFFFFFFFFFFF
-        self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.num_logprobs[row] = new.num_logprobs
         self.repetition_penalty[row] = params.repetition_penalty
         self.presence_penalty[row] = params.presence_penalty
         self.frequency_penalty[row] = params.frequency_penalty

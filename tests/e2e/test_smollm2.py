@@ -152,3 +152,23 @@ def test_one_foreign_call_per_step():
     _, _, log = answers(PROMPTS[:4])
     assert [r.num_foreign_calls for r in log] == [1] * len(log)
     assert all(0 < r.foreign_seconds < r.execute_seconds for r in log)
+
+
+def test_beam_search_equals_transformers(oracle):
+    torch, model, _ = oracle
+    prompts, width, num_tokens = PROMPTS[:10], 3, 12
+    with LLM(**EVERYTHING) as llm:
+        params = SamplingParams(use_beam_search=True, n=width, max_tokens=num_tokens)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.core.log.total("num_forked") > 0
+        eos = sorted(llm.core.info.spec.eos_token_ids)
+    for output in outputs:
+        ids = output.prompt_token_ids
+        with torch.inference_mode():
+            expected = model.generate(
+                torch.tensor([ids]), num_beams=width, num_return_sequences=width, max_new_tokens=num_tokens,
+                do_sample=False, eos_token_id=eos, pad_token_id=eos[0],
+            )[:, len(ids) :].tolist()  # fmt: skip
+        for answer, tokens in zip(output.outputs, expected, strict=True):
+            padding = [eos[0]] * (len(tokens) - len(answer.token_ids))
+            assert answer.token_ids + padding == tokens, f"differs on {output.prompt[:40]!r}"

@@ -55,6 +55,9 @@ ENGINE_ROWS = [
     ("structured_outputs", {"json_object": True}, {"structure": ("json_object", True)}),
     ("logit_bias", {"97": -100, "98": 5.5}, {"logit_bias": {97: -100, 98: 5.5}}),
     ("skip_special_tokens", False, {"skip_special_tokens": False}),
+    ("use_beam_search", True, {"use_beam_search": True}),
+    ("length_penalty", 1.0, {"length_penalty": 1.0}),
+    ("early_stopping", False, {"early_stopping": False}),
     ("stream", True, {"output_kind": RequestOutputKind.DELTA}),
 ]
 CHAT_ROWS = [

@@ -12,8 +12,6 @@ COMPLETION = {"prompt": "ab", "max_tokens": 2}
 PATHS = {"/v1/chat/completions": (CHAT, ChatRequest), "/v1/completions": (COMPLETION, CompletionRequest)}
 
 REFUSED = {
-    "use_beam_search": True,
-    "length_penalty": 0.5,
     "prompt_logprobs": 0,
     "spaces_between_special_tokens": False,
     "logits_processors": ["x"],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
-from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput
+from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput, TokenLogprobs
 
 GARBAGE = -1
 VOCAB = 13
@@ -35,6 +35,12 @@ def kv_of(token_ids: list[int]) -> list[int]:
 def next_token(kv: int) -> int:
     """The "model"."""
     return (kv >> 7) % VOCAB
+
+
+def likeliest(kv: int, count: int) -> list[tuple[int, float]]:
+    """The "model's" most likely next tokens with their log probabilities, best first; no two are equal."""
+    scores = sorted(((hash((kv, token, 7)) % 9973) / 1000 + token / 1e6, token) for token in range(VOCAB))
+    return [(token, -score) for score, token in scores[:count]]
 
 
 def naive(
@@ -105,6 +111,7 @@ class _Row:
     token_ids: list[int]
     table: list[int]
     num_computed: int
+    num_logprobs: int
 
 
 class FakeExecutor:
@@ -144,7 +151,12 @@ class FakeExecutor:
         held = len(new.block_ids[0]) * self.block_size
         assert held > new.num_computed_tokens - self.block_size, "only a borrowed block may be missing"
         self._rows[new.row] = _Row(
-            new.request_id, new.epoch, list(new.token_ids), list(new.block_ids[0]), new.num_computed_tokens
+            new.request_id,
+            new.epoch,
+            list(new.token_ids),
+            list(new.block_ids[0]),
+            new.num_computed_tokens,
+            new.num_logprobs,
         )
 
     def _extend(self, item: ScheduledRow) -> None:
@@ -188,5 +200,7 @@ class FakeExecutor:
             if item.samples:
                 row.token_ids.append(token)
             result.token_ids.append([token] if item.samples else [])
-            result.logprobs.append(None)
+            best = likeliest(seen[-1], row.num_logprobs) if row.num_logprobs > 0 else []
+            ids, logprobs = [t for t, _ in best], [p for _, p in best]
+            result.logprobs.append([TokenLogprobs(0.0, 1, ids, logprobs)] if best and item.samples else None)
         return result

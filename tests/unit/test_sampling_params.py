@@ -40,6 +40,11 @@ from octavo.sampling_params import MAX_STOP, RequestOutputKind, SamplingParams
         ("logit_bias", {1: 101.0}),
         ("logit_bias", dict.fromkeys(range(301), 1.0)),
         ("output_kind", "some"),
+        ("best_of", 0),
+        ("best_of", 129),
+        ("length_penalty", 0.5),  # without beam search
+        ("early_stopping", True),
+        ("early_stopping", "always"),
     ],
 )
 def test_out_of_bounds_is_refused_by_name(name, bad):
@@ -51,9 +56,7 @@ def test_out_of_bounds_is_refused_by_name(name, bad):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("best_of", 2),
         ("prompt_logprobs", 1),
-        ("use_beam_search", True),
         ("bad_words", ["x"]),
         ("allowed_token_ids", [1]),
         ("truncate_prompt_tokens", 4),
