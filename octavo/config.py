@@ -53,6 +53,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0  # 0: no cap on one request's share of a step
     enable_prefix_caching: bool = True
     enable_copy_on_write: bool = True  # n answers fork one prefill; off, each is a request that may hit the cache
+    prefix_eviction_policy: Literal["lru", "lfu"] = "lru"  # which cached prefix goes first
     prefix_caching_hash_key: str | None = None  # default: random per engine
     admission_headroom: float = 1.0  # blocks per running request that an admission leaves free
     scheduling_policy: SchedulingPolicy = "fcfs"
@@ -87,6 +88,7 @@ class EngineConfig:
         _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
         _one_of("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
+        _one_of("prefix_eviction_policy", self.prefix_eviction_policy, ("lru", "lfu"))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8", "fp8"))
         _one_of("cuda_ops", self.cuda_ops, get_args(CudaOps))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)

@@ -128,6 +128,7 @@ class StepRecord:
     num_free_blocks: int = 0  # never used or unhashed
     num_cached_blocks: int = 0  # free for the taking, but still holding a hashed prefix
     num_used_blocks: int = 0
+    num_idle_slots: int = 0  # token positions in the running requests' blocks that hold nothing yet
     num_foreign_calls: int = 0  # into the native library
     foreign_seconds: float = 0.0  # of execute_seconds, inside it
     num_failed: int = 0  # requests whose step failed

@@ -70,6 +70,9 @@ FLAGS: dict[str, Flag] = {
     "enable_copy_on_write": Flag(
         "Memory", "Compute the prompt of n answers once; they share its KV and copy on write."
     ),
+    "prefix_eviction_policy": Flag(
+        "Memory", "Which cached prefix goes first: the least recently used, or the least often used, with ageing."
+    ),
     "prefix_caching_hash_key": Flag("Memory", "Key of the prefix hash; default: random for each engine.", "TEXT"),
     "gpu_memory_utilization": Flag("Memory", "Share of a GPU's memory to use; read on a GPU only."),
     "max_num_seqs": Flag("Scheduler", "Requests that run at once.", is_size=True),

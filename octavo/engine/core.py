@@ -19,6 +19,7 @@ from octavo.config import EngineConfig
 from octavo.engine.rules import RuleBook
 from octavo.errors import InvalidValueError, QueueFullError
 from octavo.executor.base import Executor, StepResult
+from octavo.kvcache.eviction import EVICTIONS
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import (
     AbortRequests,
@@ -90,6 +91,7 @@ class EngineCore:
             num_groups=info.num_kv_groups,
             enable_prefix_caching=config.enable_prefix_caching,
             hash_key=key.encode() if key is not None else secrets.token_bytes(32),
+            eviction=EVICTIONS[config.prefix_eviction_policy](),
         )
         kind = Scheduler if config.record == "off" else RecordingScheduler
         self.scheduler = kind(

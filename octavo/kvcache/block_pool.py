@@ -4,7 +4,7 @@ a block.
 A touched block is in exactly one of three places:
 
     used     reference count > 0: in the table of that many Requests (hashed or not)
-    cached   reference count 0, but hashed: its prefix can be hit; least recently used first
+    cached   reference count 0, but hashed: its prefix can be hit, until it is evicted
     free     reference count 0, unhashed: nothing worth keeping
 
 Blocks that were never touched are free too, and cost no resident memory until then.
@@ -12,25 +12,28 @@ Blocks that were never touched are free too, and cost no resident memory until t
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
+
+from octavo.kvcache.eviction import Eviction, LruEviction
 
 
 class BlockPool:
     """`num_blocks` blocks with ids from 0, reference counts, and a map from digest to block.
 
     A block is taken from the free ones first (the last freed: its memory is warm), then from the never touched, and
-    only then by evicting the least recently used cached one: memory costs less than computing a prefix again.
+    only then by evicting a cached one (`eviction` says which; the least recently used by default): memory costs less
+    than computing a prefix again.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, eviction: Eviction | None = None) -> None:
         self.num_blocks = num_blocks
         self.num_evictions = 0  # cached prefixes lost so far
         self._ref_counts: list[int] = []  # by block id; grows as blocks are first touched
         self._digests: list[bytes | None] = []  # by block id
         self._holders: dict[bytes, int] = {}  # digest -> block id
         self._free: list[int] = []
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._uses: list[int] = []  # by block id: how often its prefix was hit since it was computed
+        self._cached: Eviction = eviction if eviction is not None else LruEviction()
 
     @property
     def num_free(self) -> int:
@@ -63,6 +66,7 @@ class BlockPool:
                 block = len(self._ref_counts)
                 self._ref_counts.append(1)
                 self._digests.append(None)
+                self._uses.append(0)
             else:
                 block = self._evict()
                 self._ref_counts[block] = 1
@@ -75,6 +79,7 @@ class BlockPool:
             if self._ref_counts[block] == 0:
                 del self._cached[block]
             self._ref_counts[block] += 1
+            self._uses[block] += 1
 
     def free(self, blocks: list[int]) -> None:
         """Gives up one reference to each block of a table, the last first, so that tails are evicted before heads."""
@@ -84,7 +89,7 @@ class BlockPool:
                 if self._digests[block] is None:
                     self._free.append(block)
                 else:
-                    self._cached[block] = None
+                    self._cached.add(block, self._uses[block])
 
     def holder(self, digest: bytes) -> int | None:
         """The block that holds the prefix with this digest."""
@@ -96,6 +101,7 @@ class BlockPool:
             return False
         self._holders[digest] = block
         self._digests[block] = digest
+        self._uses[block] = 0
         return True
 
     def unhash(self, block: int) -> None:
@@ -121,7 +127,7 @@ class BlockPool:
         return self._ref_counts[block] if block < len(self._ref_counts) else 0
 
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+        block = self._cached.pop()
         digest = self._digests[block]
         assert digest is not None, f"cached block {block} is not hashed"
         del self._holders[digest]

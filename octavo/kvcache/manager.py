@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from octavo.errors import ConfigError, UnsupportedError
 from octavo.kvcache.block_hash import BlockHasher
 from octavo.kvcache.block_pool import BlockPool
+from octavo.kvcache.eviction import Eviction
 from octavo.request import Request
 
 
@@ -32,6 +33,7 @@ class KVCacheManager:
         num_groups: KV groups of the model; one table each.
         enable_prefix_caching: off, no block is ever hashed or hit.
         hash_key: secret key of the prefix hash; random when None.
+        eviction: which cached prefix goes first; the least recently used by default.
 
     Raises:
         ConfigError: an empty pool.
@@ -45,6 +47,7 @@ class KVCacheManager:
         num_groups: int = 1,
         enable_prefix_caching: bool = True,
         hash_key: bytes | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"the KV pool needs at least one block of one token, not {num_blocks} of {block_size}")
@@ -52,7 +55,7 @@ class KVCacheManager:
             raise UnsupportedError(f"the model has {num_groups} KV groups; tables for more than one are not built")
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, eviction)
         self._hasher = BlockHasher(block_size, hash_key if hash_key is not None else secrets.token_bytes(32))
         self.on_digest: Callable[[Request, int, bytes], None] | None = None  # told each block's digest, once known
         self._tables: dict[str, _Table] = {}

@@ -168,7 +168,7 @@ class _Group:
 
     def all(self) -> Iterator[Counter | Gauge | Histogram]:
         """Every instrument, in the order of definition."""
-        yield from vars(self).values()
+        yield from (value for name, value in vars(self).items() if not name.startswith("_"))
 
 
 class _StepMetrics(_Group):
@@ -180,10 +180,19 @@ class _StepMetrics(_Group):
         self.kv_usage = Gauge("kv_cache_usage_perc", "Share of KV blocks held by requests, 0 to 1.")
         self.info = Gauge("cache_config_info", "How the KV cache is set up; always 1.", cache_config)
         self.info.value = 1.0
+        self._block_size = int(cache_config.get("block_size", "1"))
+        self.fragmentation = Gauge(
+            "kv_cache_fragmentation_perc", "Share of the slots held by requests that hold no token yet, 0 to 1."
+        )
         self.restarts = Counter("engine_restarts", "Engine processes started after the first.")
         self.preemptions = Counter("num_preemptions", "Requests preempted to free blocks.")
         self.prefix_queries = Counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = Counter("prefix_cache_hits", "Prompt tokens found there.")
+        self.prefix_misses = Counter("prefix_cache_misses", "Prompt tokens not found there.")
+        self.evicted = Counter("prefix_cache_evicted_tokens", "Tokens of cached prefixes given up for others.")
+        self.preempted = Counter("preempted_tokens", "Computed tokens thrown away by preemptions.")
+        self.forked = Counter("forked_requests", "Answers and beams that began with another one's KV.")
+        self.copied = Counter("kv_cache_copied_tokens", "Tokens of shared blocks copied on write.")
         self.recomputed = Counter("prompt_tokens_recomputed", "Tokens computed again after a preemption.")
         self.step_tokens = Histogram("iteration_tokens_total", "Tokens computed per engine step.", STEP_TOKENS)
 
@@ -196,12 +205,19 @@ class _StepMetrics(_Group):
         self.preemptions.add(record.num_preempted)
         self.prefix_queries.add(record.prefix_queries)
         self.prefix_hits.add(record.prefix_hits)
+        self.prefix_misses.add(record.prefix_queries - record.prefix_hits)
+        num_slots = record.num_used_blocks * self._block_size
+        self.fragmentation.value = record.num_idle_slots / num_slots if num_slots else 0.0
+        self.evicted.add(record.num_evicted_blocks * self._block_size)
+        self.preempted.add(record.num_preempted_tokens)
+        self.forked.add(record.num_forked)
+        self.copied.add(record.num_copied_blocks * self._block_size)
         self.recomputed.add(record.num_recomputed_tokens)
         self.step_tokens.observe(record.num_tokens)
 
     def clear(self) -> None:
         """Sets the gauges to those of an idle engine."""
-        self.running.value = self.waiting.value = self.kv_usage.value = 0.0
+        self.running.value = self.waiting.value = self.kv_usage.value = self.fragmentation.value = 0.0
 
 
 class _RequestMetrics(_Group):

@@ -580,5 +580,8 @@ class Scheduler:
         record.num_waiting = self.num_waiting
         record.num_tokens = output.num_tokens
         record.num_copied_blocks = len(output.copy_blocks)
+        record.num_idle_slots = sum(  # a fork may have computed more than its own blocks hold
+            [r.num_slots - r.num_computed_tokens for r in self._running.values() if r.num_slots > r.num_computed_tokens]
+        )
         counts.fill(record)
         self._evictions_told = fill_pool(record, self.kv.pool, self._evictions_told)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from octavo.config import EngineConfig
 from octavo.errors import QueueFullError
+from octavo.kvcache.eviction import EVICTIONS
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import StepRecord
 from octavo.request import Request
@@ -42,7 +43,11 @@ def simulate(
     """
     now = 0.0
     kv = KVCacheManager(
-        machine.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching, hash_key=b""
+        machine.num_blocks,
+        config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        hash_key=b"",
+        eviction=EVICTIONS[config.prefix_eviction_policy](),
     )
     scheduler = Scheduler(
         kv,

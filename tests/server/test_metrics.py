@@ -21,6 +21,12 @@ NAMES = (
     "num_preemptions",
     "prefix_cache_queries",
     "prefix_cache_hits",
+    "prefix_cache_misses",
+    "prefix_cache_evicted_tokens",
+    "preempted_tokens",
+    "forked_requests",
+    "kv_cache_copied_tokens",
+    "kv_cache_fragmentation_perc",
     "prompt_tokens_cached",
     "prompt_tokens_recomputed",
     "iteration_tokens_total",
@@ -172,3 +178,25 @@ def test_the_page_moves_with_requests(serve) -> None:
     assert after["http_requests_total|/v1/completions|POST|2xx"] == 1
     assert after["http_requests_total|/v1/models/{model:path}|GET|4xx"] == 1
     assert after["http_request_duration_seconds_count|/v1/completions|POST"] == 1
+
+
+def test_memory_is_told_in_tokens() -> None:
+    metrics = make()
+    for _ in range(2):
+        record = StepRecord(0, 0.0, num_used_blocks=10, num_idle_slots=40, num_evicted_blocks=3, num_copied_blocks=2)
+        record.prefix_queries, record.prefix_hits, record.num_preempted_tokens, record.num_forked = 100, 64, 48, 3
+        metrics.on_steps([record])
+    found = samples(metrics)
+    told = {
+        "prefix_cache_queries_total": 200,
+        "prefix_cache_hits_total": 128,
+        "prefix_cache_misses_total": 72,
+        "prefix_cache_evicted_tokens_total": 96,
+        "preempted_tokens_total": 96,
+        "forked_requests_total": 6,
+        "kv_cache_copied_tokens_total": 64,
+        "kv_cache_fragmentation_perc": 0.25,
+    }
+    assert {name: found[f"octavo:{name}"] for name in told} == told
+    metrics.on_idle()
+    assert samples(metrics)["octavo:kv_cache_fragmentation_perc"] == 0.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from octavo.kvcache.block_hash import DIGEST_SIZE, BlockHasher
 from octavo.kvcache.block_pool import BlockPool
+from octavo.kvcache.eviction import EVICTIONS
 
 
 def counts(pool: BlockPool) -> tuple[int, int, int]:
@@ -110,3 +113,75 @@ def test_digests_depend_on_key_parent_tokens_and_extra_keys() -> None:
 def test_a_key_of_any_length_counts_in_full() -> None:
     long = b"k" * 500
     assert BlockHasher(1, long).root(None, 0) != BlockHasher(1, long + b"!").root(None, 0)
+
+
+def cached_pool(policy: str, num_blocks: int) -> BlockPool:
+    """A pool whose blocks 0, 1, ... all hold a prefix (named by their number) that nobody uses."""
+    pool = BlockPool(num_blocks, EVICTIONS[policy]())
+    blocks = pool.allocate(num_blocks)
+    for block in blocks:
+        pool.hash(block, bytes([block]))
+        pool.free([block])
+    return pool
+
+
+def use(pool: BlockPool, block: int, times: int = 1) -> None:
+    for _ in range(times):
+        pool.touch([block])
+        pool.free([block])
+
+
+def test_lfu_keeps_what_is_hit_often_and_lru_what_was_hit_last() -> None:
+    lru, lfu = cached_pool("lru", 4), cached_pool("lfu", 4)
+    for pool in (lru, lfu):
+        use(pool, 0, 3)
+        use(pool, 1)
+        use(pool, 2)
+        use(pool, 3)
+    assert [lru.allocate(1)[0] for _ in range(4)] == [0, 1, 2, 3]
+    assert [lfu.allocate(1)[0] for _ in range(4)] == [1, 2, 3, 0]
+
+
+def test_lfu_forgets_what_was_popular_long_ago() -> None:
+    pool = cached_pool("lfu", 4)
+    use(pool, 0, 6)
+    for number in range(100, 164):  # prompts that come once
+        [block] = pool.allocate(1)
+        if block == 0:
+            break
+        pool.hash(block, bytes([number]))
+        use(pool, block)
+        pool.free([block])
+    assert 100 < number < 130, "neither at once nor never"
+
+
+def test_lfu_starts_counting_anew_when_a_block_holds_something_else() -> None:
+    pool = cached_pool("lfu", 2)
+    use(pool, 0, 9)
+    use(pool, 1, 1)
+    pool.unhash(0)
+    [block] = pool.allocate(1)
+    assert block == 0
+    pool.hash(0, b"new")
+    pool.free([0])
+    assert pool.allocate(1) == [0], "the old prefix's uses are not the new one's"
+
+
+@pytest.mark.parametrize("policy", EVICTIONS)
+def test_evictions_keep_every_block_in_one_place(policy: str) -> None:
+    draw, pool = random.Random(1), BlockPool(12, EVICTIONS[policy]())
+    used: list[int] = []
+    for number in range(3000):
+        if pool.num_available and draw.random() < 0.5:
+            [block] = pool.allocate(1)
+            pool.hash(block, number.to_bytes(4))
+            used.append(block)
+        elif pool.num_cached and draw.random() < 0.5:
+            block = draw.choice(list(pool._cached))
+            pool.touch([block])
+            used.append(block)
+        elif used:
+            pool.free([used.pop(draw.randrange(len(used)))])
+        assert sorted([*set(used), *pool._cached, *pool._free]) == list(range(len(pool._ref_counts)))
+        assert pool.num_used == len(set(used))
+    assert pool.num_evictions > 100
