@@ -73,7 +73,8 @@ def naive(files):
 
 def make_core(files, **settings):
     settings = {"num_gpu_blocks_override": 64, "max_num_batched_tokens": 512, "dtype": "float32", **settings}
-    config = EngineConfig(model="tiny", load_format="dummy", runtime="cuda", **{"admission_headroom": 0.0, **settings})
+    settings = {"runtime": "cuda", "admission_headroom": 0.0, **settings}
+    config = EngineConfig(model="tiny", load_format="dummy", **settings)
     executor = LocalExecutor(config, files)
     return EngineCore(config, executor, executor.start())
 
@@ -238,3 +239,31 @@ def test_the_next_step_is_launched_before_the_last_ones_tokens_are_here(files):
     while core.has_work:
         core.step()
     core.close()
+
+
+@pytest.mark.gpu
+def test_forked_answers_and_beams_equal_those_of_separate_requests_and_of_the_reference(files):
+    prompt = prompts_with_shared_prefixes()[0]
+    sampled = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=20)
+    beams = SamplingParams(use_beam_search=True, n=4, ignore_eos=True, max_tokens=20)
+    found = []
+    for settings in ({}, {"enable_copy_on_write": False, "enable_prefix_caching": False}, {"runtime": "reference"}):
+        core = make_core(files, **settings)
+        for i in range(5):
+            core.handle(AddRequest(str(i), prompt, sampled, 20, seed=i, fork_of="0" if i else None))
+        tokens = {str(i): [] for i in range(5)}
+        while core.has_work:
+            for delta in core.step().deltas:
+                tokens[delta.request_id] += delta.token_ids
+        forked = core.log.total("num_forked")
+        assert forked == (0 if "enable_copy_on_write" in settings else 4)
+        core.handle(AddRequest("b", prompt, beams, 20, seed=0))
+        answers = {}
+        while core.has_work:
+            answers |= {delta.request_id: delta.token_ids for delta in core.step().deltas}
+        assert core.log.total("num_forked") > forked, "beams fork"
+        found.append((tokens, answers))
+        core.close()
+    (forks, first), (separate, second), (_, reference) = found
+    assert forks == separate  # draws differ between devices, likeliest answers do not
+    assert first == second == reference
