@@ -57,8 +57,6 @@ def test_out_of_bounds_is_refused_by_name(name, bad):
     ("name", "value"),
     [
         ("prompt_logprobs", 1),
-        ("bad_words", ["x"]),
-        ("allowed_token_ids", [1]),
         ("truncate_prompt_tokens", 4),
     ],
 )
