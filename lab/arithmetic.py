@@ -15,6 +15,7 @@ from octavo.program.ops import AnyOp, Linear
 from octavo.runtime.base import Float32, StepInputs, Tensor, WeightSource
 from octavo.runtime.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
 from octavo.runtime.reference import ReferenceRuntime
+from octavo.runtime.reference.int8 import BLOCK, norm, rotate
 from octavo.runtime.reference.tensors import to_float32
 
 Rounding = Callable[[Float32], Float32]  # of [..., k], to values that the narrow type has
@@ -49,6 +50,21 @@ def to_int8(segment: int | None) -> Rounding:
     return rounded
 
 
+def in_hadamard_blocks(rounding: Rounding) -> Rounding:
+    """Rounds in the basis in which every 64 of k are multiplied by the Hadamard matrix; --quantization int8 goes on."""
+
+    def rounded(values: Float32) -> Float32:
+        k = values.shape[-1]
+        padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -k % BLOCK)])
+        blocks = (*padded.shape[:-1], -1, BLOCK)
+        there = rounding(rotate(padded.reshape(blocks)).reshape(padded.shape))
+        back = rotate(there.reshape(blocks)) / np.float32(norm(BLOCK))
+        out: Float32 = back.reshape(padded.shape)[..., :k]
+        return out
+
+    return rounded
+
+
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """How matrices and the activations that meet them are rounded."""
@@ -67,6 +83,16 @@ ARITHMETICS = {
     "sim:int8-64": Arithmetic(to_int8(64), to_int8(64), "weights int8 per 64 of k, activations int8 per 64 of k"),
     "sim:int8-channel": Arithmetic(
         to_int8(None), to_int8(None), "weights int8 per output channel, activations int8 per token"
+    ),
+    "sim:int8-hadamard": Arithmetic(
+        in_hadamard_blocks(to_int8(None)),
+        in_hadamard_blocks(to_int8(None)),
+        "Hadamard blocks of 64, weights int8 per output channel, activations int8 per token",
+    ),
+    "sim:int8-hadamard-64": Arithmetic(
+        in_hadamard_blocks(to_int8(None)),
+        in_hadamard_blocks(to_int8(64)),
+        "Hadamard blocks of 64, weights int8 per output channel, activations int8 per 64 of k",
     ),
 }
 

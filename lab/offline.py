@@ -39,32 +39,59 @@ def tokens(works: list[Work]) -> int:
     return sum(work.num_out for work in works)
 
 
-def say(dtype: str, name: str, unit: str, values: list[float]) -> None:
+def say(name: str, figure: str, unit: str, values: list[float]) -> None:
     """One RESULT line."""
-    print(f"RESULT {dtype} {name} {unit}:", " ".join(f"{value:.4g}" for value in values), flush=True)
+    print(f"RESULT {name} {figure} {unit}:", " ".join(f"{value:.4g}" for value in values), flush=True)
+
+
+def open_llm(model: str, runtime: str, weights: str) -> LLM:
+    """Loads the model with a dtype, or with "int8" weights."""
+    how = {"quantization": weights} if weights == "int8" else {"dtype": weights}
+    return LLM(model, runtime=runtime, **how, **LIMITS)
 
 
 def main() -> None:
-    """Measures every dtype that was asked for."""
+    """Measures every kind of weights that was asked for, taking turns, so that a slow minute hits all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--dtypes", nargs="+", default=["auto", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["auto", "bfloat16"], help="of --dtype, or int8")
+    parser.add_argument("--only", nargs="+", default=["W1", "W2", "W3", "W4"], metavar="W", help="workloads")
     parser.add_argument("--runtime", default="native")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     print(f"machine: {describe_machine()}")
-    times = range(options.repetitions)
-    for dtype in options.dtypes:
-        with LLM(options.model, runtime=options.runtime, dtype=dtype, **LIMITS) as llm:
-            print(f"RESULT {dtype} runtime: {llm.core.info.runtime}")
-            run(llm, w1(-1))
-            streams = [one_stream(llm, w1(i)) for i in times]
-            say(dtype, "W1 decode", "tok/s", [rate for rate, _ in streams])
-            say(dtype, "W1 prompt of 128", "ms", [1e3 * first for _, first in streams])
-            say(dtype, "W2", "tok/s", [tokens(w2(i)) / run(llm, w2(i)) for i in times])
-            say(dtype, "W2 sampled", "tok/s", [tokens(w2(i)) / run(llm, w2(100 + i), **SAMPLED) for i in times])
-            say(dtype, "W3", "tok/s", [1024 / run(llm, w3(i)) for i in times])
-            say(dtype, "W4", "s", [run(llm, w4(i)) for i in times])
+    llms = {weights: open_llm(options.model, options.runtime, weights) for weights in options.dtypes}
+    for weights, llm in llms.items():
+        print(f"RESULT {weights} runtime: {llm.core.info.runtime}")
+        run(llm, w1(-1))
+    figures: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for i in range(options.repetitions):
+        for workload in options.only:
+            for weights, llm in llms.items():
+                for named, value in measure(llm, workload, i).items():
+                    figures.setdefault(named, {}).setdefault(weights, []).append(value)
+    for (figure, unit), of in figures.items():
+        for weights, values in of.items():
+            say(weights, figure, unit, values)
+    for llm in llms.values():
+        llm.close()
+
+
+def measure(llm: LLM, workload: str, i: int) -> dict[tuple[str, str], float]:
+    """(figure, unit) and value of one repetition of a workload."""
+    match workload:
+        case "W1":
+            rate, first = one_stream(llm, w1(i))
+            return {("W1 decode", "tok/s"): rate, ("W1 prompt of 128", "ms"): 1e3 * first}
+        case "W2":
+            greedy, sampled = tokens(w2(i)) / run(llm, w2(i)), tokens(w2(i)) / run(llm, w2(100 + i), **SAMPLED)
+            return {("W2", "tok/s"): greedy, ("W2 sampled", "tok/s"): sampled}
+        case "W3":
+            return {("W3", "tok/s"): 1024 / run(llm, w3(i))}
+        case "W4":
+            return {("W4", "s"): run(llm, w4(i))}
+        case _:
+            raise SystemExit(f"there is no workload {workload}: W1, W2, W3, W4")
 
 
 if __name__ == "__main__":
