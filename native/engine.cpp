@@ -8,11 +8,6 @@
 
 using namespace octavo;
 
-namespace {
-
-
-}  // namespace
-
 OctavoEngine::OctavoEngine(size_t num_threads, const Kernels& kernels) : kernels_(kernels), pool_(num_threads) {}
 
 void OctavoEngine::set_program(const OctavoProgram& p) {
@@ -64,7 +59,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
             const size_t depth = round_up(width(node->x), kernels.block_depth);
             scratch = std::max(scratch, round_up(kernels.scratch(depth), sizeof(float)) / sizeof(float));
             const int64_t rows = buffer(node->x).logits_rows ? max_logits_ : max_tokens_;
-            rounded = std::max(rounded, static_cast<size_t>(rows) * kernels.row_bytes(depth));
+            rounded = std::max(rounded, round_up(static_cast<size_t>(rows), kRoundedRows) * kernels.row_bytes(depth));
         }
         if (node->op == OCTAVO_ATTENTION) {
             const KVCache& cache = kv_layer(*node).cache;

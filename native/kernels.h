@@ -19,6 +19,8 @@ constexpr size_t kKVRange = 256;   // positions whose sums one thread keeps; res
 constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kQueryRows = 32;  // rows (tokens x query heads) of an attention task at most, unless one token has more
 
+constexpr size_t kRoundedRows = 16;  // rows whose rounded activations a level may lay out together
+
 constexpr size_t kLogitsChunk = 64;  // logits that the sampler looks at together
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -50,7 +52,7 @@ struct Part {
 };
 
 struct PackedArgs {
-    const void* x;      // as round_rows() leaves it: [num_rows, row_bytes(depth)]
+    const void* x;      // as round_rows() leaves it
     const Part* parts;  // they cover the channels in order
     const Part* ups;    // as many, for gated activations, else null; their first_channel continues
     size_t num_rows, depth, num_blocks;  // depth = block_depth * num_blocks
@@ -61,7 +63,9 @@ struct PackedArgs {
 // products summed in float32. Of int8 ones: as int8.h says.
 struct PackedKernels {
     size_t activation_bytes;  // of an element of rounded rows
-    void (*round_rows)(const float* x, size_t rows, size_t width, size_t depth, void* out);  // depth pads with zeros
+    // Rows from a multiple of kRoundedRows on, into room for whole kRoundedRows, in the order that linear() reads them;
+    // depth pads with zeros.
+    void (*round_rows)(const float* x, size_t rows, size_t width, size_t depth, void* out);
     // Groups [first_group, last_group) of one part, and of its counterpart in `ups`.
     void (*linear)(const PackedArgs&, size_t part, size_t first_group, size_t last_group, void* scratch);
     size_t (*scratch)(size_t depth);  // bytes

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "denormals.h"
 #include "engine.h"
 #include "error.h"
 
@@ -102,6 +103,7 @@ void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
     };
     const AttentionPlan& plan = plan_attention(node, step);
     pool_.run(plan.tasks.size(), [&](size_t index, size_t thread) {
+        const FlushDenormals in_softmax;
         const AttentionTask& task = plan.tasks[index];
         float* states = task.state == kWhole ? nullptr : states_.data() + task.state;
         QueryTile tile = task.tile;
@@ -112,6 +114,7 @@ void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
         }
     });
     pool_.run(plan.merges.size(), [&](size_t index, size_t) {
+        const FlushDenormals in_softmax;
         const AttentionTask& task = plan.merges[index];
         kernels_.kv->attention_merge(args, task.tile, task.last_range - task.first_range, states_.data() + task.state);
     });

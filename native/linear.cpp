@@ -1,4 +1,5 @@
 // Linear: the cut into tasks. Which task computes a channel changes nothing in its sum.
+#include "denormals.h"
 #include "engine.h"
 #include "error.h"
 
@@ -10,7 +11,6 @@ constexpr size_t kMinTaskBytes = 16384;  // weights a task reads at least
 constexpr size_t kTasksPerThread = 8;
 constexpr size_t kTaskGroups = 2;      // what the kernels compute together
 constexpr size_t kSerialRows = 8;      // activations rounded by the caller: less work than waking anybody
-constexpr size_t kRoundRowsPerTask = 16;
 
 size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -56,7 +56,7 @@ void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, c
     if (rows <= kSerialRows)
         round(0, rows);
     else
-        by_rows(rows, kRoundRowsPerTask, round);
+        by_rows(rows, kRoundedRows, round);
     const PackedArgs args = {
         .x = rounded_.as<void>(),
         .parts = weight.parts.data(),
@@ -68,6 +68,7 @@ void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, c
     };
     split_linear(args.parts, num_parts, pairs, rows);
     pool_.run(linear_tasks_.size(), [&](size_t index, size_t thread) {
+        const FlushDenormals as_tiles_do;
         const LinearTask& task = linear_tasks_[index];
         kernels.linear(args, task.part, task.first_group, task.last_group, scratch_[thread].as<void>());
     });

@@ -54,10 +54,20 @@ inline Floats load(const uint16_t* p) {  // bfloat16
     return widen(v);
 }
 
-inline Floats load_part(const float* p, size_t count) {  // the rest is zero
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(size_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
+#endif
+
+// The first `count` <= kLanes numbers; the rest is zero.
+inline Floats load_part(const float* p, size_t count) {
+#if defined(__AVX512F__)  // a copy of unknown size is a call
+    return (Floats)_mm512_maskz_loadu_ps(first_lanes(count), p);
+#else
+    if (count == kLanes) return load(p);
     Floats v{};
     std::memcpy(&v, p, count * sizeof *p);
     return v;
+#endif
 }
 
 inline Floats load_part(const uint16_t* p, size_t count) {
@@ -68,7 +78,14 @@ inline Floats load_part(const uint16_t* p, size_t count) {
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store_part(float* p, Floats v, size_t count) { std::memcpy(p, &v, count * sizeof *p); }
+inline void store_part(float* p, Floats v, size_t count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v);
+#else
+    if (count == kLanes) return store(p, v);
+    std::memcpy(p, &v, count * sizeof *p);
+#endif
+}
 
 // a * b + c, rounded once where the level can; never left to the compiler, so that every kernel agrees.
 inline Floats fma(Floats a, Floats b, Floats c) {
@@ -118,11 +135,15 @@ inline void sum_each(const Floats* v, float* out) {
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float max_lane(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float lanes[kLanes];
     std::memcpy(lanes, &v, sizeof v);
     for (size_t width = kLanes / 2; width > 0; width /= 2)
         for (size_t i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
     return lanes[0];
+#endif
 }
 
 // e^x within 2 ulp; 0 below -87.3, capped above 88.3. Range reduction by ln 2 in two parts and a polynomial of degree
