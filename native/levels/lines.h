@@ -15,6 +15,7 @@ namespace {
 constexpr size_t kUnroll = kLanes == 16 ? 4 : 1;
 constexpr int kFetchTo = 2;  // of the caches, the second: what is ahead may not fit into the first
 #define OCTAVO_INLINE_LAMBDA __attribute__((always_inline))
+#define OCTAVO_FORCED __attribute__((always_inline)) inline
 
 constexpr size_t kVectors = 2 * kChannels / kLanes;  // of floats in a line
 
@@ -193,73 +194,86 @@ struct Table {
 };
 
 template <Layout L>
-inline void scale_line(const Scales& scales, Floats* values, Strip* strips) {
+inline void scale_line(const Scales& scales, Floats* values) {
     for (size_t v = 0; v < kVectors; ++v) {
         if constexpr (L.minimum)
             values[v] = fma(values[v], scales.scale[v], scales.minimum[v]);
         else
             values[v] *= scales.scale[v];
     }
-    to_strips(values, strips);
 }
 
-// Calls use(line, strips) for the 16 lines of a block, in order.
+// Calls use(line, values) for the 16 lines of a block, in order. The values of quantised lines are not rounded yet.
 template <Layout L, class Use>
-__attribute__((always_inline)) inline void each_line(const uint8_t* group, size_t block, const float* table,
-                                                     const Use& use) {
+OCTAVO_FORCED void each_values(const uint8_t* group, size_t block, const float* table, const Use& use) {
     const uint8_t* payload = group + L.payload_at(block);
     if constexpr (L.bits == 16) {
+#pragma GCC unroll kUnroll
         for (size_t line = 0; line < kBlockLines; ++line) {
-            Strip strips[kStrips];
-#if defined(__AVX512BF16__)
-            strips[0] = load_strip(payload + line * 64);
-#else
+            Floats values[kVectors];
             for (size_t v = 0; v < kVectors; ++v)
-                strips[v] = load(reinterpret_cast<const uint16_t*>(payload) + line * 32 + v * kLanes);
-#endif
-            use(line, strips);
+                values[v] = load(reinterpret_cast<const uint16_t*>(payload) + line * 32 + v * kLanes);
+            use(line, values);
         }
-    } else {
-        constexpr size_t lines = kBlockLines / L.steps();
-        const uint8_t* scales_at = group + L.scales_at(block);
-        const uint8_t* header = group + L.header_at(block);
-        for (size_t step = 0; step < L.steps(); ++step) {
-            const Scales scales = load_scales<L>(header, scales_at, step);
-            if constexpr (L.bits == 8) {
+        return;
+    }
+    constexpr size_t lines = kBlockLines / L.steps();
+    for (size_t step = 0; L.bits != 16 && step < L.steps(); ++step) {
+        const Scales scales = load_scales<L>(group + L.header_at(block), group + L.scales_at(block), step);
+        if constexpr (L.bits == 8) {
 #pragma GCC unroll kUnroll * 4
-                for (size_t line = step * lines; line < (step + 1) * lines; ++line) {
+            for (size_t line = step * lines; line < (step + 1) * lines; ++line) {
+                Floats values[kVectors];
+                for (size_t v = 0; v < kVectors; ++v) values[v] = load_codes(payload + line * 32 + v * kLanes);
+                scale_line<L>(scales, values);
+                use(line, values);
+            }
+        } else if constexpr (L.bits == 4) {
+            const Table look(table);
+#pragma GCC unroll kUnroll
+            for (size_t unit = step * lines / 4; unit < (step + 1) * lines / 4; ++unit) {
+                constexpr size_t words = kVectors / 2;
+                Words nibbles[words];
+                for (size_t w = 0; w < words; ++w)
+                    std::memcpy(&nibbles[w], payload + unit * 64 + w * sizeof *nibbles, sizeof *nibbles);
+#pragma GCC unroll kUnroll
+                for (size_t line = 0; line < 4; ++line) {
                     Floats values[kVectors];
-                    Strip strips[kStrips];
-                    for (size_t v = 0; v < kVectors; ++v) values[v] = load_codes(payload + line * 32 + v * kLanes);
-                    scale_line<L>(scales, values, strips);
-                    use(line, strips);
-                }
-            } else {
-                const Table look(table);
-#pragma GCC unroll kUnroll
-                for (size_t unit = step * lines / 4; unit < (step + 1) * lines / 4; ++unit) {
-                    constexpr size_t words = kVectors / 2;
-                    Words nibbles[words];
-                    for (size_t w = 0; w < words; ++w)
-                        std::memcpy(&nibbles[w], payload + unit * 64 + w * sizeof *nibbles, sizeof *nibbles);
-#pragma GCC unroll kUnroll
-                    for (size_t line = 0; line < 4; ++line) {
-                        Floats values[kVectors];
-                        Strip strips[kStrips];
-                        for (size_t v = 0; v < kVectors; ++v)
-                            values[v] = look.look_up(nibbles[v % words] >> static_cast<unsigned>(8 * line + v / words * 4));
-                        scale_line<L>(scales, values, strips);
-                        use(unit * 4 + line, strips);
-                    }
+                    for (size_t v = 0; v < kVectors; ++v)
+                        values[v] = look.look_up(nibbles[v % words] >> static_cast<unsigned>(8 * line + v / words * 4));
+                    scale_line<L>(scales, values);
+                    use(unit * 4 + line, values);
                 }
             }
         }
     }
 }
 
+// Calls use(line, strips) for the 16 lines of a block, in order.
+template <Layout L, class Use>
+OCTAVO_FORCED void each_line(const uint8_t* group, size_t block, const float* table, const Use& use) {
+#if defined(__AVX512BF16__)
+    if constexpr (L.bits == 16) {
+        for (size_t line = 0; line < kBlockLines; ++line) {
+            const Strip strip = load_strip(group + L.payload_at(block) + line * kLineBytes);
+            use(line, &strip);
+        }
+        return;
+    }
+#endif
+    each_values<L>(group, block, table, [&](size_t line, const Floats* values) OCTAVO_INLINE_LAMBDA {
+        Strip strips[kStrips];
+        if constexpr (L.bits == 16 && kStrips == kVectors)
+            std::memcpy(strips, values, sizeof strips);
+        else
+            to_strips(values, strips);
+        use(line, strips);
+    });
+}
+
 // Asks for what a block needs, so many bytes ahead. Inlined by force: gcc drops calls of functions that only prefetch.
 template <Layout L>
-__attribute__((always_inline)) inline void fetch(const uint8_t* group, size_t block, size_t ahead) {
+OCTAVO_FORCED void fetch(const uint8_t* group, size_t block, size_t ahead) {
     const uint8_t* at = group + L.payload_at(block) + ahead;
     for (size_t i = 0; i < L.payload_bytes(); i += 64) __builtin_prefetch(at + i, 0, kFetchTo);
     if (block % L.period() != 0) return;
@@ -286,17 +300,6 @@ constexpr Decode kDecode[] = {decode<kLayouts[0]>, decode<kLayouts[1]>, decode<k
                               decode<kLayouts[4]>, decode<kLayouts[5]>, decode<kLayouts[6]>, decode<kLayouts[7]>,
                               decode<kLayouts[8]>, decode<kLayouts[9]>, decode<kLayouts[10]>};
 static_assert(sizeof kDecode / sizeof *kDecode == kNumLayouts);
-
-// PackedKernels::round_rows.
-void round_rows(const float* x, size_t rows, size_t width, size_t depth, void* out) {
-    for (size_t row = 0; row < rows; ++row, x += width) {
-        Activation* values = static_cast<Activation*>(out) + row * depth;
-        for (size_t i = 0; i < depth; i += kLanes) {
-            const size_t left = i < width ? width - i : 0;
-            store_rounded(values + i, left >= kLanes ? load(x + i) : load_part(x + i, left));
-        }
-    }
-}
 
 }  // namespace
 }  // namespace octavo::OCTAVO_LEVEL

@@ -15,6 +15,17 @@ constexpr size_t kTileRows = kLanes == 16 ? 8 : 6;  // rows of a tile: what the 
 constexpr size_t kFewRows = kLanes == 16 ? 4 : kLanes == 8 ? 1 : 0;  // rows whose sums fit beside the decoding
 constexpr size_t kChunkBlocks = 4;                  // blocks that one tile of rows decodes at a time
 
+// PackedKernels::round_rows.
+void round_rows(const float* x, size_t rows, size_t width, size_t depth, void* out) {
+    for (size_t row = 0; row < rows; ++row, x += width) {
+        Activation* values = static_cast<Activation*>(out) + row * depth;
+        for (size_t i = 0; i < depth; i += kLanes) {
+            const size_t left = i < width ? width - i : 0;
+            store_rounded(values + i, left >= kLanes ? load(x + i) : load_part(x + i, left));
+        }
+    }
+}
+
 // Sums of one group or two: [rows][2][kChannels].
 using Sums = float (*)[2][kChannels];
 

@@ -56,6 +56,11 @@ inline void load_tile(const void* from, size_t stride) {
 }
 
 template <int TILE>
+inline void load_tile_once(const void* from, size_t stride) {
+    load_tile<TILE>(from, stride);
+}
+
+template <int TILE>
 inline void store_tile(void* to, size_t stride) {
     for (size_t row = 0; row < emulated.config.rows[TILE]; ++row)
         std::memcpy(static_cast<char*>(to) + row * stride, emulated.bytes[TILE][row],
@@ -98,6 +103,12 @@ inline void zero_tile() {
 template <int TILE>
 inline void load_tile(const void* from, size_t stride) {
     asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(stride) : "memory");
+}
+
+// The same, as a hint that it will not be read again soon.
+template <int TILE>
+inline void load_tile_once(const void* from, size_t stride) {
+    asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(stride) : "memory");
 }
 
 template <int TILE>
