@@ -32,7 +32,7 @@ inline float& weight_of(float* state, const KVCache& c) { return state[c.value_w
 inline float& largest_of(float* state, const KVCache& c) { return state[c.value_width + 1]; }
 
 #if defined(__AMX_BF16__)
-constexpr size_t kScoreRows = kTileMaxRows;
+constexpr size_t kScoreRows = 2 * kTileMaxRows;
 // Whether tiles fit: whole steps of 32 dims. Few rows are short tiles; of more, all tiles are full.
 inline bool has_tiles(const KVCache& c) { return c.type != OCTAVO_KV_FLOAT32 && c.head_dim % 32 == 0; }
 inline size_t padded_rows(size_t rows) { return rows <= kTileMaxRows ? rows : round_up(rows, kTileMaxRows); }
@@ -100,40 +100,54 @@ const uint8_t* clear_behind(const KVCache& c, const uint8_t* v, size_t count, ui
     return out;
 }
 
+// Pieces that hold consecutive groups of slots, where blocks are whole groups.
+struct Pieces {
+    const AttentionArgs& a;
+    const QueryTile& t;
+    size_t head, block, within;
+
+    Pieces(const AttentionArgs& args, const QueryTile& tile, size_t position, size_t kv_head)
+        : a(args), t(tile), head(kv_head), block(position / args.block_size), within(position % args.block_size) {}
+
+    uint8_t* next() {
+        const size_t slot = static_cast<size_t>(t.block_table[block]) * a.block_size + within;
+        within += kGroup;
+        if (within == a.block_size) within = 0, ++block;
+        return a.cache.piece(slot / kGroup, head);
+    }
+};
+
+// A copy of 16 slots in a row, where blocks are no whole groups.
+uint8_t* gather(const AttentionArgs& a, const QueryTile& t, size_t first, size_t end, uint8_t* piece) {
+    for (size_t lane = 0; lane < kGroup && first + lane < end; ++lane) {
+        const size_t slot = slot_of(a, t, first + lane);
+        copy_slot(a.cache, a.cache.piece(slot / kGroup, t.kv_head), slot % kGroup, piece, lane);
+    }
+    return piece;
+}
+
 // `end`: of what the queries see.
 void locate(const AttentionArgs& a, const QueryTile& t, size_t start, size_t end, const Scratch& s, KVTile& tile) {
     const KVCache& cache = a.cache;
+    const bool whole = a.block_size % kGroup == 0;
     tile.start = start;
     tile.num_groups = ((end - start < kKVTile ? end - start : kKVTile) + kGroup - 1) / kGroup;
+    Pieces pieces(a, t, start, t.kv_head), next(a, t, tile.next_start, tile.next_head);
     for (size_t g = 0; g < kTileGroups; ++g) {
-        if (g >= tile.num_groups) {
-            tile.k[g] = tile.k[g - 1], tile.v[g] = tile.v[g - 1], tile.scales[g] = tile.scales[g - 1];
-            continue;
-        }
-        const size_t first = start + g * kGroup;
-        uint8_t* piece;
-        if (a.block_size % kGroup == 0) {
-            piece = cache.piece(slot_of(a, t, first) / kGroup, t.kv_head);
+        if (g < tile.num_groups) {
+            const uint8_t* piece =
+                whole ? pieces.next() : gather(a, t, start + g * kGroup, end, s.pieces + g * cache.piece_bytes);
+            tile.k[g] = piece;
+            tile.v[g] = piece + cache.v_offset;
+            tile.scales[g] = reinterpret_cast<const float*>(piece + cache.scale_offset);
         } else {
-            piece = s.pieces + g * cache.piece_bytes;
-            for (size_t lane = 0; lane < kGroup && first + lane < end; ++lane) {
-                const size_t slot = slot_of(a, t, first + lane);
-                copy_slot(cache, cache.piece(slot / kGroup, t.kv_head), slot % kGroup, piece, lane);
-            }
+            tile.k[g] = tile.k[g - 1], tile.v[g] = tile.v[g - 1], tile.scales[g] = tile.scales[g - 1];
         }
-        tile.k[g] = piece;
-        tile.v[g] = piece + cache.v_offset;
-        tile.scales[g] = reinterpret_cast<const float*>(piece + cache.scale_offset);
+        tile.next[g] = whole && tile.next_start + g * kGroup < end ? next.next() : tile.k[g];
     }
     if (end % kGroup != 0 && end < start + kKVTile && cache.type == OCTAVO_KV_BFLOAT16) {
         const size_t g = tile.num_groups - 1;
         tile.v[g] = clear_behind(cache, tile.v[g], end % kGroup, s.wide);
-    }
-    for (size_t g = 0; g < kTileGroups; ++g) {
-        const size_t first = tile.next_start + g * kGroup;
-        tile.next[g] = a.block_size % kGroup == 0 && first < end
-                           ? cache.piece(slot_of(a, t, first) / kGroup, tile.next_head)
-                           : tile.k[g];
     }
 }
 
@@ -294,12 +308,13 @@ inline Seen seen_by(const AttentionArgs& a, const QueryTile& t, const KVTile& ti
 
 template <bool SCALED, class Element>
 void soften_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, size_t num_rows,
-                 const Scratch& s, Element* weights) {
+                 const float* scores, const Scratch& s, Element* weights) {
     const size_t share = a.num_heads / a.cache.num_kv_heads;
-    for (size_t r = 0; r < num_rows; ++r) {
-        const size_t newest = t.first_position + (row + r) / share;
+    size_t newest = t.first_position + row / share, head = row % share;
+    for (size_t r = 0; r < num_rows; ++r, ++head) {
+        if (head == share) head = 0, ++newest;
         const size_t oldest = a.window != 0 && newest + 1 > a.window ? newest + 1 - a.window : 0;
-        soften<SCALED>(a, tile, oldest, newest, s.scores + r * kKVTile, weights + r * kKVTile,
+        soften<SCALED>(a, tile, oldest, newest, scores + r * kKVTile, weights + r * kKVTile,
                        s.range + (row + r) * state_width(a.cache), s.weights + (row + r) * kLanes);
     }
 }
@@ -320,7 +335,7 @@ void visit(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_
     }
     for (size_t vector = 0; vector < tile.num_groups * kGroupVectors; vector += kVectors)
         score<KV, ROWS>(q, tile, vector, a.cache.key_dim / KV::kDepth, s.scores);
-    soften_rows<SCALED>(a, t, tile, row, ROWS, s, weights);
+    soften_rows<SCALED>(a, t, tile, row, ROWS, s.scores, s, weights);
     const size_t width = a.cache.value_width;
     float* total = s.range + row * state_width(a.cache);
     size_t column = 0;
@@ -408,24 +423,38 @@ void mix_with_tiles(const KVCache& c, const KVTile& tile, const uint16_t* weight
     if constexpr (COUNT > 3) store_tile<3>(total + 3 * kGroup, stride);
 }
 
+void mix_rows(const AttentionArgs& a, const KVTile& tile, const Seen& seen, size_t row, const uint16_t* weights,
+              const Scratch& s) {
+    const size_t first = seen.first / kGroup, last = (seen.last + kGroup - 1) / kGroup, width = a.cache.value_width;
+    float* total = s.range + row * state_width(a.cache);
+    size_t column = 0;
+    for (; column + 4 * kGroup <= width; column += 4 * kGroup)
+        mix_with_tiles<4>(a.cache, tile, weights, first, last, column, total);
+    for (; column < width; column += 2 * kGroup)  // width is a multiple of 32 here
+        mix_with_tiles<2>(a.cache, tile, weights, first, last, column, total);
+}
+
+// Two tiles of rows take turns: the tile unit works for one while the core weighs the scores of the other.
 template <bool SCALED>
 void visit_with_tiles(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t rows, const Scratch& s) {
-    for (size_t row = 0; row < rows; row += kTileMaxRows) {
-        const size_t num_rows = rows - row < kTileMaxRows ? rows - row : kTileMaxRows;
-        const Seen seen = seen_by(a, t, tile, row, num_rows);
-        if (seen.last == 0) continue;
-        for (const uint8_t* next : tile.next) fetch(next, a.cache.v_offset);
-        score_with_tiles(a.cache, tile, s.q + row * a.cache.key_dim, s.scores);
-        for (const uint8_t* next : tile.next) fetch(next + a.cache.v_offset, a.cache.piece_bytes - a.cache.v_offset);
-        soften_rows<SCALED>(a, t, tile, row, num_rows, s, s.rounded);
-        const size_t first = seen.first / kGroup, last = (seen.last + kGroup - 1) / kGroup;
-        float* total = s.range + row * state_width(a.cache);
-        const size_t width = a.cache.value_width;
-        size_t column = 0;
-        for (; column + 4 * kGroup <= width; column += 4 * kGroup)
-            mix_with_tiles<4>(a.cache, tile, s.rounded, first, last, column, total);
-        for (; column < width; column += 2 * kGroup)  // width is a multiple of 32 here
-            mix_with_tiles<2>(a.cache, tile, s.rounded, first, last, column, total);
+    for (const uint8_t* next : tile.next) fetch(next, a.cache.piece_bytes);
+    for (size_t begin = 0; begin < rows; begin += kScoreRows) {
+        Seen seen[2] = {};
+        size_t num_rows[2] = {};
+        for (size_t i = 0; i < 2; ++i) {
+            const size_t row = begin + i * kTileMaxRows;
+            if (row >= rows) continue;
+            num_rows[i] = rows - row < kTileMaxRows ? rows - row : kTileMaxRows;
+            seen[i] = seen_by(a, t, tile, row, num_rows[i]);
+            if (seen[i].last != 0)
+                score_with_tiles(a.cache, tile, s.q + row * a.cache.key_dim, s.scores + i * kTileMaxRows * kKVTile);
+        }
+        for (size_t i = 0; i < 2; ++i) {
+            const size_t row = begin + i * kTileMaxRows, at = i * kTileMaxRows * kKVTile;
+            if (seen[i].last == 0) continue;
+            soften_rows<SCALED>(a, t, tile, row, num_rows[i], s.scores + at, s, s.rounded + at);
+            mix_rows(a, tile, seen[i], row, s.rounded + at, s);
+        }
     }
 }
 #endif
@@ -477,7 +506,11 @@ void round_queries(const AttentionArgs& a, const QueryTile& t, size_t rows, cons
         for (size_t d = 0; d < dim; d += kLanes) {
             const size_t count = dim - d < kLanes ? dim - d : kLanes;
             const Halves rounded = to_bfloat16(load_part(q + d, count));
-            std::memcpy(s.q + row * a.cache.key_dim + d, &rounded, count * sizeof(uint16_t));
+            uint16_t* out = s.q + row * a.cache.key_dim + d;
+            if (count == kLanes)
+                std::memcpy(out, &rounded, sizeof rounded);
+            else
+                std::memcpy(out, &rounded, count * sizeof(uint16_t));
         }
     }
 }
