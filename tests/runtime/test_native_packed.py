@@ -173,3 +173,11 @@ def test_the_default_model_as_stored() -> None:
     assert np.abs(kept - exact).max() < 0.03 * np.abs(exact).max()
     assert (kept.argmax(1) == exact.argmax(1)).mean() > 0.9
     assert spec.vocab_size > VOCAB  # ids of all of the vocabulary were used
+
+
+@pytest.mark.parametrize(("level", "rounded_bytes"), [("portable", 4), (LEVELS[-1], 0)])
+def test_arena_counts_the_rounded_input_of_the_widest_linear(level: str, rounded_bytes: int) -> None:
+    program = bench.linear_program((32, 256), 2)
+    rounded_bytes = rounded_bytes or (2 if level in ("avx512bf16", "amx") else 4)
+    arena = NativeRuntime(1, level).arena_bytes(program, 64, 4)
+    assert arena == program.plan_buffers().elements(64, 4) * 4 + 64 * 256 * rounded_bytes

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import StepError, UnsupportedError
-from octavo.program.ops import Sizes
+from octavo.program.ops import Linear, Rows, Sizes
 from octavo.program.profile import Limits as MachineLimits
 from octavo.program.profile import Profile
 from octavo.program.program import Program
@@ -109,8 +109,11 @@ class NativeRuntime:
         return sum(Packer(self._library, program, weights, dtype).bytes().values())
 
     def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
-        """Activations of the largest step, in float32."""
-        return program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES
+        """Activations of the largest step in float32, and the widest input of a Linear as packed weights want it."""
+        rows = {Rows.TOKENS: max_num_tokens, Rows.LOGITS: max_num_logits}
+        inputs = [node.x for node in program.nodes if isinstance(node, Linear)]
+        rounded = max((rows[x.rows] * x.width for x in inputs), default=0) * _rounded_bytes(self.level)
+        return program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES + rounded
 
     def free_bytes(self, utilization: float) -> None:
         """Everything lies in the host's memory."""
@@ -272,6 +275,11 @@ class NativeRuntime:
         if self._placed.get(name) is not array or array.shape != shape:
             setattr(step, name, _checked(name, array, dtype, shape))
             self._placed[name] = array
+
+
+def _rounded_bytes(level: str) -> int:
+    """Bytes of a rounded activation: bfloat16, or float32 that holds one where the level has no products of it."""
+    return 2 if level in ("avx512bf16", "amx") else _FLOAT_BYTES
 
 
 def _check_dtype(dtype: str) -> None:
