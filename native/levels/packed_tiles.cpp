@@ -37,13 +37,6 @@ void round_to_tiles(const float* x, size_t rows, size_t width, size_t depth, voi
 
 // ---- few rows
 
-// Rounds to bfloat16 in two multiply-adds: beside a number 2^16 times as large, 8 bits are left. Numbers of 2^110 and
-// more become NaN; no scale of a stored type reaches that.
-inline Floats round_beside(Floats v) {
-    const Floats power = (Floats)((Words)v & 0xff800000u), factor = splat(98304.0f);  // 1.5 * 2^16
-    return fma(power, -factor, fma(power, factor, v));
-}
-
 // Adds the products of the block to sums[row], lane for lane: a chain over the even k of a channel and one over the odd
 // ones in neighbouring lanes, from zero, then their sum, as a tile does. x: [row][32 * num_blocks].
 template <Layout L, size_t ROWS, size_t GROUPS>
