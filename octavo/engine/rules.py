@@ -52,7 +52,8 @@ class Rules:
         if self._matcher is None:
             mask = self._static.copy()
         else:
-            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32) & self._static
+            words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)  # may be one more than needed
+            mask = words[: len(self._static)] & self._static
             if self._matcher.is_error():
                 raise StepError(f"the grammar became too complex: {self._matcher.get_error():.200}")
         for word in self._bad:

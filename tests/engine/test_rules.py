@@ -6,16 +6,19 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
 from test_core import TINY, VOCAB, make_core
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.grammar import to_grammar
+from octavo.engine.rules import RuleBook
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests, AddRequest
 from octavo.models.spec import ModelFiles
 from octavo.sampling_params import SamplingParams
+from octavo.step import ScheduledRow, SchedulerOutput
 
 pytest.importorskip("llguidance")
 EOS = 2
@@ -180,6 +183,23 @@ def test_a_request_may_be_aborted_while_its_grammar_is_built(files) -> None:
     assert finish(core)[1] == {"1": "abort"}
     ask(core, 1, kind="choice", spec=["yes"])
     assert text(finish(core)[0]["1"]) == "yes"
+
+
+@pytest.mark.parametrize("vocab_size", [96, 97, 128])
+def test_a_mask_is_as_wide_as_the_vocabulary(vocab_size: int) -> None:
+    book = RuleBook(vocab_size, [EOS], Ascii)
+    message = AddRequest("1", [5], SamplingParams(allowed_token_ids=[5, 70, 71]), 5, seed=0)
+    message.grammar = to_grammar("regex", "[a-z]+")
+    book.open(message)
+    while book.is_opening:
+        assert [error for _, error in book.opened()] in ([], [None])
+    step = SchedulerOutput(0, scheduled=[ScheduledRow(3, "1", 0, 0, 1, True)])
+    mask = book.masks(step)[3]
+    assert mask.shape == (-(-vocab_size // 32),)
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert np.flatnonzero(bits).tolist() == [70, 71]
+    assert book.take([]) == []
+    book.close()
 
 
 def test_a_mask_is_cheap(files) -> None:
