@@ -11,7 +11,7 @@ A row that goes on by one token in its old block is not written: most are like t
     add    a Request, its number "r"; "refused": what was raised
     abort, finish, expire    of number "r"
     step   "t" the clock, "n" the step; "new" rows admitted: [row, number, computed, runs of blocks]; "rows" that do not
-           just go on: [row, start, tokens, samples, runs of added blocks, row forked from]; "crc" of all rows in their
+           just go on: [row, start, tokens, samples, row forked from, runs of added blocks]; "crc" of all rows in their
            order; "pre": [number, number of the one it made way for]; "copy": block copies
     done   "t", "n": update() took the step's result; "tokens": [place, how many] where that is not one per sampling
            row, "stop": [place, tokens kept]. fail: fail() did
@@ -132,8 +132,8 @@ class Describer(LeftOut):
         ends, rows = self._ends, []
         for item in output.scheduled:
             start, count = item.start, item.num_tokens
-            if count != 1 or not item.samples or item.new_block_ids[0] or ends.get(item.row) != start:
-                rows.append([item.row, start, count, item.samples, _runs(item.new_block_ids[0]), item.fork_of])
+            if count != 1 or not item.samples or any(item.new_block_ids) or ends.get(item.row) != start:
+                rows.append([item.row, start, count, item.samples, item.fork_of, *map(_runs, item.new_block_ids)])
             ends[item.row] = start + count
         event: dict[str, Any] = {"n": output.step, "rows": rows}
         event["crc"] = zlib.crc32(array("I", [item.row for item in output.scheduled]).tobytes())

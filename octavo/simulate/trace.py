@@ -165,7 +165,7 @@ def _mooncake(line: str, number: int) -> Arrival:
     prompt: list[Segment] = []
     for block in hashes:
         if length > 0:
-            prompt.append((int(block) + 1, min(MOONCAKE_BLOCK, length)))
+            prompt.append((int(block) % (1 << 31) + 1, min(MOONCAKE_BLOCK, length)))
             length -= MOONCAKE_BLOCK
     if length > 0:  # beyond its hashes: nobody shares it
         prompt.append(((1 << 31) + number, length))
