@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from octavo.errors import ConfigError  # noqa: E402
+from octavo.errors import ConfigError, UnsupportedError  # noqa: E402
 from octavo.program.ops import Attention, Linear, Norm  # noqa: E402
 from octavo.runtime.cuda import build, operators  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
@@ -21,6 +21,11 @@ def test_without_a_compiler_the_flag_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"no nvcc found.*--cuda-ops triton"):
         build.built_library()
+
+
+def test_the_flag_is_refused_where_no_operator_computes():
+    with pytest.raises(UnsupportedError, match="bfloat16, not float32"):
+        CudaRuntime("float32", cuda_ops="cuda", device="cpu")
 
 
 @pytest.mark.gpu

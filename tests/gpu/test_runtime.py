@@ -10,6 +10,7 @@ from octavo.errors import UnsupportedError  # noqa: E402
 from octavo.program.ops import Add, Embedding, Linear, Norm  # noqa: E402
 from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime, greedy  # noqa: E402
+from octavo.runtime.cuda.staging import Staging, padded_views, send_padded, send_step  # noqa: E402
 from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
 from tests.runtime.programs import (  # noqa: E402
     MAX_TOKENS,
@@ -135,6 +136,17 @@ def test_fp8_cache_in_a_decoder(device):
     assert 2 * halved == runtime.kv_bytes_per_block(decoder_program(), 16, "bfloat16")
     with pytest.raises(UnsupportedError, match="int8"):
         runtime.kv_bytes_per_block(decoder_program(), 16, "int8")
+
+
+def test_long_contexts_begin_first():
+    staging = Staging(Staging.capacity(8, 8, 8, 1, 25), 1, torch.device("cpu"))
+    inputs = Steps().inputs([Piece(0, 4, 1), Piece(1, 299, 1), Piece(2, 19, 1)], "last")
+    shape = Shape(4, 4, is_decode=True)
+    spans = send_padded(staging, inputs, greedy(3), shape, tile_queries=4, null_slot=0, trash_row=7)
+    assert padded_views(staging, spans, shape, 4).attention.decode_rows.tolist() == [1, 2, 0, 3]
+    mixed = Steps().inputs([Piece(0, 4, 1), Piece(3, 0, 5), Piece(1, 299, 1)], "last")
+    step = send_step(staging, mixed, greedy(3), tile_queries=4, trash_row=7)
+    assert step.attention.decode_rows.tolist() == [2, 0]
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ class CudaRuntime:
         cuda_ops: "triton", or "cuda" for C++ operators where there is one (bfloat16 only), built if need be.
 
     Raises:
-        UnsupportedError: another dtype.
+        UnsupportedError: another dtype, or one that the C++ operators have not.
     """
 
     name = "cuda"
@@ -54,7 +54,9 @@ class CudaRuntime:
         fuse_ops: bool = True,
         cuda_ops: str = "triton",
     ) -> None:
-        self._options = {"fuses": fuse_ops, "uses_cpp": cuda_ops == "cuda" and dtype == "bfloat16"}
+        if cuda_ops == "cuda" and dtype != "bfloat16":
+            raise UnsupportedError(f"--cuda-ops cuda: the C++ operators compute in bfloat16, not {dtype}: take triton")
+        self._options = {"fuses": fuse_ops, "uses_cpp": cuda_ops == "cuda"}
         self._dtype = _torch_dtype(dtype)
         self._device = torch.device(device)
         self.max_depth = max_depth
@@ -110,7 +112,8 @@ class CudaRuntime:
         return LoadReport(
             weight_bytes=self.weight_bytes(program, weights, dtype),
             arena_bytes=self.arena_bytes(program, max_num_tokens, max_num_logits),
-            description=f"cuda ({self._device_name()}, {dtype}{'' if self._graphs else ', no graphs'})",
+            description=f"cuda ({self._device_name()}, {dtype}{', C++ operators' * self._options['uses_cpp']}"
+            f"{'' if self._graphs else ', no graphs'})",
         )
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:

@@ -93,7 +93,7 @@ def send_step(
 ) -> DeviceStep:
     """Stages a step; its views are made for launching it."""
     counts = np.diff(inputs.query_start_loc)
-    single = np.flatnonzero(counts == 1).astype(np.int32)
+    single = _singles(inputs, counts)
     tiles = _tiles(counts, tile_queries)
     spans = staging.send(_arrays(inputs, single, tiles, _sampling_arrays(sampling, trash_row)))
     return _views(staging, spans, len(inputs.seq_lens), len(single), len(tiles[0]))
@@ -117,23 +117,34 @@ def send_padded(
     """
     rows = _sampling_arrays(sampling, trash_row)
     num_sampled, num_requests = len(inputs.logits_indices), len(inputs.seq_lens)
-    single, tiles = inputs.logits_indices, (_NONE, _NONE)
+    single, tiles = _longest_first(inputs.seq_lens), (_NONE, _NONE)
     if not shape.is_decode:
         counts = np.diff(inputs.query_start_loc)
         tiles = _tiles(counts, tile_queries)
         most_tiles = _most_tiles(shape, tile_queries)
         if len(tiles[0]) > most_tiles:
             return None
-        single = _extended(np.flatnonzero(counts == 1).astype(np.int32), (shape.num_rows,), num_requests)
+        single = _extended(_singles(inputs, counts), (shape.num_rows,), num_requests)
         tiles = _extended(tiles[0], (most_tiles,), num_requests), _extended(tiles[1], (most_tiles,), 0)
     if num_requests < shape.num_rows or not shape.is_decode:
         inputs = padded(inputs, shape, null_slot)
-        single = inputs.logits_indices if shape.is_decode else single
+        single = _longest_first(inputs.seq_lens) if shape.is_decode else single
     if num_sampled < shape.num_rows:
         lengths = [shape.num_rows] * (len(rows) - 1) + [2 * shape.num_rows]
         fill = [trash_row] + [0] * (len(rows) - 1)
         rows = [_extended(array, (n,), value) for array, n, value in zip(rows, lengths, fill, strict=True)]
     return staging.send(_arrays(inputs, single, tiles, rows))
+
+
+def _longest_first(seq_lens: Array) -> Array:
+    """The order in which decode attention takes requests: a long one begun last would run alone at the end."""
+    return np.argsort(-seq_lens, kind="stable").astype(np.int32)
+
+
+def _singles(inputs: StepInputs, counts: Array) -> Array:
+    """The requests with one query, those with the longest contexts first."""
+    single = np.flatnonzero(counts == 1)
+    return single[_longest_first(inputs.seq_lens[single])].astype(np.int32)
 
 
 def padded_views(staging: Staging, spans: list[Span], shape: Shape, tile_queries: int) -> DeviceStep:
