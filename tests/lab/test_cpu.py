@@ -232,3 +232,17 @@ def test_the_report_has_every_engine_and_where_its_figures_came_from():
     image = ElementTree.fromstring(report.plot(saved))
     bars = [float(bar.get("width")) for bar in image.iter("{http://www.w3.org/2000/svg}rect")][1:]
     assert bars == [bars[0], pytest.approx(bars[0] / 10, abs=0.1)]
+
+
+def test_processor_time_of_a_process_is_told_apart(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text("import json, sys, time\nwhile time.process_time() < 0.1: pass\nprint('{}', flush=True)\ninput()")
+    engine = PipeEngine("peer", Launch([sys.executable, str(script)]))
+    engine._log = tmp_path / "log"
+    engine._open()
+    try:
+        whole, kernel = figures._busy_seconds(engine)
+        assert 0.1 <= whole < 5
+        assert 0 <= kernel < whole
+    finally:
+        engine.stop()
