@@ -17,7 +17,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.outputs import RequestOutput
-from octavo.server.errors import failure_of
+from octavo.server.errors import Failure, failure_of
 
 DONE = b"data: [DONE]\n\n"
 PING = b": still here\n\n"  # a comment: clients skip it
@@ -26,20 +26,21 @@ MERGED_AHEAD = 64  # outputs of several prompts that may wait for a slow client
 
 
 class Answer(Response):
-    """A JSON document (the generator's one part) or, with `stream`, server-sent events. `ended` is called last."""
+    """A JSON document (the generator's one part) or, with `stream`, server-sent events. `broken`
+    writes an error into a stream; `ended` is called last."""
 
     def __init__(
         self,
         parts: AsyncGenerator[bytes, None],
         *,
-        request_id: str,
+        broken: Callable[[Failure], bytes],
         stream: bool,
         ended: Callable[[], None],
         ping_seconds: float,
     ) -> None:
         super().__init__()
         self.parts = parts
-        self.request_id = request_id
+        self.broken = broken
         self.stream = stream
         self.ended = ended
         self.ping_seconds = ping_seconds
@@ -85,9 +86,8 @@ class Answer(Response):
             except Exception as error:
                 if not self._begun:
                     raise
-                # the status is sent: the error goes into the stream
-                body = failure_of(error, self.request_id).body()
-                await self._part(send, b"data: " + body + b"\n\n" + DONE)
+                failure = failure_of(error, scope["state"]["request_id"])
+                await self._part(send, self.broken(failure))  # the status is sent: the error goes into the stream
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _part(self, send: Send, part: bytes) -> None:

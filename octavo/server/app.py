@@ -1,8 +1,8 @@
 """The application: routes to handlers.
 
-Routes: POST /v1/chat/completions, /v1/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /health,
-/health/live, /health/ready, /health/progress, /metrics, /load, /server_info, /version, /openapi.json. No documentation
-page: those load their scripts from elsewhere.
+Routes: POST /v1/chat/completions, /v1/completions, /v1/messages, /v1/messages/count_tokens, /tokenize, /detokenize;
+GET /v1/models, /v1/models/{id}, /health, /health/live, /health/ready, /health/progress, /metrics, /load,
+/server_info, /version, /openapi.json. No documentation page: those load their scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from octavo import __version__
 from octavo.server import errors
-from octavo.server.chat import chat
+from octavo.server.anthropic import CountRequest, Messages, MessagesRequest, chat_body
+from octavo.server.chat import chat, prepare
 from octavo.server.completions import complete
 from octavo.server.door import MAX_BODY_BYTES, Door, Gate
 from octavo.server.front import PING_SECONDS, Caller, Front
@@ -81,6 +82,7 @@ def create_app(
     errors.install(app)
     front = app.state.front = Front(engine, served_model_names, ping_seconds, tool_form, reasoning_parser)
     _add_generation(app, front)
+    _add_anthropic(app, front)
     _add_text(app, front)
     _add_information(app, front)
     _add_health(app, front)
@@ -97,6 +99,21 @@ def _add_generation(app: FastAPI, front: Front) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         front.check_open()
         return await complete(front, body, Caller.of(request))
+
+
+def _add_anthropic(app: FastAPI, front: Front) -> None:
+    @_post(app, "/v1/messages")
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        front.check_open()
+        job = await prepare(Messages, front, chat_body(body), Caller.of(request), "msg_")
+        return job.answer()
+
+    @_post(app, "/v1/messages/count_tokens")
+    async def count_tokens(body: CountRequest) -> Response:
+        chat_request = chat_body(body)
+        front.model(body.model)
+        ids = await front.encode(await front.render(chat_request), add_special_tokens=False)
+        return _json({"input_tokens": len(ids)})
 
 
 def _add_text(app: FastAPI, front: Front) -> None:
@@ -153,9 +170,9 @@ def _add_health(app: FastAPI, front: Front) -> None:
 
     @app.get("/health", responses=_ERRORS)
     @app.get("/health/ready", responses=_ERRORS)
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         failure = front.unready()
-        return failure.response() if failure else _json({"status": "ok"})
+        return failure.response(request.scope) if failure else _json({"status": "ok"})
 
     @app.get("/health/progress")
     async def progress() -> Response:

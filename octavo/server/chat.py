@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.errors import InvalidValueError
 from octavo.outputs import CompletionOutput
@@ -45,8 +45,16 @@ class Chat(Generation):
         return writer.chat(output)
 
 
+Job = TypeVar("Job", bound=Chat)
+
+
 async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
-    """Checks a chat request and begins to answer it. max_tokens defaults to the rest of the context."""
+    """Checks a chat request and begins to answer it."""
+    return (await prepare(Chat, front, body, caller, "chatcmpl-")).answer()
+
+
+async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Caller, prefix: str) -> Job:
+    """A checked chat of some kind; its id begins with `prefix`. max_tokens defaults to the rest of the context."""
     front.model(body.model)
     text = await front.render(body)
     ids = await front.prompt_ids(text, body, add_special_tokens=body.add_special_tokens, param="messages")
@@ -59,7 +67,7 @@ async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
         params = replace(params, structured_outputs=structure)
     if form and form.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
-    job = Chat(front, caller, body, [ids], params, f"chatcmpl-{body.request_id or caller.request_id}")
+    job = kind(front, caller, body, [ids], params, f"{prefix}{body.request_id or caller.request_id}")
     if form or front.reasoning_parser:
         opened, shown = front.reasoning_parser == "deepseek_r1", body.include_reasoning
         job.messages = [
@@ -71,7 +79,7 @@ async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
             for _ in range(job.num_choices)
         ]
         job.is_named = isinstance(body.tool_choice, NamedTool)
-    return job.answer()
+    return job
 
 
 def _form(front: Front, body: ChatRequest) -> Form | None:

@@ -51,7 +51,7 @@ class Door:
         except Exception as error:
             failure = failure_of(error, request_id)
             if exchange.status is None:
-                await failure.response()(scope, exchange.receive, exchange.send)
+                await failure.response(scope)(scope, exchange.receive, exchange.send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.on_http(route, _method(scope), exchange.status or CLIENT_LEFT, time.monotonic() - began)
@@ -73,7 +73,7 @@ class Gate:
         key = self.keyring.check(scope["path"], headers)
         refusal = key if isinstance(key, Failure) else self._refusal(scope, headers, key)
         if refusal is not None:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope)(scope, receive, send)
             return
         scope["state"]["key"] = key
         await self.app(scope, receive, send)

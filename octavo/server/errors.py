@@ -16,6 +16,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from octavo.errors import EngineDeadError, EngineError, QueueFullError, RequestError
 
@@ -24,6 +25,16 @@ log = logging.getLogger("octavo.server")
 RETRY_SECONDS = 5
 TYPES = {408: "timeout", 404: "not_found_error", 413: "request_too_large", 503: "service_unavailable"}
 CODES = {408: "timeout", 404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
 PYDANTIC_CODES = {"extra_forbidden": "unsupported_parameter", "missing": "missing_required_parameter"}
 
 
@@ -43,9 +54,18 @@ class Failure:
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
-    def response(self) -> Response:
-        """The same as an HTTP response."""
-        return Response(self.body(), self.status, self.headers, "application/json")
+    def anthropic_body(self, request_id: str) -> bytes:
+        """The JSON that Anthropic would send."""
+        error = {"type": ANTHROPIC_TYPES.get(self.status, "invalid_request_error"), "message": self.message}
+        return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
+
+    def response(self, scope: Scope) -> Response:
+        """The same as an HTTP response, in the words of the API that was asked."""
+        if not scope["path"].startswith(ANTHROPIC_PATH):
+            return Response(self.body(), self.status, self.headers, "application/json")
+        status = 529 if self.status == 503 else self.status  # overloaded
+        body = self.anthropic_body(scope["state"]["request_id"])
+        return Response(body, status, self.headers, "application/json")
 
 
 def failure_of(error: Exception, request_id: str) -> Failure:
@@ -93,7 +113,7 @@ def install(app: FastAPI) -> None:
             error = HTTPException(
                 error.status_code, f"{verb} {request.method} {request.url.path:.100}; see /openapi.json", error.headers
             )
-        return failure_of(error, request.state.request_id).response()
+        return failure_of(error, request.state.request_id).response(request.scope)
 
     for kind in (RequestValidationError, RequestError, EngineError, HTTPException, Refused):
         app.add_exception_handler(kind, answer)

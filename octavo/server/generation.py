@@ -13,8 +13,9 @@ from typing import Any
 
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import SamplingParams
-from octavo.server.answer import Answer, merge
+from octavo.server.answer import DONE, Answer, merge
 from octavo.server.chunks import ChunkWriter, Timing, Usage, encode
+from octavo.server.errors import Failure
 from octavo.server.front import Caller, Front
 from octavo.server.logprobs import LogprobsWriter
 from octavo.server.protocol import GenerationRequest
@@ -85,7 +86,11 @@ class Generation(ABC):
         stream = bool(self.body.stream)
         parts = self._events() if stream else self._whole()
         ping = self.front.ping_seconds
-        return Answer(parts, request_id=self.caller.request_id, stream=stream, ended=self._book, ping_seconds=ping)
+        return Answer(parts, broken=self.broken, stream=stream, ended=self._book, ping_seconds=ping)
+
+    def broken(self, failure: Failure) -> bytes:
+        """What ends a stream in which something went wrong."""
+        return b"data: " + failure.body() + b"\n\n" + DONE
 
     def _book(self) -> None:
         """Books what was generated on the caller's key, however the answer ended."""

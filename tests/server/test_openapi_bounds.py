@@ -60,6 +60,8 @@ def test_routes() -> None:
     assert {(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods} == {
         ("/v1/chat/completions", "post"),
         ("/v1/completions", "post"),
+        ("/v1/messages", "post"),
+        ("/v1/messages/count_tokens", "post"),
         ("/v1/models", "get"),
         ("/v1/models/{model}", "get"),
         ("/tokenize", "post"),
