@@ -166,15 +166,16 @@ def _busy_seconds(engine: Engine) -> tuple[float, float]:
     return whole, kernel
 
 
+# Those that peers take part in come first: nobody is kept stopped for long and then asked again.
 PARTS = {
     part.name: part
     for part in (
         Part("W1", "one stream, 128 in, 128 out", one_stream, 5),
-        Part("W1text", "the same on real text", one_stream_text, 5, ours=True),
         Part("W2", "64 requests, 32 at once", batch, 3),
-        Part("W2ways", "streamed, real text, sampled", batch_ways, 3, ours=True, warm_up=False),
         Part("W3", "a prompt of 1,024", prompt, 5),
         Part("W4", "32 requests that share 512 tokens", shared_prefix, 3),
+        Part("W1text", "one stream on real text", one_stream_text, 5, ours=True),
+        Part("W2ways", "W2 streamed, real text, sampled", batch_ways, 3, ours=True, warm_up=False),
         Part("long", "decode at 8k context", long_decode, 3, ours=True, warm_up=False),
         Part("arrivals", "Poisson arrivals at 70 % load", arrivals, 1, ours=True, warm_up=False),
         Part("front", "processor time of the front", front, 2, ours=True, warm_up=False),

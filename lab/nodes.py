@@ -24,7 +24,6 @@ from rich.table import Table
 
 from lab.machine import describe_machine
 from lab.perplexity import BLOCK_SIZE, greedy
-from octavo.errors import OctavoError
 from octavo.models.decoder import record
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
@@ -199,16 +198,25 @@ def main(arguments: Sequence[str]) -> int:
     known = MODELS if options.models is None else [(m, d) for m in options.models for d in types_of(m, options.dtypes)]
     levels = available_levels() if options.levels == ["all"] else options.levels
     console, status = Console(width=150), Console(stderr=True)
-    results = []
+    results: list[dict[str, Any]] = []
+    failed = 0
     for level in levels:
         for model, dtype in known:
             for kv_dtype in options.kv or [KV.get(dtype, "bfloat16")]:
                 status.print(f"{level}: {model}, {dtype}, KV {kv_dtype}", style="dim")
                 try:
                     results.append(measure(model, dtype, kv_dtype, level, options.threads))
-                except OctavoError as error:
-                    status.print(f"failed: {error}", style="red", markup=False)
+                except Exception as error:  # the others go on
+                    status.print(f"failed: {type(error).__name__}: {error}", style="red", markup=False)
+                    failed += 1
+                else:
+                    save(results, options.save_as, arguments)
     show(results, console)
+    return 1 if failed else 0
+
+
+def save(results: Sequence[dict[str, Any]], name: str, arguments: Sequence[str]) -> None:
+    """Writes lab/results/nodes-NAME.json."""
     saved = {
         "what": "Nodes of a step against the limits of the machine",
         "date": datetime.date.today().isoformat(),
@@ -218,8 +226,7 @@ def main(arguments: Sequence[str]) -> int:
         "results": results,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"nodes-{options.save_as}.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    return 0
+    (RESULTS / f"nodes-{name}.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 
 def types_of(model: str, asked: list[str] | None) -> list[str]:
