@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
 from test_scheduler_machine import POLICIES, SchedulerMachine  # noqa: E402
 
 from lab.machine import describe_machine  # noqa: E402
+from octavo.kvcache.eviction import EVICTIONS  # noqa: E402
 from octavo.messages import StepRecord  # noqa: E402
 
 OPERATIONS = 60  # of one walk
@@ -63,6 +64,7 @@ class Walk(SchedulerMachine):
             runs_ahead=draw.random() < 0.5,
             policy=policy,
             headroom=draw.choice([0.0, 0.0, 0.5, 2.0]),
+            eviction=draw.choice(list(EVICTIONS)),
             max_queued=draw.choice([0, 0, 0, 1, 5]),
             record_bytes=draw.choice([0, 0, 0, 4_000]),
         )

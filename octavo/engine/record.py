@@ -23,6 +23,7 @@ WHAT_IF = (  # settings that a replay may change
     "max_num_batched_tokens",
     "max_num_queued_tokens",
     "max_num_seqs",
+    "prefix_eviction_policy",
     "priority_ageing",
     "scheduling_policy",
     "slo_itl_ms",

@@ -26,6 +26,7 @@ from invariants import check_kv
 
 from octavo.errors import ContextLengthError, QueueFullError, TimeLimitError
 from octavo.kvcache.block_hash import BlockHasher
+from octavo.kvcache.eviction import EVICTIONS
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import Request, RequestStatus
@@ -65,6 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         runs_ahead=st.booleans(),
         policy=st.sampled_from(list(POLICIES)),
         headroom=st.sampled_from([0.0, 0.0, 0.5, 2.0]),
+        eviction=st.sampled_from(list(EVICTIONS)),
         max_queued=st.sampled_from([0, 0, 0, 1, 5]),
         record_bytes=st.sampled_from([0, 0, 4_000, 1 << 20]),
     )
@@ -81,10 +83,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         runs_ahead: bool,
         policy: str,
         headroom: float,
+        eviction: str,
         max_queued: int,
         record_bytes: int,
     ) -> None:
-        self.kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching, hash_key=KEY)
+        self.kv = KVCacheManager(
+            num_blocks, block_size, enable_prefix_caching=caching, hash_key=KEY, eviction=EVICTIONS[eviction]()
+        )
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_seqs + extra_budget
         self.threshold = threshold
