@@ -72,3 +72,16 @@ def test_describe_names_every_part():
     text = plan().describe()
     for part in ("weights", "activations", "KV cache", "4 requests of 160 tokens"):
         assert part in text
+
+
+def test_on_a_device_the_pool_is_what_a_rehearsal_leaves():
+    planned = plan(on_device=True)
+    assert planned.num_blocks == 800
+    measured = planned.measured(650 * MIB)
+    assert (measured.num_blocks, measured.arena_bytes) == (650, 150 * MIB)
+    assert plan(on_device=True, num_blocks_override=40).measured(650 * MIB).num_blocks == 40
+
+
+def test_a_rehearsal_that_leaves_less_than_a_request_needs_is_refused():
+    with pytest.raises(MemoryPlanError, match=r"9 MiB are left for KV.* 160 tokens"):
+        plan(on_device=True).measured(9 * MIB)
