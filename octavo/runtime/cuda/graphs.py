@@ -14,6 +14,8 @@ import torch
 GREEDY, DRAWS, LOGITS = "greedy", "draws", "logits"  # how a step ends: the largest, a draw, or the logits alone
 MOST_MIXED_TOKENS = 2048
 _MIXED_ROWS = (16, 64)  # and the most there may be
+_LAUNCHED_IN = 0.012  # seconds that the host takes to launch a step piece by piece
+_OPERATIONS = 4e14  # a second, of a large card at such products
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,14 @@ def mixed_shape(num_tokens: int, num_requests: int, max_tokens: int, max_rows: i
     """
     step = 64 if num_tokens < 512 else 128 if num_tokens < 1024 else 256
     size = (num_tokens // step + 1) * step
-    if size > min(max_tokens, MOST_MIXED_TOKENS):
+    if size > max_tokens:
         return None
     return Shape(size, next((n for n in _MIXED_ROWS if num_requests <= n <= max_rows), max_rows), is_decode=False)
+
+
+def most_mixed_tokens(num_weights: int) -> int:
+    """Tokens from which on a step takes the device longer than its launches take the host: padding would be a loss."""
+    return min(int(_LAUNCHED_IN * _OPERATIONS / (2 * max(num_weights, 1))), MOST_MIXED_TOKENS)
 
 
 def mixed_rows(max_rows: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,18 @@ from octavo.program.ops import Attention
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
-from octavo.runtime.cuda.graphs import DRAWS, GREEDY, LOGITS, Graphs, Shape, bucket_of, buckets, mixed_rows, mixed_shape
+from octavo.runtime.cuda.graphs import (
+    DRAWS,
+    GREEDY,
+    LOGITS,
+    Graphs,
+    Shape,
+    bucket_of,
+    buckets,
+    mixed_rows,
+    mixed_shape,
+    most_mixed_tokens,
+)
 from octavo.runtime.cuda.kernels.attention import queries_per_tile
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches
 from octavo.runtime.cuda.launching import only_compiling, quick_launches
@@ -92,6 +104,8 @@ class CudaRuntime:
         self._check_dtype(dtype)
         self._program = program
         self._limits = (max_num_tokens, max_num_logits, max_num_requests)
+        num_weights = sum(math.prod(weight.shape) for weight in program.weights)
+        self._most_mixed = min(max_num_tokens, most_mixed_tokens(num_weights))
         self._tile_queries = _queries_per_tile(program, self._dtype)
         try:
             for done, weight in enumerate(program.weights, start=1):
@@ -283,7 +297,7 @@ class CudaRuntime:
             Shape(size, rows, is_decode=False)
             for size in ((64, 256) if self._graphs is not None else ())
             for rows in mixed_rows(min(self._limits))
-            if size <= most_tokens
+            if size <= self._most_mixed
         ]
         for ending in (GREEDY, DRAWS):
             for counts in ([min(64, most_tokens)], *([1] * size for size in self._sizes())):
@@ -310,7 +324,7 @@ class CudaRuntime:
         if all_sample and (inputs.logits_indices == inputs.query_start_loc[:-1]).all():  # in their order
             size = bucket_of(num_requests, min(self._limits))
             return Shape(size, size, is_decode=True)
-        return mixed_shape(num_tokens, num_requests, self._limits[0], min(self._limits))
+        return mixed_shape(num_tokens, num_requests, self._most_mixed, min(self._limits))
 
     def _send(self, inputs: StepInputs, sampling: SamplingInputs) -> DeviceStep:
         trash_row = self._limits[2]
