@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 4
+#define OCTAVO_ABI_VERSION 5
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
 LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
