@@ -76,3 +76,11 @@ def test_a_token_is_not_given_to_the_rows_next_request():
     assert rows.token_ids[0, 5] == 40
     assert rows.token_ids[1, 5] != 41
     assert rows.num_tokens[:2].tolist() == [6, 2]
+
+
+def test_a_step_in_which_nothing_samples_has_settings_of_no_rows():
+    rows = rows_of(GREEDY)
+    made = build_batch([ScheduledRow(0, "r0", 0, 0, 3, False)], rows)
+    assert made.sampling.temperature.shape == made.sampling.seeds.shape == (0,)
+    assert made.inputs.logits_indices.shape == (0,)
+    assert made.samples == [False]
