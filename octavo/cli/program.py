@@ -28,7 +28,12 @@ def register(app: typer.Typer) -> None:
     app.command(cls=Verb, epilog=_EXAMPLES)(program)
 
 
-@engine_flags(only=("dtype", "kv_cache_dtype", "runtime", "max_model_len", "load_format", "revision", "download_dir"))
+@engine_flags(
+    only=(
+        *("dtype", "quantization", "kv_cache_dtype", "runtime", "max_model_len"),
+        *("load_format", "revision", "download_dir"),
+    )
+)
 def program(
     config: EngineConfig,
     num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1, metavar="N")] = 1,
