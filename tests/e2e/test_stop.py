@@ -14,8 +14,8 @@ from serving import serving
 pytestmark = pytest.mark.model
 
 
-def test_ctrl_c_ends_running_requests_with_an_error() -> None:
-    with serving("smollm2", "--max-model-len", "1024") as server:
+def test_ctrl_c_without_grace_ends_running_requests_with_an_error() -> None:
+    with serving("smollm2", "--max-model-len", "1024", "--shutdown-timeout", "0") as server:
         with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=30) as client:
             stream = client.completions.create(
                 model="smollm2", prompt="Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
@@ -31,6 +31,22 @@ def test_ctrl_c_ends_running_requests_with_an_error() -> None:
         assert statuses == [0]
         assert "Traceback" not in "".join(server.lines)
         assert server.lines[-1].strip() == "Stopped."
+
+
+def test_ctrl_c_lets_a_running_request_end() -> None:
+    with serving("smollm2", "--max-model-len", "1024", "--shutdown-timeout", "60") as server:
+        with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=60) as client:
+            stream = client.completions.create(
+                model="smollm2", prompt="Hello", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
+            )
+            first = next(iter(stream))
+            statuses: list[int] = []
+            stopping = threading.Thread(target=lambda: statuses.append(server.stop()))
+            stopping.start()
+            reasons = [first.choices[0].finish_reason, *(chunk.choices[0].finish_reason for chunk in stream)]
+            stopping.join()
+        assert reasons[-1] == "length"
+        assert statuses == [0]
 
 
 def test_a_damaged_model_is_one_line_without_traceback(tmp_path: Path) -> None:
