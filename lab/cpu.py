@@ -228,7 +228,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--configurations", nargs="*", choices=list(CONFIGURATIONS), default=list(DEFAULT))
     parser.add_argument("--peers", default="", metavar="NAMES", help=f"some of {','.join(PEERS)}, or all")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=parts.replace("%", "%%"))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=parts.replace("%", "%%")
+    )
     parser.add_argument("--repetitions", type=int, default=99, metavar="N", help="of a part at most, for a quick look")
     parser.add_argument("--save-as", metavar="NAME", help="of the result; MODEL by default")
     parser.add_argument("--no-save", action="store_true", help="print only")
