@@ -14,6 +14,7 @@ The pool holds a share of all distinct prompt blocks of the stream. The figure i
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -101,6 +102,7 @@ def distinct_blocks(prompts: list[Prompt]) -> int:
 
 def main() -> None:
     """Prints the table and writes it."""
+    argparse.ArgumentParser(prog="python -m lab.eviction", description=__doc__).parse_args()
     rows = []
     print(f"{'stream':<12} {'pool':>6} {'blocks':>8} {'lru':>8} {'lfu':>8}")
     for name, stream in STREAMS.items():

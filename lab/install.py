@@ -7,6 +7,7 @@ Works in a temporary clone of HEAD with an empty cache, so nothing on this machi
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -114,6 +115,7 @@ def spread(seconds: list[float]) -> str:
 
 def main() -> int:
     """Measures, writes the result, prints it."""
+    argparse.ArgumentParser(prog="python -m lab.install", description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as work:
         rows = measure(Path(work))
     result = {

@@ -6,6 +6,7 @@ No figure in those pages is typed by hand: rerun this after `python -m lab.cpu` 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -187,6 +188,7 @@ def readme_numbers(saved: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     """Writes page, plot and README's input."""
+    argparse.ArgumentParser(prog="python -m lab.report", description=__doc__).parse_args()
     before, mark, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, end, after = rest.partition(END)
     if not (mark and end):
