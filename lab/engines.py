@@ -61,6 +61,17 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine is asked: works, `at_once` of them at a time, each sent `send_at` seconds after the start."""
+
+    works: list[Work]
+    at_once: int
+    stream: bool
+    send_at: list[float] | None
+    sampling: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """How an engine is started, and how long it may take. `command` may hold {port}."""
 
@@ -105,7 +116,6 @@ class Engine(ABC):
             raise
         return time.perf_counter() - began
 
-    @abstractmethod
     def run(
         self,
         works: list[Work],
@@ -119,6 +129,15 @@ class Engine(ABC):
 
         Raises EngineError for answers of a wrong length.
         """
+        batch = self._run(Load(works, at_once, stream, send_at, sampling or {}))
+        for work, seen in zip(works, batch.timed, strict=True):
+            if seen.num_tokens != work.num_out:
+                raise EngineError(f"{seen.num_tokens} tokens came where {work.num_out} were asked for")
+        return batch
+
+    @abstractmethod
+    def _run(self, load: Load) -> Batch:
+        """As run(), whose answers may still be of a wrong length."""
 
     @abstractmethod
     def _open(self) -> None:
@@ -214,31 +233,21 @@ class HttpEngine(Engine):
         except Exception:
             return False
 
-    def run(
-        self,
-        works: list[Work],
-        at_once: int,
-        *,
-        stream: bool = True,
-        send_at: list[float] | None = None,
-        sampling: Mapping[str, float] | None = None,
-    ) -> Batch:
-        """As for any engine, with one connection a request."""
-        return asyncio.run(self._batch(works, at_once, stream, send_at, sampling or {}))
+    def _run(self, load: Load) -> Batch:
+        """One connection a request."""
+        return asyncio.run(self._batch(load))
 
-    async def _batch(
-        self, works: list[Work], at_once: int, stream: bool, send_at: list[float] | None, sampling: Mapping[str, float]
-    ) -> Batch:
-        gate = asyncio.Semaphore(at_once)
+    async def _batch(self, load: Load) -> Batch:
+        gate = asyncio.Semaphore(load.at_once)
         began = time.perf_counter()
 
         async def one(index: int, work: Work) -> Timed:
-            if send_at is not None:
-                await asyncio.sleep(send_at[index] - (time.perf_counter() - began))
+            if load.send_at is not None:
+                await asyncio.sleep(load.send_at[index] - (time.perf_counter() - began))
             async with gate:
-                return await self._call(work, stream, began, sampling)
+                return await self._call(work, load.stream, began, load.sampling)
 
-        timed = await asyncio.gather(*(one(i, work) for i, work in enumerate(works)))
+        timed = await asyncio.gather(*(one(i, work) for i, work in enumerate(load.works)))
         return Batch(time.perf_counter() - began, list(timed))
 
     async def _call(self, work: Work, stream: bool, began: float, sampling: Mapping[str, float]) -> Timed:
@@ -272,8 +281,6 @@ class HttpEngine(Engine):
                             times.append(time.perf_counter() - began)
                         if chunk.get("usage"):
                             num_tokens = chunk["usage"]["completion_tokens"]
-        if num_tokens != work.num_out:
-            raise EngineError(f"{num_tokens} tokens came where {work.num_out} were asked for")
         times = times or [time.perf_counter() - began]
         gaps = [later - earlier for earlier, later in pairwise(times)]
         return Timed(start, times[0], times[-1], num_tokens, gaps)
@@ -299,29 +306,17 @@ class PipeEngine(Engine):
         self._spawn(self._launch.command, piped=True)
         self._answer()
 
-    def run(
-        self,
-        works: list[Work],
-        at_once: int,
-        *,
-        stream: bool = True,
-        send_at: list[float] | None = None,
-        sampling: Mapping[str, float] | None = None,
-    ) -> Batch:
-        """Does the works greedily in the peer's process; times are of the peer's clock: no HTTP, and not this pipe."""
-        if send_at is not None or sampling:
+    def _run(self, load: Load) -> Batch:
+        """Greedily in the peer's process; times are of the peer's clock: no HTTP, and not this pipe."""
+        if load.send_at is not None or load.sampling:
             raise EngineError("arrivals and sampling are not measured in process")
-        asked = {"works": [[w.prompt, w.num_out] for w in works], "at_once": at_once}
+        asked = {"works": [[w.prompt, w.num_out] for w in load.works], "at_once": load.at_once}
         pipe: IO[bytes] | None = self._process.stdin
         assert pipe is not None
         pipe.write(json.dumps(asked).encode() + b"\n")
         pipe.flush()
         answer = self._answer()
-        timed = [Timed(*values) for values in answer["timed"]]
-        for work, seen in zip(works, timed, strict=True):
-            if seen.num_tokens != work.num_out:
-                raise EngineError(f"{seen.num_tokens} tokens came where {work.num_out} were asked for")
-        return Batch(answer["seconds"], timed)
+        return Batch(answer["seconds"], [Timed(*values) for values in answer["timed"]])
 
     def _answer(self) -> Any:
         """The next line that is an answer; a peer's own prints go to the log."""

@@ -25,8 +25,8 @@ class FakeEngine(Engine):
     def _open(self):
         pass
 
-    def run(self, works, at_once, *, stream=True, send_at=None, sampling=None):
-        return Batch(2.0, [Timed(0.0, 0.5, 1.5, work.num_out) for work in works])
+    def _run(self, load):
+        return Batch(2.0, [Timed(0.0, 0.5, 1.5, work.num_out) for work in load.works])
 
     def pause(self):
         self.calls.append((self.name, "pause"))
