@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.machine import describe_machine
-from lab.perplexity import BLOCK_SIZE, greedy
+from lab.perplexity import BLOCK_SIZE
 from octavo.models.decoder import record
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
 from octavo.program.profile import Profile
-from octavo.runtime.base import StepInputs
+from octavo.runtime.base import SamplingInputs, StepInputs
 from octavo.runtime.native.bench import available_levels
 from octavo.runtime.native.runtime import NativeRuntime
 
@@ -106,7 +106,7 @@ def step_inputs(
 def run(runtime: NativeRuntime, inputs: StepInputs) -> None:
     """One step, greedy."""
     runtime.execute(inputs)
-    runtime.sample(greedy(len(inputs.logits_indices)))
+    runtime.sample(SamplingInputs.greedy(len(inputs.logits_indices)))
 
 
 def numbers(profile: Profile, *, decode: bool) -> dict[str, Any]:

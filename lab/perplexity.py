@@ -67,7 +67,7 @@ class Arm:
         """Logits [n, vocab] of what follows tokens start .. start + n - 1; slices of a window come in order."""
         inputs = slice_inputs(window, start)
         self._runtime.execute(inputs)
-        self._runtime.sample(greedy(len(inputs.token_ids)))
+        self._runtime.sample(SamplingInputs.greedy(len(inputs.token_ids)))
         return self._runtime.logits()
 
 
@@ -80,41 +80,8 @@ def _runtime_for(dtype: str, runtime: str, threads: int, weights: WeightSource) 
 
 def slice_inputs(window: Int32, start: int) -> StepInputs:
     """Tokens start .. start + SLICE - 1 of a window as a step of one request whose KV lies in blocks 0, 1, 2, ..."""
-    end = min(start + SLICE, len(window))
-    positions = np.arange(start, end, dtype=np.int32)
-    return StepInputs(
-        token_ids=window[start:end],
-        positions=positions,
-        slots=positions.astype(np.int64)[None],
-        query_start_loc=np.array([0, end - start], np.int32),
-        seq_lens=np.array([end], np.int32),
-        block_tables=np.arange(-(-end // BLOCK_SIZE), dtype=np.int32)[None, None],
-        logits_indices=np.arange(end - start, dtype=np.int32),
-    )
-
-
-def greedy(num_rows: int) -> SamplingInputs:
-    """The least that a step must do beside logits; its tokens are not looked at."""
-    zeros: Float32 = np.zeros(num_rows, np.float32)
-    starts, none = np.zeros(num_rows + 1, np.int32), np.zeros(0, np.int32)
-    return SamplingInputs(
-        temperature=zeros,
-        top_k=np.zeros(num_rows, np.int32),
-        top_p=np.ones(num_rows, np.float32),
-        min_p=zeros,
-        seeds=np.zeros(num_rows, np.uint64),
-        positions=np.zeros(num_rows, np.int64),
-        num_logprobs=np.full(num_rows, -1, np.int32),
-        bias_start=starts,
-        bias_ids=none,
-        bias_values=np.zeros(0, np.float32),
-        repetition_penalty=np.ones(num_rows, np.float32),
-        presence_penalty=zeros,
-        frequency_penalty=zeros,
-        seen_start=starts,
-        seen_ids=none,
-        seen_counts=none,
-    )
+    tokens = window[start : start + SLICE]
+    return StepInputs.one_request(tokens, start=start, first_logits=start, block_size=BLOCK_SIZE)
 
 
 def windows_of(text: str, tokenizer: Tokenizer, num_tokens: int, window: int) -> list[Int32]:

@@ -116,9 +116,8 @@ def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_head
     import torch
 
     from octavo.program.ops import Attention, Buffer, Rows
-    from octavo.runtime.base import StepInputs
+    from octavo.runtime.base import SamplingInputs, StepInputs
     from octavo.runtime.cuda.kernels.attention import queries_per_tile
-    from octavo.runtime.cuda.runtime import greedy
     from octavo.runtime.cuda.staging import Staging, send_step
 
     width = -(-max(lengths) // 16)
@@ -139,7 +138,7 @@ def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_head
     device = torch.device(DEVICE)
     staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), 1, device)
     tile = queries_per_tile(dim, heads // kv_heads, 2)
-    step = send_step(staging, inputs, greedy(len(lengths)), tile_queries=tile, trash_row=0)
+    step = send_step(staging, inputs, SamplingInputs.greedy(len(lengths)), tile_queries=tile, trash_row=0)
     pools = [torch.randn(num_blocks, kv_heads, 16, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
     q = torch.randn(num_tokens, heads * dim, device=device, dtype=torch.bfloat16)
     handle = Buffer("q", Rows.TOKENS, heads * dim)

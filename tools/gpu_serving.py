@@ -34,8 +34,7 @@ def check_tokens(llm: Any, name: str, work: Any, outputs: list[Any], result: Res
     """Eight requests again, the whole sequence at once and without graphs: how often is their token the likeliest?"""
     import torch
 
-    from octavo.runtime.base import StepInputs
-    from octavo.runtime.cuda.runtime import greedy
+    from octavo.runtime.base import SamplingInputs, StepInputs
 
     runtime = llm._executor.worker.runtime
     most_rows, block_size = llm.config.max_num_seqs, llm.config.block_size
@@ -46,18 +45,9 @@ def check_tokens(llm: Any, name: str, work: Any, outputs: list[Any], result: Res
         ids = np.array([*prompt, *tokens[:-1]], np.int32)
         for first in range(len(prompt) - 1, len(ids), most_rows):
             end = min(first + most_rows, len(ids))
-            positions = np.arange(end, dtype=np.int32)
-            step = StepInputs(
-                token_ids=ids[:end],
-                positions=positions,
-                slots=positions.astype(np.int64)[None],
-                query_start_loc=np.array([0, end], np.int32),
-                seq_lens=np.array([end], np.int32),
-                block_tables=np.arange(-(-end // block_size), dtype=np.int32)[None, None],
-                logits_indices=np.arange(first, end, dtype=np.int32),
-            )
+            step = StepInputs.one_request(ids[:end], first_logits=first, block_size=block_size)
             runtime.execute(step)
-            runtime.sample(greedy(end - first))
+            runtime.sample(SamplingInputs.greedy(end - first))
             logits = runtime._logits_on_device().float()
             best, ids_of_best = logits.topk(2, 1)
             chosen = torch.tensor(tokens[first - len(prompt) + 1 : end - len(prompt) + 1], device=logits.device)

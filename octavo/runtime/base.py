@@ -6,7 +6,7 @@ It receives host arrays and returns host arrays; it knows nothing of requests. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -85,6 +85,23 @@ class StepInputs:
     block_tables: Int32  # [G, B, max blocks per request]
     logits_indices: Int32  # [R]: which of the T tokens
 
+    @classmethod
+    def one_request(
+        cls, token_ids: Sequence[int] | Int32, *, start: int = 0, first_logits: int, block_size: int = 16
+    ) -> StepInputs:
+        """Positions `start` on of one request whose KV lies in blocks 0, 1, 2, ...; logits from `first_logits` on."""
+        end = start + len(token_ids)
+        positions = np.arange(start, end, dtype=np.int32)
+        return cls(
+            token_ids=np.asarray(token_ids, np.int32),
+            positions=positions,
+            slots=positions.astype(np.int64)[None],
+            query_start_loc=np.array([0, end - start], np.int32),
+            seq_lens=np.array([end], np.int32),
+            block_tables=np.arange(-(-end // block_size), dtype=np.int32)[None, None],
+            logits_indices=np.arange(first_logits - start, end - start, dtype=np.int32),
+        )
+
 
 @dataclass(slots=True)
 class SamplingInputs:
@@ -114,6 +131,28 @@ class SamplingInputs:
     masks: UInt32 | None = None  # [M, ceil(vocab / 32)]: bit i of word w allows token 32 w + i; others become -inf
     rows: Int32 | None = None  # [R]: where the tokens are kept for later steps; None: nowhere
 
+    @classmethod
+    def greedy(cls, num_rows: int) -> SamplingInputs:
+        """The most likely token of each row, and nothing else."""
+        return cls(
+            temperature=np.zeros(num_rows, np.float32),
+            top_k=np.zeros(num_rows, np.int32),
+            top_p=np.ones(num_rows, np.float32),
+            min_p=np.zeros(num_rows, np.float32),
+            seeds=np.zeros(num_rows, np.uint64),
+            positions=np.zeros(num_rows, np.int64),
+            num_logprobs=np.full(num_rows, -1, np.int32),
+            bias_start=np.zeros(num_rows + 1, np.int32),
+            bias_ids=np.zeros(0, np.int32),
+            bias_values=np.zeros(0, np.float32),
+            repetition_penalty=np.ones(num_rows, np.float32),
+            presence_penalty=np.zeros(num_rows, np.float32),
+            frequency_penalty=np.zeros(num_rows, np.float32),
+            seen_start=np.zeros(num_rows + 1, np.int32),
+            seen_ids=np.zeros(0, np.int32),
+            seen_counts=np.zeros(0, np.int32),
+        )
+
 
 @dataclass(slots=True)
 class SamplerOutput:
@@ -125,6 +164,18 @@ class SamplerOutput:
     top_ids: Int32  # [R, K], best first
     top_logprobs: Float32  # [R, K]
     foreign_seconds: float = 0.0  # inside compiled code, where a call returns when its work is done
+
+    @classmethod
+    def without_logprobs(cls, token_ids: Int32, num_logprobs: Int32) -> SamplerOutput:
+        """Tokens, and room for the log probabilities that `num_logprobs` [R] asks for."""
+        num_rows, most = len(token_ids), int(max(0, num_logprobs.max(initial=0)))
+        return cls(
+            token_ids=token_ids,
+            logprobs=np.full(num_rows, np.nan, np.float32),
+            ranks=np.zeros(num_rows, np.int32),
+            top_ids=np.full((num_rows, most), -1, np.int32),
+            top_logprobs=np.full((num_rows, most), np.nan, np.float32),
+        )
 
 
 @dataclass(slots=True)

@@ -9,10 +9,9 @@ from octavo.models.decoder import record
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
-from octavo.runtime.base import Float32
+from octavo.runtime.base import Float32, SamplingInputs, StepInputs
 from octavo.runtime.native import NativeRuntime
 from octavo.text.tokenizer import load_tokenizer
-from tests.engine.naive import greedy, one_request
 
 pytestmark = pytest.mark.model
 
@@ -37,8 +36,8 @@ def logits() -> dict[str, Float32]:
         runtime = NativeRuntime(2)
         runtime.load(program, weights, dtype="float32", max_num_tokens=512, max_num_logits=len(ids), max_num_requests=1)
         runtime.allocate_kv(32, 16, kv)
-        runtime.execute(one_request(ids, first_logits=0))
-        runtime.sample(greedy(len(ids)))
+        runtime.execute(StepInputs.one_request(ids, first_logits=0))
+        runtime.sample(SamplingInputs.greedy(len(ids)))
         raw = runtime.logits().astype(np.float64)
         raw -= raw.max(axis=1, keepdims=True)
         found[kv] = raw - np.log(np.exp(raw).sum(axis=1, keepdims=True))

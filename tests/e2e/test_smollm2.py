@@ -14,8 +14,8 @@ from octavo.models.decoder import record
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
+from octavo.runtime.base import SamplingInputs, StepInputs
 from octavo.runtime.reference import ReferenceRuntime
-from tests.engine.naive import greedy, one_request
 
 pytestmark = pytest.mark.model
 
@@ -143,9 +143,11 @@ def test_reference_runtime_gives_the_same_tokens(native):
     runtime.load(record(spec), open_weights(files, spec), dtype="float32", **sizes)
     runtime.allocate_kv(128, 16)
     for prompt, tokens, prompt_ids in zip(PROMPTS, *native, strict=True):
-        forced = one_request(prompt_ids + tokens[:-1], first_logits=len(prompt_ids) - 1)
+        forced = StepInputs.one_request(prompt_ids + tokens[:-1], first_logits=len(prompt_ids) - 1)
         runtime.execute(forced)
-        assert runtime.sample(greedy(NUM_TOKENS)).token_ids.tolist() == tokens, f"differs on {prompt[:40]!r}"
+        assert runtime.sample(SamplingInputs.greedy(NUM_TOKENS)).token_ids.tolist() == tokens, (
+            f"differs on {prompt[:40]!r}"
+        )
 
 
 def test_one_foreign_call_per_step():

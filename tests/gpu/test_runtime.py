@@ -8,8 +8,9 @@ pytest.importorskip("triton")
 
 from octavo.errors import UnsupportedError  # noqa: E402
 from octavo.program.ops import Add, Embedding, Linear, Norm  # noqa: E402
+from octavo.runtime.base import SamplingInputs  # noqa: E402
 from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
-from octavo.runtime.cuda.runtime import CudaRuntime, greedy  # noqa: E402
+from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
 from octavo.runtime.cuda.staging import Staging, padded_views, send_padded, send_step  # noqa: E402
 from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
 from tests.runtime.programs import (  # noqa: E402
@@ -143,10 +144,10 @@ def test_long_contexts_begin_first():
     staging = Staging(Staging.capacity(8, 8, 8, 1, 25), 1, torch.device("cpu"))
     inputs = Steps().inputs([Piece(0, 4, 1), Piece(1, 299, 1), Piece(2, 19, 1)], "last")
     shape = Shape(4, 4, is_decode=True)
-    spans = send_padded(staging, inputs, greedy(3), shape, tile_queries=4, null_slot=0, trash_row=7)
+    spans = send_padded(staging, inputs, SamplingInputs.greedy(3), shape, tile_queries=4, null_slot=0, trash_row=7)
     assert padded_views(staging, spans, shape, 4).attention.decode_rows.tolist() == [1, 2, 0, 3]
     mixed = Steps().inputs([Piece(0, 4, 1), Piece(3, 0, 5), Piece(1, 299, 1)], "last")
-    step = send_step(staging, mixed, greedy(3), tile_queries=4, trash_row=7)
+    step = send_step(staging, mixed, SamplingInputs.greedy(3), tile_queries=4, trash_row=7)
     assert step.attention.decode_rows.tolist() == [2, 0]
 
 
@@ -167,7 +168,7 @@ def test_padding_of_a_mixed_step_changes_nothing(device, rows):
     shape = mixed_shape(len(first.token_ids), 3, MAX_TOKENS, rows)
     assert shape == Shape(64, rows, is_decode=False)
     with torch.inference_mode():
-        padded._launch(padded._send_padded(first, greedy(3), shape), GREEDY)
+        padded._launch(padded._send_padded(first, SamplingInputs.greedy(3), shape), GREEDY)
     padded._num_logits = 3
     np.testing.assert_allclose(padded.logits(), run(plain, first), atol=1e-5)
     then = steps.inputs([Piece(0, 37, 1), Piece(1, 1, 50), Piece(2, 9, 1)], "last")
@@ -178,7 +179,7 @@ def test_a_step_of_too_many_tiles_is_not_padded(device):
     steps = Steps(num_requests=40)
     runtime = load(CudaRuntime("float32", device=device, use_graphs=False), decoder_program(), steps=steps)
     inputs = steps.inputs([Piece(i, 0, 2) for i in range(40)], "last")
-    assert runtime._send_padded(inputs, greedy(40), mixed_shape(80, 40, MAX_TOKENS, 64)) is None
+    assert runtime._send_padded(inputs, SamplingInputs.greedy(40), mixed_shape(80, 40, MAX_TOKENS, 64)) is None
 
 
 def test_blocks_are_copied_in_all_layers(device):

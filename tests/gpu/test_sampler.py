@@ -36,16 +36,9 @@ def draw(device, logits, inputs, dtype=torch.float32, way="few", repeat=1):
     draws = bool((inputs.temperature > 0).any())
     is_plain = not len(inputs.bias_ids) and not len(inputs.seen_ids) and inputs.masks is None
     sampler.launch(raw if is_plain else sampler.adjust(raw, inputs), rows_of(inputs, device), draws=draws)
-    most = int(max(0, inputs.num_logprobs.max(initial=0)))
     tokens = sampler.tokens.cpu().numpy()
     np.testing.assert_array_equal(sampler.row_tokens.cpu().numpy()[:num_rows], tokens)
-    output = SamplerOutput(
-        tokens,
-        np.full(num_rows, np.nan, np.float32),
-        np.zeros(num_rows, np.int32),
-        np.full((num_rows, most), -1, np.int32),
-        np.full((num_rows, most), np.nan, np.float32),
-    )
+    output = SamplerOutput.without_logprobs(tokens, inputs.num_logprobs)
     if (inputs.num_logprobs >= 0).any():
         fill = sampler.logprobs(raw, inputs)
         if device == "cuda":

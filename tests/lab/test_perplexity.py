@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from lab import numerics, perplexity
-from lab.perplexity import SLICE, Subject, greedy, result_of, slice_inputs, windows_of
+from lab.perplexity import SLICE, Subject, result_of, slice_inputs, windows_of
 from octavo.models.decoder import record
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles
 from octavo.models.weights import open_weights
+from octavo.runtime.base import SamplingInputs, StepInputs
 from octavo.runtime.reference import ReferenceRuntime
-from tests.engine.naive import greedy as greedy_tokens
-from tests.engine.naive import one_request
 from tests.text.vocabularies import byte_level
 
 CONFIG = {
@@ -66,10 +65,10 @@ def test_a_window_in_slices_is_the_window_at_once(tmp_path):
     slices = []
     for start in range(0, WINDOW, SLICE):
         runtime.execute(slice_inputs(window, start))
-        runtime.sample(greedy(min(SLICE, WINDOW - start)))
+        runtime.sample(SamplingInputs.greedy(min(SLICE, WINDOW - start)))
         slices.append(runtime.logits())
-    runtime.execute(one_request(window.tolist(), first_logits=0))
-    runtime.sample(greedy_tokens(WINDOW))
+    runtime.execute(StepInputs.one_request(window.tolist(), first_logits=0))
+    runtime.sample(SamplingInputs.greedy(WINDOW))
     assert [len(logits) for logits in slices] == [SLICE, SLICE, 21]
     np.testing.assert_allclose(np.concatenate(slices), runtime.logits(), atol=1e-5)
 

@@ -176,7 +176,7 @@ class Engine:
             logits_indices=np.arange(len(positions), dtype=np.int32),
         )
         self.runtime.execute(inputs)
-        self.runtime.sample(greedy_inputs(len(positions)))
+        self.runtime.sample(SamplingInputs.greedy(len(positions)))
         return self.runtime.logits()
 
     def generate(self, prompts: list[list[int]], num_tokens: int, chunk: int) -> tuple[list[list[int]], list[Float32]]:
@@ -197,26 +197,3 @@ class Engine:
                     texts[request].append(int(mine[-1].argmax()))
         out = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
         return out, [np.concatenate(rows) for rows in logits]
-
-
-def greedy_inputs(num_rows: int) -> SamplingInputs:
-    """Sampling inputs of greedy rows without anything else."""
-    empty = np.zeros(0, dtype=np.int32)
-    return SamplingInputs(
-        temperature=np.zeros(num_rows, dtype=np.float32),
-        top_k=np.zeros(num_rows, dtype=np.int32),
-        top_p=np.ones(num_rows, dtype=np.float32),
-        min_p=np.zeros(num_rows, dtype=np.float32),
-        seeds=np.zeros(num_rows, dtype=np.uint64),
-        positions=np.zeros(num_rows, dtype=np.int64),
-        num_logprobs=np.full(num_rows, -1, dtype=np.int32),
-        bias_start=np.zeros(num_rows + 1, dtype=np.int32),
-        bias_ids=empty,
-        bias_values=empty.astype(np.float32),
-        repetition_penalty=np.ones(num_rows, dtype=np.float32),
-        presence_penalty=np.zeros(num_rows, dtype=np.float32),
-        frequency_penalty=np.zeros(num_rows, dtype=np.float32),
-        seen_start=np.zeros(num_rows + 1, dtype=np.int32),
-        seen_ids=empty,
-        seen_counts=empty,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,25 +103,7 @@ MIXED = [
 
 def sampling(num_rows: int, **changes: object) -> SamplingInputs:
     """Greedy, nothing else; `changes` replace fields."""
-    values: dict[str, object] = {
-        "temperature": np.zeros(num_rows, np.float32),
-        "top_k": np.zeros(num_rows, np.int32),
-        "top_p": np.ones(num_rows, np.float32),
-        "min_p": np.zeros(num_rows, np.float32),
-        "seeds": np.arange(num_rows, dtype=np.uint64),
-        "positions": np.zeros(num_rows, np.int64),
-        "num_logprobs": np.full(num_rows, -1, np.int32),
-        "bias_start": np.zeros(num_rows + 1, np.int32),
-        "bias_ids": np.zeros(0, np.int32),
-        "bias_values": np.zeros(0, np.float32),
-        "repetition_penalty": np.ones(num_rows, np.float32),
-        "presence_penalty": np.zeros(num_rows, np.float32),
-        "frequency_penalty": np.zeros(num_rows, np.float32),
-        "seen_start": np.zeros(num_rows + 1, np.int32),
-        "seen_ids": np.zeros(0, np.int32),
-        "seen_counts": np.zeros(0, np.int32),
-    }
-    return SamplingInputs(**(values | changes))  # type: ignore[arg-type]
+    return replace(SamplingInputs.greedy(num_rows), **({"seeds": np.arange(num_rows, dtype=np.uint64)} | changes))
 
 
 def load(

@@ -11,14 +11,13 @@ import torch
 
 from octavo.runtime.base import Float32, SamplingInputs
 from octavo.runtime.reference.sampler import sample, uniform
-from tests.model.tiny import greedy_inputs
 
 MASK = (1 << 64) - 1
 
 
 def inputs(num_rows: int, **changes: Any) -> SamplingInputs:
     """Greedy inputs with fields replaced; scalars are spread over the rows."""
-    base = greedy_inputs(num_rows)
+    base = SamplingInputs.greedy(num_rows)
     for name, value in changes.items():
         old = getattr(base, name)
         spread = np.asarray(value, dtype=old.dtype)

@@ -409,15 +409,7 @@ def _output(
     wait: Callable[[], Int32], sampling: SamplingInputs, fill: Callable[[SamplerOutput], None] | None
 ) -> SamplerOutput:
     """Waits for the tokens; `fill` adds the log probabilities, which were copied before them."""
-    token_ids = wait()
-    num_rows, most = len(token_ids), int(max(0, sampling.num_logprobs.max(initial=0)))
-    output = SamplerOutput(
-        token_ids=token_ids,
-        logprobs=np.full(num_rows, np.nan, dtype=np.float32),
-        ranks=np.zeros(num_rows, dtype=np.int32),
-        top_ids=np.full((num_rows, most), -1, dtype=np.int32),
-        top_logprobs=np.full((num_rows, most), np.nan, dtype=np.float32),
-    )
+    output = SamplerOutput.without_logprobs(wait(), sampling.num_logprobs)
     if fill is not None:
         fill(output)
     return output
@@ -426,13 +418,12 @@ def _output(
 def _nothing() -> SamplerOutput:
     """The result of a step in which nobody samples."""
     none = np.zeros(0, np.int32)
-    empty = np.zeros((0, 0), np.int32)
-    return SamplerOutput(none, np.zeros(0, np.float32), none, empty, empty.astype(np.float32))
+    return SamplerOutput.without_logprobs(none, none)
 
 
 def _null_sampling(num_rows: int, ending: str) -> SamplingInputs:
     """Greedy, or the draw of everything that a step of this ending can hold."""
-    sampling = greedy(num_rows)
+    sampling = SamplingInputs.greedy(num_rows)
     if ending == DRAWS:
         sampling.temperature += 1
     return sampling
@@ -451,28 +442,4 @@ def _null_step(counts: list[int], null_block: int, block_size: int, num_groups: 
         seq_lens=np.array(counts, np.int32),
         block_tables=np.full((num_groups, num_requests, width), null_block, np.int32),
         logits_indices=(ends - 1).astype(np.int32),
-    )
-
-
-def greedy(num_rows: int) -> SamplingInputs:
-    """The plainest sampling of so many rows."""
-    zeros, ints = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.int32)
-    none, starts = np.zeros(0, np.int32), np.zeros(num_rows + 1, np.int32)
-    return SamplingInputs(
-        temperature=zeros,
-        top_k=ints,
-        top_p=zeros + 1,
-        min_p=zeros,
-        seeds=np.zeros(num_rows, np.uint64),
-        positions=np.zeros(num_rows, np.int64),
-        num_logprobs=ints - 1,
-        bias_start=starts,
-        bias_ids=none,
-        bias_values=zeros[:0],
-        repetition_penalty=zeros + 1,
-        presence_penalty=zeros,
-        frequency_penalty=zeros,
-        seen_start=starts,
-        seen_ids=none,
-        seen_counts=none,
     )

@@ -110,28 +110,7 @@ def step(runtime: NativeRuntime, rows: int, num_logits: int) -> None:
         logits_indices=tokens[:num_logits],
     )
     runtime.execute(inputs)
-    zeros, ids, starts = np.zeros(num_logits, np.float32), np.zeros(0, np.int32), np.zeros(num_logits + 1, np.int32)
-    ones, counts = np.ones(num_logits, np.float32), np.zeros(num_logits, np.int32)
-    runtime.sample(
-        SamplingInputs(
-            temperature=zeros,
-            top_k=counts,
-            top_p=ones,
-            min_p=zeros,
-            seeds=np.zeros(num_logits, np.uint64),
-            positions=np.zeros(num_logits, np.int64),
-            num_logprobs=counts - np.int32(1),
-            bias_start=starts,
-            bias_ids=ids,
-            bias_values=np.zeros(0, np.float32),
-            repetition_penalty=ones,
-            presence_penalty=zeros,
-            frequency_penalty=zeros,
-            seen_start=starts,
-            seen_ids=ids,
-            seen_counts=ids,
-        )
-    )
+    runtime.sample(SamplingInputs.greedy(num_logits))
 
 
 def kept_values(source: Blocks, shape: tuple[int, int], dtype: str) -> Float32:

@@ -99,16 +99,8 @@ def _choose(logits: Float32, sampling: SamplingInputs, row: int, noise: float) -
 
 def _with_logprobs(logits: Float32, token_ids: npt.NDArray[np.int32], sampling: SamplingInputs) -> SamplerOutput:
     """Log probabilities of the raw distribution, rank and alternatives, for the rows that asked for them."""
-    num_rows = len(logits)
     wanted = sampling.num_logprobs
-    most = int(max(0, wanted.max(initial=0)))
-    output = SamplerOutput(
-        token_ids=token_ids,
-        logprobs=np.full(num_rows, np.nan, dtype=np.float32),
-        ranks=np.zeros(num_rows, dtype=np.int32),
-        top_ids=np.full((num_rows, most), -1, dtype=np.int32),
-        top_logprobs=np.full((num_rows, most), np.nan, dtype=np.float32),
-    )
+    output = SamplerOutput.without_logprobs(token_ids, wanted)
     for row in np.flatnonzero(wanted >= 0):
         raw, token = logits[row], token_ids[row]
         shifted = (raw - raw.max()).astype(np.float64)
