@@ -2,7 +2,8 @@
 
 A JSON schema, a regular expression or an EBNF grammar is a program. Here it is parsed and built once, under limits of
 size, nesting, memory and seconds, before the engine ever sees it: `python -m octavo.engine.grammar` answers one line of
-JSON with another. It is started when the first request needs it, and replaced when one made it too slow or too large.
+JSON with another, under the same number. It is started when the first request needs it, and replaced when one made it
+too slow or too large, or when nobody waits for its answer any more.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class GrammarCompiler:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
+        self._num_asked = 0
         self._built: OrderedDict[str, str] = OrderedDict()
 
     async def compile(self, asked: StructuredOutputsParams) -> str:
@@ -81,13 +83,16 @@ class GrammarCompiler:
             return known
         async with self._lock:
             try:
-                reply = await asyncio.wait_for(self._ask(line), MAX_SECONDS)
+                reply = await asyncio.wait_for(self._ask(asked.chosen), MAX_SECONDS)
             except TimeoutError:
-                await self.close()
+                self._kill()
                 raise _refusal(asked, f"it took longer than {MAX_SECONDS:g} s to build: simplify it") from None
             except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
-                await self.close()
+                self._kill()
                 raise _refusal(asked, "it is too large to build: simplify it") from None
+            except BaseException:  # who asked is gone: the next one must not read the answer
+                self._kill()
+                raise
         if "error" in reply:
             raise _refusal(asked, reply["error"])
         self._built[line] = grammar = str(reply["grammar"])
@@ -97,13 +102,18 @@ class GrammarCompiler:
 
     async def close(self) -> None:
         """Ends the process."""
+        if (process := self._kill()) is not None:
+            await process.wait()
+
+    def _kill(self) -> asyncio.subprocess.Process | None:
+        """Ends the process at once, whatever it does; the next grammar gets another one."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+        return process
 
-    async def _ask(self, line: str) -> dict[str, Any]:
+    async def _ask(self, chosen: tuple[str, Any]) -> dict[str, Any]:
         if self._process is None or self._process.returncode is not None:
             pipe = asyncio.subprocess.PIPE
             command = [sys.executable, "-m", "octavo.engine.grammar"]
@@ -111,10 +121,13 @@ class GrammarCompiler:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        stdin.write(line.encode() + b"\n")
+        self._num_asked += 1
+        stdin.write(json.dumps([self._num_asked, *chosen]).encode() + b"\n")
         await stdin.drain()
-        reply: dict[str, Any] = json.loads(await stdout.readuntil(b"\n"))
-        return reply
+        while True:
+            reply: dict[str, Any] = json.loads(await stdout.readuntil(b"\n"))
+            if reply["number"] == self._num_asked:
+                return reply
 
 
 def _refusal(asked: StructuredOutputsParams, reason: str) -> InvalidValueError:
@@ -127,13 +140,14 @@ def main() -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     for line in sys.stdin:
+        number, kind, spec = json.loads(line)
         try:
-            reply = {"grammar": to_grammar(*json.loads(line))}
+            reply = {"grammar": to_grammar(kind, spec)}
         except ImportError:
             reply = {"error": _INSTALL}
         except Exception as error:
             reply = {"error": str(error) or type(error).__name__}
-        print(json.dumps(reply), flush=True)
+        print(json.dumps({"number": number, **reply}), flush=True)
 
 
 if __name__ == "__main__":

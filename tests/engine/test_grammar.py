@@ -87,6 +87,41 @@ def test_what_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     with_compiler(use)
 
 
+def test_who_leaves_takes_the_answer_along() -> None:
+    """The client is gone when its grammar is built; the next one, another tenant's, gets its own all the same."""
+
+    async def use(compiler):
+        assert await compiler.compile(StructuredOutputsParams(regex="a"))
+        process = compiler._process
+        for number in range(3):
+            asked = StructuredOutputsParams(regex=f"gone{number}")
+            leaving = asyncio.create_task(compiler.compile(asked))
+            await asyncio.sleep(0)
+            while compiler._process is None:  # until it is written
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            assert compiler._process is None, "whoever may still answer is not read again"
+            wanted = StructuredOutputsParams(choice=[f"b{number}"])
+            assert await compiler.compile(wanted) == compile_here(wanted)
+            assert await compiler.compile(asked) == compile_here(asked)
+        assert await process.wait() == -9
+
+    with_compiler(use)
+
+
+def test_an_answer_to_another_question_is_not_taken() -> None:
+    async def use(compiler):
+        assert await compiler.compile(StructuredOutputsParams(regex="a"))
+        compiler._process.stdin.write(b'[-1, "regex", "stray"]\n')
+        wanted = StructuredOutputsParams(regex="b")
+        assert await compiler.compile(wanted) == compile_here(wanted)
+
+    with_compiler(use)
+
+
 def nested(levels: int) -> dict:
     schema: dict = {"type": "string"}
     for _ in range(levels):
