@@ -100,7 +100,7 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts to look."""
         super().connection_made(transport)
-        self._seen_waiting = False
+        self._seen: object = self  # the exchange that was over at the last look, None before the first; self: none was
         self._look = self.loop.call_later(self.head_seconds, self._is_anybody_there)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -110,10 +110,10 @@ class _Connection(H11Protocol):
 
     def _is_anybody_there(self) -> None:
         waiting = self.cycle is None or self.cycle.response_complete
-        if waiting and self._seen_waiting:
+        if waiting and self.cycle is self._seen:
             self.transport.abort()
             return
-        self._seen_waiting = waiting
+        self._seen = self.cycle if waiting else self
         self._look = self.loop.call_later(self.head_seconds, self._is_anybody_there)
 
 

@@ -11,11 +11,13 @@ import time
 
 import httpx
 import pytest
+import uvicorn
 from fake_engine import FakeEngine
+from uvicorn.server import ServerState
 
 from octavo.errors import ConfigError
 from octavo.server.app import create_app
-from octavo.server.loop import run_server
+from octavo.server.loop import _Connection, run_server
 
 
 def make_app():
@@ -88,3 +90,54 @@ def test_loopback_is_the_default(serve) -> None:
     server = serve()
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", server.port))
+
+
+class Wire(asyncio.Transport):
+    """The other end of a connection: what was sent, and whether we hung up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = b""
+        self.aborted = False
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def close(self) -> None:
+        self.aborted = True
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+def test_a_connection_in_use_is_never_hung_up_on() -> None:
+    """Each look finds it between two requests, but never between the same two; then nothing more comes."""
+
+    async def use() -> None:
+        async def app(scope, receive, send) -> None:
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False)
+        config.load()
+        connection, wire = _Connection(config, ServerState(), {}), Wire()
+        connection.connection_made(wire)
+        connection._is_anybody_there()
+        for number in range(1, 5):
+            connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            while wire.sent.count(b" 204 ") < number or not connection.cycle.response_complete:
+                await asyncio.sleep(0)
+            connection._is_anybody_there()
+            assert not wire.aborted
+        connection._is_anybody_there()
+        assert wire.aborted
+        connection.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(use(), 10))
