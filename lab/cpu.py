@@ -27,7 +27,7 @@ from rich.table import Table
 from lab.engines import Engine, EngineError, OctavoEngine
 from lab.figures import PARTS, W2_NAME, Figure, Part
 from lab.machine import describe_machine
-from lab.peers import PEERS
+from lab.peers import PEERS, peer_names
 from lab.text import load_text
 from octavo.errors import OctavoError
 from octavo.models.hub import resolve_model
@@ -38,6 +38,7 @@ SERVE = {"max_model_len": 8192, "max_num_seqs": 32, "kv_cache_memory_bytes": 400
 TEXT, TEXT_CHARACTERS = "moby-dick", slice(60_000, 500_000)
 SECONDS_PER_PART = 45.0  # an engine that has taken longer gets no further repetition of this part
 STARTS = 3
+INTERRUPTED = 130  # exit status
 START, MEMORY = "new process to first token", "peak memory in W2, all processes"
 COMPARED = ("W1 decode", "W1 time to first token", "W2 output", "W3 prompt", "W4 wall", START, MEMORY)
 
@@ -109,13 +110,18 @@ class Bench:
                             seconds = self._once(part, engine, repetition)
                             spent[engine.name] = spent.get(engine.name, 0.0) + seconds * (repetition >= 0)
                     progress.advance(task, repetition >= 0)
+                if part.name == "W2":  # before parts of longer contexts
+                    for engine in self.alive:
+                        if W2_NAME in self.figures[engine.name]:
+                            self._add(engine, MEMORY, "MiB", engine.peak_memory())
 
     def end(self) -> None:
-        """Notes each engine's memory and ends it."""
+        """Ends every engine, whatever becomes of the others."""
         for engine in self.engines:
-            if engine.name not in self.failed and W2_NAME in self.figures[engine.name]:
-                self._add(engine, MEMORY, "MiB", engine.peak_memory())
-            engine.stop()
+            try:
+                engine.stop()
+            except Exception as error:
+                self.fail(engine.name, error)
 
     def fail(self, name: str, error: Exception) -> None:
         """Leaves an engine out from here on."""
@@ -179,6 +185,13 @@ def show(saved: dict[str, Any], console: Console) -> None:
             console.print(f"{name} failed: {engine['failed']}", style="red", markup=False, highlight=False)
 
 
+def title(name: str, engine: dict[str, Any]) -> str:
+    """How an engine is called beside others."""
+    if name in CONFIGURATIONS:
+        return f"Octavo {name}"
+    return f"{name} (in process)" if "in process" in engine["note"] else name
+
+
 def show_peers(saved: dict[str, Any], console: Console) -> None:
     """A line an engine."""
     table = Table(title="beside others, same machine, same tokens: median (range)", title_justify="left")
@@ -189,7 +202,7 @@ def show_peers(saved: dict[str, Any], console: Console) -> None:
     for name, engine in saved["engines"].items():
         found = [engine["figures"].get(figure) for figure in COMPARED]
         cells = [str(Figure(f["unit"], f["values"])) if f else "" for f in found]
-        table.add_row(f"Octavo {name}" if name in CONFIGURATIONS else name, *cells)
+        table.add_row(title(name, engine), *cells)
     console.print(table)
     for name, engine in saved["engines"].items():
         console.print(f"{name}: {engine['note']}", style="dim", markup=False, highlight=False)
@@ -215,7 +228,7 @@ def merge(path: Path, bench: Bench, command: str) -> dict[str, Any]:
                 "command": command,
             }
     for name, reason in bench.failed.items():
-        saved["engines"].setdefault(name, {"figures": {}, "note": "", "failed": reason})
+        saved["engines"].setdefault(name, {"figures": {}, "note": ""})["failed"] = reason
     order = [*CONFIGURATIONS, *saved["engines"]]
     saved["engines"] = {name: saved["engines"][name] for name in dict.fromkeys(order) if name in saved["engines"]}
     return saved
@@ -235,15 +248,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--save-as", metavar="NAME", help="of the result; MODEL by default")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args(arguments)
-    options.peers = list(PEERS) if options.peers == "all" else [name for name in options.peers.split(",") if name]
-    if unknown := [name for name in options.peers if name not in PEERS]:
-        parser.error(f"unknown peers {', '.join(unknown)}: there are {', '.join(PEERS)}")
+    asked = list(PEERS) if options.peers == "all" else [name for name in options.peers.split(",") if name]
+    try:
+        options.peers = peer_names(asked)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measures, prints, and writes lab/results/cpu-NAME.json."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no engine is left behind, no figure lost
+    for number in (signal.SIGTERM, signal.SIGHUP):  # no engine is left behind, no figure lost
+        signal.signal(number, lambda *_: sys.exit(INTERRUPTED))
     options = parse(arguments)
     console = Console(stderr=True)
     bench = Bench(
@@ -253,11 +269,12 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"preparing {name}", style="dim")
         try:
             engine = PEERS[name]()
-        except EngineError as error:
+        except Exception as error:  # whatever an installation runs into
             bench.fail(name, error)
         else:
             bench.engines.append(engine)
             bench.figures[engine.name] = {}
+    status = 0
     with tempfile.TemporaryDirectory(prefix="octavo-lab-") as logs:
         try:
             bench.start(Path(logs), options.repetitions)
@@ -266,7 +283,10 @@ def main(arguments: Sequence[str]) -> int:
             bench.measure([replace(p, repetitions=min(p.repetitions, options.repetitions)) for p in parts], wanted)
         except (KeyboardInterrupt, SystemExit):
             console.print("stopped early: what was measured until here is kept", style="red")
+            status = INTERRUPTED
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # the engines are stopped processes: nobody else ends them
             bench.end()
     path = RESULTS / f"cpu-{options.save_as or options.model}.json"
     saved = merge(path, bench, "python -m lab.cpu " + " ".join(arguments))
@@ -274,7 +294,7 @@ def main(arguments: Sequence[str]) -> int:
     if not options.no_save:
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    return 1 if bench.failed else 0
+    return status or bool(bench.failed)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -83,21 +84,13 @@ class Launch:
 class Engine(ABC):
     """One engine in a process group of its own."""
 
-    over_http = True
-
     def __init__(self, name: str, launch: Launch, note: str = "") -> None:
         self.name = name
         self.note = note  # what a reader of the table must know: types of weights, HTTP or not
-        self.failed: str | None = None
         self._launch = launch
         self._process: subprocess.Popen[bytes]
         self._log: Path
         self._peak = 0.0
-
-    @property
-    def pid(self) -> int:
-        """Of the process that was started."""
-        return self._process.pid
 
     def start(self, log_folder: Path) -> float:
         """Starts it and waits for its first token; returns the seconds that took.
@@ -159,14 +152,15 @@ class Engine(ABC):
         for sign in (signal.SIGCONT, signal.SIGTERM):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sign)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(15)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):  # what its first process left behind
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # a request that nobody read is still in its buffer
+                    pipe.close()
 
     def peak_memory(self) -> float:
         """The sum of peak resident memory over its processes, in MiB."""
@@ -300,11 +294,14 @@ class OctavoEngine(HttpEngine):
 class PipeEngine(Engine):
     """A peer without a server: lab/peer_NAME.py runs in the peer's own environment and reads JSON lines of work."""
 
-    over_http = False
-
     def _open(self) -> None:
         self._spawn(self._launch.command, piped=True)
-        self._answer()
+        too_late = threading.Timer(self._launch.seconds, os.killpg, (self._process.pid, signal.SIGKILL))
+        too_late.start()
+        try:
+            self._answer()
+        finally:
+            too_late.cancel()
 
     def _run(self, load: Load) -> Batch:
         """Greedily in the peer's process; times are of the peer's clock: no HTTP, and not this pipe."""

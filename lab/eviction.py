@@ -15,6 +15,7 @@ The pool holds a share of all distinct prompt blocks of the stream. The figure i
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import random
@@ -113,8 +114,8 @@ def main() -> None:
             shares = {policy: round(hit_share(prompts, num_blocks, policy), 4) for policy in EVICTIONS}
             rows.append({"stream": name, "pool_share": share, "num_blocks": num_blocks, **shares})
             print(f"{name:<12} {share:>6.0%} {num_blocks:>8,} {shares['lru']:>8.1%} {shares['lfu']:>8.1%}", flush=True)
-    command = "python -m lab.eviction"
-    RESULT.write_text(json.dumps({"command": command, "date": "2026-11-25", "rows": rows}, indent=1) + "\n")
+    saved = {"command": "python -m lab.eviction", "date": datetime.date.today().isoformat(), "rows": rows}
+    RESULT.write_text(json.dumps(saved, indent=1) + "\n")
 
 
 if __name__ == "__main__":

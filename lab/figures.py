@@ -80,8 +80,6 @@ def batch_ways(engine: Engine, repetition: int, text: Sequence[int]) -> Iterator
     works = [_w2(repetition + 100 * way) for way in range(1, 4)]
     yield from _rate(f"{W2_NAME}, streamed", engine, works[0], stream=True)
     yield from _rate(f"{W2_NAME}, real text", engine, _w2(repetition, text), stream=False)
-    if repetition < 0:
-        return
     greedy = engine.run(works[1], W2_CONCURRENCY, stream=False)
     sampled = engine.run(works[2], W2_CONCURRENCY, stream=False, sampling=SAMPLED)
     yield f"{W2_NAME}, sampled", "tok/s", sampled.num_tokens / sampled.seconds
@@ -110,9 +108,9 @@ def long_decode(engine: Engine, repetition: int, _: Sequence[int]) -> Iterator[V
 def arrivals(engine: Engine, repetition: int, _: Sequence[int]) -> Iterator[Value]:
     """Poisson arrivals at a share of the rate that W2 streamed runs at; lengths as in W2."""
     assert isinstance(engine, HttpEngine)
-    full = engine.run(_w2(300), W2_CONCURRENCY)
+    full = engine.run(_w2(600), W2_CONCURRENCY)
     rate = LOAD * len(full.timed) / full.seconds
-    works = (w2(301 + repetition) + w2(302 + repetition))[:NUM_ARRIVALS]
+    works = (w2(601 + repetition) + w2(602 + repetition))[:NUM_ARRIVALS]
     times = send_times(len(works), request_rate=rate, seed=repetition)
     seen = engine.run(works, len(works), send_at=times)
     firsts = [(t.first - t.start) * 1e3 for t in seen.timed]

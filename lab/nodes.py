@@ -189,7 +189,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--levels", nargs="+", default=["auto"], help="instruction levels, or all; default: the best")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-as", default="models", metavar="NAME", help="lab/results/nodes-NAME.json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.dtypes and not options.models:
+        parser.error("--dtypes needs --models: which models are to be measured in these types?")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -216,17 +219,34 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def save(results: Sequence[dict[str, Any]], name: str, arguments: Sequence[str]) -> None:
-    """Writes lab/results/nodes-NAME.json."""
+    """Writes lab/results/nodes-NAME.json: these in place of older ones of the same case on the same machine."""
+    path = RESULTS / f"nodes-{name}.json"
+    command = "python -m lab.nodes " + " ".join(arguments)
+    merged = {case_of(result): result for result in saved_results(path)}
+    merged |= {case_of(result): result | {"command": command.rstrip()} for result in results}
+    results = list(merged.values())
     saved = {
         "what": "Nodes of a step against the limits of the machine",
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
-        "command": "python -m lab.nodes " + " ".join(arguments),
         "open": open_cells(results),
         "results": results,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"nodes-{name}.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+
+
+def case_of(result: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What was measured."""
+    return result["model"], result["dtype"], result["kv"], result["level"]
+
+
+def saved_results(path: Path) -> list[dict[str, Any]]:
+    """What was saved before on this machine."""
+    if not path.exists():
+        return []
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return list(saved["results"]) if saved["machine"] == describe_machine() else []
 
 
 def types_of(model: str, asked: list[str] | None) -> list[str]:

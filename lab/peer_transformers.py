@@ -42,7 +42,7 @@ def run(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
         clock = Clock()
         sent = time.perf_counter()
         with torch.inference_mode():
-            model.generate(
+            found = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=longest,
@@ -51,7 +51,8 @@ def run(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
                 streamer=clock if len(batch) == 1 else None,
             )
         seen = clock.times[1:] or [time.perf_counter()]
-        timed += [[sent - began, seen[0] - began, seen[-1] - began, num_out] for _, num_out in batch]
+        made = found.shape[1] - width
+        timed += [[sent - began, seen[0] - began, seen[-1] - began, min(num_out, made)] for _, num_out in batch]
     return {"seconds": time.perf_counter() - began, "timed": timed}
 
 

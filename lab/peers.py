@@ -178,28 +178,38 @@ def transformers() -> Engine:
     return PipeEngine("transformers", launch, f"{TORCH}, generate, bf16, static batches of 32, in process: no HTTP")
 
 
-# Makes the engine of a peer; installs it where needed. Raises EngineError.
+# Makes the engine of a peer, by its name; installs it where needed.
 PEERS: dict[str, Callable[[], Engine]] = {
     "llama.cpp": llama_cpp,
-    "openvino": openvino,
-    "vllm": vllm,
+    "OpenVINO": openvino,
+    "vLLM": vllm,
     "transformers": transformers,
 }
+
+
+def peer_names(asked: Sequence[str]) -> list[str]:
+    """The peers' own names, asked for in any case. Raises ValueError for one that is not there."""
+    known = {name.lower(): name for name in PEERS}
+    unknown = [name for name in asked if name.lower() not in known]
+    if unknown:
+        raise ValueError(f"unknown peers {', '.join(unknown)}: there are {', '.join(PEERS)}")
+    return [known[name.lower()] for name in asked]
 
 
 def main() -> int:
     """Installs what was asked for, and says what became of it."""
     parser = argparse.ArgumentParser(prog="python -m lab.peers", description=__doc__)
     parser.add_argument("names", nargs="*", default=list(PEERS), metavar="NAME")
-    names = parser.parse_args().names
-    if unknown := [name for name in names if name not in PEERS]:
-        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(PEERS)}")
+    try:
+        names = peer_names(parser.parse_args().names)
+    except ValueError as error:
+        parser.error(str(error))
     failed = 0
     for name in names:
         began = time.monotonic()
         try:
             PEERS[name]()
-        except EngineError as error:
+        except Exception as error:  # the others are still tried
             failed += 1
             print(f"{name}: {error}")
         else:

@@ -14,9 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lab.cpu import COMPARED, CONFIGURATIONS, RESULTS
+from lab.cpu import COMPARED, CONFIGURATIONS, RESULTS, title
 from lab.figures import Figure
-from lab.nodes import CASES, cells
+from lab.nodes import CASES, RATES, cells
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "benchmarks-cpu.md", DOCS / "benchmarks-cpu.svg"
@@ -30,13 +30,6 @@ def figure_of(engine: dict[str, Any], name: str) -> Figure | None:
     """One figure of an engine, or None where it was not measured."""
     found = engine["figures"].get(name)
     return Figure(found["unit"], found["values"]) if found else None
-
-
-def title(name: str, engine: dict[str, Any]) -> str:
-    """How an engine is called beside others."""
-    if name in CONFIGURATIONS:
-        return f"Octavo {name}"
-    return f"{name} (in process)" if "in process" in engine["note"] else name
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,7 +84,8 @@ def commands(saved: dict[str, Any]) -> str:
 
 def nodes(saved: dict[str, Any]) -> str:
     """A table a model; then what is open."""
-    parts = [f"`{saved['command'].rstrip()}`, {saved['machine']}, {saved['date']}"]
+    commands = dict.fromkeys(found["command"] for found in saved["results"])
+    parts = [f"{', '.join(f'`{command}`' for command in commands)}; {saved['machine']}, {saved['date']}"]
     for found in saved["results"]:
         read, compute = found["limits"]
         parts.append(
@@ -100,8 +94,7 @@ def nodes(saved: dict[str, Any]) -> str:
         )
         head = ["node"]
         for rows in CASES:
-            rate = "GB/s" if rows == "1" else "GFLOP/s"
-            head += [f"us, {rows} row{'s' * (rows != '1')}", rate, "of limit"]
+            head += [f"us, {rows} row{'s' * (rows != '1')}", RATES[rows][1], "of limit"]
         lines = []
         for name in dict.fromkeys(n for rows in CASES for n in found["rows"][rows]["nodes"]):
             op = next(step["nodes"][name]["op"] for step in found["rows"].values() if name in step["nodes"])

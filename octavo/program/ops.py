@@ -273,5 +273,10 @@ class GatherRows(Op):
     x: Buffer  # T rows
     out: Buffer  # R rows
 
+    def bytes_moved(
+        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
+    ) -> int:
+        return int(2 * sizes.num_logits * self.out.width * act_bytes)  # only the rows that are kept are read
+
 
 AnyOp = Embedding | Norm | Add | Linear | RopeKVWrite | Attention | GatherRows
