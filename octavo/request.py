@@ -48,6 +48,7 @@ class Request:
     cache_salt: str | None = None
     adapter_id: int = 0
     fork_of: str | None = None  # the Request, with the same prompt, whose prefill serves this one too
+    has_grammar: bool = False  # what it may sample next depends on what it has sampled
 
     status: RequestStatus = RequestStatus.WAITING
     epoch: int = 0  # how often it was (re)admitted; stamps work in flight
@@ -81,8 +82,8 @@ class Request:
     @property
     def needs_host_token(self) -> bool:
         """True when its next step cannot be decided before its last token is known here: it is not run ahead."""
-        params = self.params
-        return params.has_penalties or params.has_rules or params.use_beam_search  # they look at tokens on the host
+        params = self.params  # all of these look at tokens on the host; allowed_token_ids do not
+        return params.has_penalties or self.has_grammar or bool(params.bad_words) or params.use_beam_search
 
     @property
     def answer_ids(self) -> list[str]:

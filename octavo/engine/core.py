@@ -187,6 +187,7 @@ class EngineCore:
             deadline=None if message.timeout is None else now + message.timeout,
             cache_salt=message.cache_salt,
             fork_of=message.fork_of if self.config.enable_copy_on_write else None,
+            has_grammar=message.grammar is not None,
             retry_alone=message.runs_alone,
         )
         request.token_ids += message.output_token_ids

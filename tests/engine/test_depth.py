@@ -102,6 +102,31 @@ def test_every_depth_samples_the_same(late_core, options):
     assert all(tokens[1])
 
 
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({"kind": "regex", "spec": "[a-f]{3}[0-9]{9,20}x"}, True),
+        ({"kind": "json", "spec": {"type": "array", "items": {"type": "integer"}, "minItems": 2}}, True),
+        ({"bad": ["a", "e", "t"], "bad_words": ["a", "e", "t"]}, True),
+        ({"allowed_token_ids": [40, 41, 42, 60]}, False),
+        ({"kind": "regex", "spec": "[a-z]{9,30}", "allowed_token_ids": [2, *range(68, 80)]}, True),
+    ],
+)
+def test_every_depth_keeps_the_same_rules(files, monkeypatch, options, waits):
+    from tests.engine.test_rules import ask, finish, ruled
+
+    answers = {}
+    for depth in (1, 2, 4):
+        monkeypatch.setattr(worker_module, "create", lambda *_, depth=depth, **__: LateRuntime(depth))
+        core = ruled(files)
+        for number in range(3):
+            ask(core, number, temperature=1.2, max_tokens=30, **options)
+        answers[depth] = finish(core)
+        assert (runtime_of(core).num_run_ahead > 0) == (depth > 1 and not waits)
+    assert answers[1] == answers[2] == answers[4]
+    assert set(answers[1][2].values()) == {None}, "no answer may end with an error"
+
+
 def test_a_token_in_flight_is_not_given_to_the_next_request_of_its_row(late_core, naive):
     core = late_core(2, max_num_seqs=1)
     options = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=30)
