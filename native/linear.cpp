@@ -68,7 +68,7 @@ void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, c
     };
     split_linear(args.parts, num_parts, pairs, rows);
     pool_.run(linear_tasks_.size(), [&](size_t index, size_t thread) {
-        const FlushDenormals as_tiles_do;
+        const FlushDenormals as_tiles_do(!weight.is_int8());
         const LinearTask& task = linear_tasks_[index];
         kernels.linear(args, task.part, task.first_group, task.last_group, scratch_[thread].as<void>());
     });

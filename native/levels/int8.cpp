@@ -430,13 +430,12 @@ void look_up_int8(const Part& part, size_t row, size_t width, float* out) {
     const size_t blocks = int8_blocks(width), channel = row % kChannels;
     const uint8_t* group = part.data + row / kChannels * part.group_bytes;
     const uint8_t* line = group + channel * kInt8LineDepth;
-    alignas(64) float codes[kMaxInt8Depth];
     for (size_t k = 0; k < blocks * kInt8Block; k += kInt8LineDepth, line += kInt8LineBytes)
-        for (size_t i = 0; i < kInt8LineDepth; ++i) codes[k + i] = static_cast<float>(line[i] - kInt8Zero);
-    rotate_row(codes, blocks * kInt8Block, blocks * kInt8Block, codes);
+        for (size_t i = 0; i < kInt8LineDepth; ++i) out[k + i] = static_cast<float>(line[i] - kInt8Zero);
+    rotate_row(out, blocks * kInt8Block, blocks * kInt8Block, out);
     float scale;
     std::memcpy(&scale, group + int8_scales_at(blocks) + channel * sizeof scale, sizeof scale);
-    for (size_t k = 0; k < width; ++k) out[k] = codes[k] * scale;
+    for (size_t k = 0; k < width; ++k) out[k] *= scale;
 }
 
 const PackedKernels int8 = {sizeof(Activation), round_int8_rows, int8_linear,     int8_scratch,

@@ -7,7 +7,8 @@ namespace octavo::OCTAVO_LEVEL {
 
 extern const PackedKernels packed;
 extern const PackedKernels int8;
-void look_up_int8(const Part&, size_t row, size_t width, float* out);  // the weights of a row
+// The weights of a row; `out` is aligned and has room for whole blocks.
+void look_up_int8(const Part&, size_t row, size_t width, float* out);
 void linear(const LinearArgs&, size_t first_channel, size_t last_channel);
 void norm(const NormArgs&, size_t first_row, size_t last_row);
 void embedding(const EmbeddingArgs&, size_t first_row, size_t last_row);

@@ -25,7 +25,7 @@ void add_row(const EmbeddingTable& table, size_t row, float scale, float* out, s
     const Part* part = table.parts;
     while (row >= part->first_channel + part->channels) ++part;
     if (part->layout == kInt8Layout) {
-        float values[kMaxInt8Depth];
+        alignas(64) float values[kMaxInt8Depth];
         look_up_int8(*part, row - part->first_channel, width, values);
         return add_values(values, scale, out, width);
     }

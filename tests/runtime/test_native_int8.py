@@ -130,6 +130,17 @@ def test_a_tiny_row_counts_as_zeros_and_a_huge_one_does_not_overflow(level: str)
     assert np.abs(found[1]).max() > 1e27
 
 
+@every_level
+def test_scales_whose_product_is_denormal_are_multiplied_as_such(level: str) -> None:
+    program = linear_program(256, 16)
+    weights = RandomWeights(program)
+    for name, factor in (("embed", 1e-28), ("w0", 1e-8), ("bias", 0.0)):
+        tensor = weights.tensors[name]
+        weights.tensors[name] = Tensor(name, "F32", tensor.shape, (tensor.data * np.float32(factor)).astype(np.float32))
+    found = np.abs(assert_bits(program, weights, level))
+    assert 0 < found.max() < 1e-30
+
+
 def test_rotation_keeps_products() -> None:
     random = np.random.default_rng(0)
     for k in (1, 24, 64, 100, 576, 640, 704, 1536):
