@@ -16,6 +16,7 @@ from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
 from tests.runtime.programs import (  # noqa: E402
     MAX_TOKENS,
     Piece,
+    RandomWeights,
     Steps,
     attention_program,
     decoder_program,
@@ -149,6 +150,15 @@ def test_long_contexts_begin_first():
     mixed = Steps().inputs([Piece(0, 4, 1), Piece(3, 0, 5), Piece(1, 299, 1)], "last")
     step = send_step(staging, mixed, SamplingInputs.greedy(3), tile_queries=4, trash_row=7)
     assert step.attention.decode_rows.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("use_graphs", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_the_report_says_whether_steps_are_captured(device, use_graphs):
+    program = decoder_program()
+    limits = {"max_num_tokens": 64, "max_num_logits": 4, "max_num_requests": 4}
+    runtime = CudaRuntime("float32", use_graphs=use_graphs, device=device)
+    report = runtime.load(program, RandomWeights(program), dtype="float32", **limits)
+    assert ("no graphs" in report.description) != use_graphs
 
 
 @pytest.mark.gpu

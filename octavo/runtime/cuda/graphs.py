@@ -83,9 +83,6 @@ class Graphs:
     def __contains__(self, key: Key) -> bool:
         return key in self._graphs
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def replay(self, key: Key) -> None:
         """Runs a graph on the inputs that lie at its addresses."""
         self._graphs[key].replay()

@@ -127,7 +127,7 @@ class CudaRuntime:
             weight_bytes=self.weight_bytes(program, weights, dtype),
             arena_bytes=self.arena_bytes(program, max_num_tokens, max_num_logits),
             description=f"cuda ({self._device_name()}, {dtype}{', C++ operators' * self._options['uses_cpp']}"
-            f"{'' if self._graphs else ', no graphs'})",
+            f"{', no graphs' if self._graphs is None else ''})",
         )
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
