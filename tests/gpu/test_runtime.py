@@ -141,6 +141,18 @@ def test_fp8_cache_in_a_decoder(device):
         runtime.kv_bytes_per_block(decoder_program(), 16, "int8")
 
 
+@pytest.mark.parametrize(("capability", "is_refused"), [((8, 0), True), ((8, 9), False), ((9, 0), False)])
+def test_fp8_is_refused_by_the_name_of_a_card_that_does_not_convert_it(monkeypatch, capability, is_refused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    runtime, program = CudaRuntime("bfloat16", use_graphs=False, device="cuda"), decoder_program()
+    if is_refused:
+        with pytest.raises(UnsupportedError, match=r"A100 .*8\.9.*--kv-cache-dtype auto"):
+            runtime.kv_bytes_per_block(program, 16, "fp8")
+    else:
+        assert runtime.kv_bytes_per_block(program, 16, "fp8") * 2 == runtime.kv_bytes_per_block(program, 16)
+
+
 def test_long_contexts_begin_first():
     staging = Staging(Staging.capacity(8, 8, 8, 1, 25), 1, torch.device("cpu"))
     inputs = Steps().inputs([Piece(0, 4, 1), Piece(1, 299, 1), Piece(2, 19, 1)], "last")

@@ -36,6 +36,7 @@ from octavo.runtime.cuda.staging import DeviceStep, Staging, padded_views, send_
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FP8 = torch.float8_e4m3fn  # how "fp8" keeps K and V, with a scale of one
+_FP8_CAPABILITY = (8, 9)  # from which on cards convert it
 _RESERVE = 1 << 30  # bytes for cuBLAS, graphs and kernels in the plan made before anything is loaded
 
 
@@ -371,6 +372,11 @@ class CudaRuntime:
 
     def _kv_type(self, dtype: str | None) -> torch.dtype:
         if dtype == "fp8":
+            if self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) < _FP8_CAPABILITY:
+                raise UnsupportedError(
+                    f"--kv-cache-dtype fp8: {self._device_name()} does not convert e4m3 (compute capability 8.9 and "
+                    "later do): take --kv-cache-dtype auto"
+                )
             return _FP8
         if dtype is not None and _DTYPES.get(dtype) != self._dtype:
             raise UnsupportedError(f"--kv-cache-dtype {dtype}: the cuda runtime keeps KV as {self._dtype} or fp8 here")
