@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from octavo.errors import UnsupportedError  # noqa: E402
+from octavo.errors import MemoryPlanError, UnsupportedError  # noqa: E402
 from octavo.program.ops import Add, Embedding, Linear, Norm  # noqa: E402
 from octavo.runtime.base import SamplingInputs  # noqa: E402
 from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
@@ -151,6 +151,26 @@ def test_fp8_is_refused_by_the_name_of_a_card_that_does_not_convert_it(monkeypat
             runtime.kv_bytes_per_block(program, 16, "fp8")
     else:
         assert runtime.kv_bytes_per_block(program, 16, "fp8") * 2 == runtime.kv_bytes_per_block(program, 16)
+
+
+def test_no_room_for_graphs_is_told_as_a_plan_that_does_not_fit(monkeypatch):
+    def capture(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runtime = CudaRuntime("float32", use_graphs=False, device="cuda")
+    runtime._limits = (64, 4, 4)
+    monkeypatch.setattr(runtime, "_make_pool", lambda *_: None)
+    monkeypatch.setattr(runtime, "_run_null_step", capture)
+    with pytest.raises(MemoryPlanError, match=r"no room for 40 KV blocks and the graphs .* lower --gpu-memory-util"):
+        runtime.allocate_kv(40, 16)
+
+
+def test_kv_leaves_room_for_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (900 << 20, 1000 << 20))
+    runtime = CudaRuntime("float32", use_graphs=False, device="cuda")
+    assert runtime.free_bytes(1.0) == (900 - 256) << 20
+    assert runtime.free_bytes(0.9) == pytest.approx((800 - 256) << 20, abs=1)
+    assert runtime.free_bytes(0.2) == 0
 
 
 def test_long_contexts_begin_first():

@@ -38,6 +38,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FP8 = torch.float8_e4m3fn  # how "fp8" keeps K and V, with a scale of one
 _FP8_CAPABILITY = (8, 9)  # from which on cards convert it
 _RESERVE = 1 << 30  # bytes for cuBLAS, graphs and kernels in the plan made before anything is loaded
+_FOR_GRAPHS = 1 << 28  # bytes that KV leaves to the graphs, which are captured after it
 
 
 class CudaRuntime:
@@ -143,11 +144,11 @@ class CudaRuntime:
         return elements * self._dtype.itemsize + adjusted + (_RESERVE if self._device.type == "cuda" else 0)
 
     def free_bytes(self, utilization: float) -> int | None:
-        """What is free on the device, less the share of all its memory that others are to keep."""
+        """What is free on the device, less the share of all its memory that others are to keep and room for graphs."""
         if self._device.type != "cuda":
             return None
         free, total = torch.cuda.mem_get_info(self._device)
-        return max(int(free - (1 - utilization) * total), 0)
+        return max(int(free - (1 - utilization) * total) - _FOR_GRAPHS, 0)
 
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str | None = None) -> int:
         """Bytes of one KV block over all layers."""
@@ -184,13 +185,16 @@ class CudaRuntime:
         """
         try:
             self._make_pool(num_blocks, block_size, dtype)
+            if self._device.type == "cuda":
+                for size in self._sizes():
+                    for ending in (GREEDY, DRAWS):
+                        self._run_null_step([1] * size, ending)
+                torch.cuda.synchronize()
         except torch.OutOfMemoryError as error:
-            raise MemoryPlanError(f"the device has no room for {num_blocks} KV blocks: {error}") from None
-        if self._device.type == "cuda":
-            for size in self._sizes():
-                for ending in (GREEDY, DRAWS):
-                    self._run_null_step([1] * size, ending)
-            torch.cuda.synchronize()
+            raise MemoryPlanError(
+                f"the device has no room for {num_blocks} KV blocks and the graphs of its steps: lower "
+                f"--gpu-memory-utilization, --num-gpu-blocks-override or --max-num-seqs: {error}"
+            ) from None
         self.num_replays = self.num_foreign_calls = 0
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
