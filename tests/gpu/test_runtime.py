@@ -10,6 +10,7 @@ from octavo.errors import MemoryPlanError, UnsupportedError  # noqa: E402
 from octavo.program.ops import Add, Embedding, Linear, Norm  # noqa: E402
 from octavo.runtime.base import SamplingInputs  # noqa: E402
 from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
+from octavo.runtime.cuda.kernels import sampling as sampling_kernels  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
 from octavo.runtime.cuda.staging import Staging, padded_views, send_padded, send_step  # noqa: E402
 from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
@@ -24,6 +25,7 @@ from tests.runtime.programs import (  # noqa: E402
     matrix,
     row_program,
     run,
+    sampling,
     vector,
 )
 
@@ -171,6 +173,49 @@ def test_kv_leaves_room_for_graphs(monkeypatch):
     assert runtime.free_bytes(1.0) == (900 - 256) << 20
     assert runtime.free_bytes(0.9) == pytest.approx((800 - 256) << 20, abs=1)
     assert runtime.free_bytes(0.2) == 0
+
+
+def recorded(monkeypatch):
+    """Makes launches do nothing but leave what decides how a kernel is compiled: types and constants."""
+    launched = set()
+
+    def get(kernel, _):
+        def launch(*args, **constants):
+            types = tuple(a.dtype for a in args if isinstance(a, torch.Tensor))
+            launched.add((kernel.__name__, types, *constants.items()))
+
+        return launch
+
+    monkeypatch.setattr(type(sampling_kernels.publish), "__getitem__", get)
+    return launched
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_start_up_compiles_every_kernel_that_serving_launches(device, monkeypatch, dtype):
+    if device == "cuda":
+        pytest.skip("launches are recorded under the interpreter")
+    steps, program = Steps(), decoder_program()
+    runtime = load(CudaRuntime(dtype, device=device), program, dtype=dtype, steps=steps)
+    launched = recorded(monkeypatch)
+    with torch.inference_mode():
+        runtime._launch_null_steps()
+    prepared = set(launched)
+    launched.clear()
+    one, start, words = np.array([7], np.int32), np.array([0, 1], np.int32), -(-program.vocab_size // 32)
+    changes = [
+        {},
+        {"bias_start": start, "bias_ids": one, "bias_values": np.ones(1, np.float32)},
+        {"seen_start": start, "seen_ids": one, "seen_counts": one},
+        {"mask_of": np.zeros(1, np.int32), "masks": np.full((1, words), 5, np.uint32)},
+    ]
+    for change in changes:
+        for temperature in (0.0, 1.0):
+            for pieces in ([Piece(0, 0, 9)], [Piece(0, 9, 1)]):
+                runtime.execute(steps.inputs(pieces, "last"))
+                runtime.sample(sampling(1, temperature=np.full(1, temperature, np.float32), **change))
+    names = {name for name, *_ in launched}
+    assert {"adjust", "bias", "penalties", "chunk_argmax", "draw_wide", "_decode", "_prefill"} <= names
+    assert launched <= prepared
 
 
 def test_long_contexts_begin_first():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -235,8 +236,7 @@ class CudaRuntime:
                 return _nothing
             logits = self._logits_on_device()
             if ending == LOGITS:
-                draws = bool((sampling.temperature > 0).any())
-                self._sampler.launch(self._sampler.adjust(logits, sampling), step.sampling, draws=draws)
+                self._launch_adjusted(logits, step, sampling)
             fill = self._sampler.logprobs(logits, sampling) if (sampling.num_logprobs >= 0).any() else None
             wait = self._results.fetch(self._sampler.tokens[: self._num_logits])
         return partial(_output, wait, sampling, fill)
@@ -311,6 +311,9 @@ class CudaRuntime:
                 counts = [3, 1][: shape.num_rows]
                 if step := self._send_padded(self._null_step(counts), _null_sampling(len(counts), ending), shape):
                     self._launch(step, ending)
+            sampling = _adjusting(_null_sampling(1, ending), self._loaded().vocab_size)
+            step = self._send(self._null_step([1]), sampling)
+            self._launch_adjusted(self._arena.view(self._loaded().logits)[:1], step, sampling)
 
     def _null_step(self, counts: list[int]) -> StepInputs:
         return _null_step(counts, self._null_block, self._block_size, self._loaded().num_kv_groups)
@@ -361,6 +364,11 @@ class CudaRuntime:
         if step.num_logits and ending != LOGITS:
             logits = self._arena.view(self._loaded().logits)[: step.num_logits]
             self._sampler.launch(logits, step.sampling, draws=ending == DRAWS)
+
+    def _launch_adjusted(self, logits: torch.Tensor, step: DeviceStep, sampling: SamplingInputs) -> None:
+        """Launches biases, masks and penalties, and what chooses the tokens after them."""
+        draws = bool((sampling.temperature > 0).any())
+        self._sampler.launch(self._sampler.adjust(logits, sampling), step.sampling, draws=draws)
 
     def _logits_on_device(self) -> torch.Tensor:
         return self._arena.view(self._loaded().logits)[: self._num_logits]
@@ -437,6 +445,17 @@ def _null_sampling(num_rows: int, ending: str) -> SamplingInputs:
     if ending == DRAWS:
         sampling.temperature += 1
     return sampling
+
+
+def _adjusting(sampling: SamplingInputs, vocab: int) -> SamplingInputs:
+    """The same with a bias, a penalty and a mask on the first row, none of which changes anything."""
+    one, first = np.zeros(1, np.int32), np.ones(len(sampling.top_k) + 1, np.int32)
+    first[0] = 0
+    return replace(
+        sampling, bias_start=first, bias_ids=one, bias_values=np.zeros(1, np.float32), seen_start=first, seen_ids=one,
+        seen_counts=one, mask_of=-first[:-1],
+        masks=np.full((1, -(-vocab // 32)), 2**32 - 1, np.uint32),
+    )  # fmt: skip
 
 
 def _null_step(counts: list[int], null_block: int, block_size: int, num_groups: int) -> StepInputs:
