@@ -27,7 +27,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 log = logging.getLogger("octavo.scheduler")
 FORMAT = "octavo-record-1"
+_USUAL = {f.name: f.default for f in fields(Request) if f.default is not MISSING} | {"params": False, "stop_ids": False}
 
 
 class Ring(LeftOut):
@@ -293,4 +294,4 @@ def _runs(blocks: list[int]) -> list[int]:
 
 def _unusual(given: dict[str, Any]) -> dict[str, Any]:
     """Only what differs from a new Request's usual values."""
-    return {name: value for name, value in given.items() if value not in (None, 0, "", "waiting", -1)}
+    return {name: value for name, value in given.items() if name not in _USUAL or value != _USUAL[name]}

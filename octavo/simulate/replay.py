@@ -236,7 +236,7 @@ class Replay:
             prompt_token_ids=[],
             params=SamplingParams(max_tokens=None, presence_penalty=0.5 if waits else 0.0),
             stop_ids=frozenset({STOP}) if stops else frozenset(),
-            **{"arrival_time": 0.0, **fields},
+            **fields,
         )
         request.status = RequestStatus(request.status)
         return request

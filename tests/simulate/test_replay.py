@@ -94,6 +94,23 @@ def test_no_token_is_in_the_file_and_equal_prompts_cannot_be_compared_across_eng
     assert digests[0] != digests[1]
 
 
+def test_what_is_told_of_a_request_is_all_that_decides(tmp_path) -> None:
+    config = EngineConfig(scheduling_policy="priority", max_num_seqs=1, record=str(tmp_path))
+    core, _ = known_core(config)
+    prepare(core)
+    for name, priority, prompt in (("late", 0, [5]), ("first", -1, [6]), ("empty", 0, []), ("last", 1, [7])):
+        message = AddRequest(name, prompt, SamplingParams(ignore_eos=True, max_tokens=3), 3, seed=0, priority=priority)
+        core.handle(message)
+    ends = []
+    while core.has_work:
+        ends += [delta.request_id for delta in core.step().deltas if delta.finish_reason]
+    core.close()
+    assert ends == ["empty", "first", "late", "last"]
+    replay = Replay(Path(core.record or ""))
+    assert replay.run() is None
+    assert {r.request_id: r.priority for r in replay.requests.values()} == {"late": 0, "first": -1, "last": 1}
+
+
 def test_a_recording_that_was_cut_off_replays_up_to_there(tmp_path) -> None:
     path, outcome = recorded(tmp_path)
     text = path.read_text()
