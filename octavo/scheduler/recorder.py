@@ -21,6 +21,7 @@ Any line may tell digests that became known: "h": [number, block, digest].
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -73,8 +74,10 @@ class Ring(LeftOut):
     def turn(self) -> None:
         """Begins a new half; the older one is dropped."""
         self.flush()
+        if self._file < 0:
+            return
         try:
-            os.close(self._file)
+            self._shut()
             self.path.replace(self.older)
             self._open()
         except OSError as error:
@@ -98,18 +101,28 @@ class Ring(LeftOut):
         except OSError as error:
             self._give_up(error)
 
-    def _give_up(self, error: OSError) -> None:
-        log.error("recording to %s ends: %s", self.path, error)
-        self._file, self._size = -1, 0
+    def end(self) -> None:
+        """Ends the recording; the files stay until close()."""
+        self.flush()
+        self._shut()
 
     def close(self) -> None:
-        """Ends the recording."""
-        self.flush()
-        if self._file >= 0:
-            os.close(self._file)
+        """The engine ends well."""
+        self.end()
         if not self._keep:
             self.path.unlink(missing_ok=True)
             self.older.unlink(missing_ok=True)
+
+    def _give_up(self, error: OSError) -> None:
+        log.error("recording to %s ends: %s", self.path, error)
+        self._size = 0
+        with contextlib.suppress(OSError):  # the disk that failed a moment ago
+            self._shut()
+
+    def _shut(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -158,7 +171,8 @@ class RecordingScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._real_clock, self._clock = self._clock, self._held
         self._time = 0.0
-        self._ring: Ring | None = None
+        self._ring: Ring | None = None  # that is written to
+        self._file: Ring | None = None  # that was begun
         self._settings: dict[str, Any] = {}
         self._describer = Describer()
         self._count = 0
@@ -166,17 +180,18 @@ class RecordingScheduler(Scheduler):
 
     def record(self, ring: Ring, settings: dict[str, Any]) -> None:
         """Begins the recording; `settings` are written down for a replay under other ones."""
-        self._ring, self._settings = ring, settings
+        self._ring = self._file = ring
+        self._settings = settings
         self.kv.on_digest = self._learn
         self._write_state(ring)
 
     def add(self, request: Request) -> None:
         self._tick()
-        if self._ring is not None and request.params.use_beam_search:
-            log.warning("beam search decides by log probabilities, which are not recorded: the recording ends here")
-            self.close()
         if self._ring is None:
             return super().add(request)
+        if request.params.use_beam_search:
+            super().add(request)  # a refusal changes nothing, and need not be told
+            return self._end_early(self._ring)
         numbers = self._describer.numbers
         event = {"e": "add", "t": self._time, "r": self._count, "request": _unusual(facts(request))}
         parent = self._requests.get(request.fork_of or "")
@@ -195,10 +210,15 @@ class RecordingScheduler(Scheduler):
             self._count += 1
             self._write(event)
 
+    def _end_early(self, ring: Ring) -> None:
+        log.warning("beam search decides by log probabilities, which are not recorded: the recording ends here")
+        ring.end()
+        self._ring = self.kv.on_digest = None
+
     def close(self) -> None:
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = self.kv.on_digest = None
+        if self._file is not None:
+            self._file.close()
+            self._ring = self._file = self.kv.on_digest = None
 
     def abort(self, request_id: str) -> list[RequestDelta]:
         self._write({"e": "abort", "r": self._describer.numbers.get(request_id, -1)})
