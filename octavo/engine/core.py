@@ -3,8 +3,8 @@
 Depth 1 is one step after the other. At depth 2 (a GPU) a step is scheduled and launched while the one before it runs;
 the tokens between them stay on the device.
 
-The same loop runs in the engine process (process.py) and in the caller's own (client.py); only the way messages come
-and go differs.
+The same loop runs in the engine process (process.py) and in the caller's own (llm.py); only the way messages come and
+go differs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octavo.config import EngineConfig
 from octavo.engine.rules import RuleBook
@@ -82,6 +82,8 @@ class EngineCore:
         self.record: str | None = None  # where the scheduler is recorded
         self.announce: Callable[[StepOutputs], None] | None = None  # called before a suspect runs alone
         self._pending: list[RequestDelta] = []  # of requests that ended outside a step
+        self._secluded: str | None = None  # a beam search that has the engine for itself until it ends
+        self._held: deque[tuple[float, AddRequest]] = deque()  # since when, what waits for that
         self._eos_ids = frozenset(info.spec.eos_token_ids)
         self._rules = RuleBook(info.spec.vocab_size, info.spec.eos_token_ids, tokenizer)
         key = config.prefix_caching_hash_key
@@ -127,18 +129,18 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """True while step() has something to do or to publish."""
-        return bool(self._pending or self._in_flight or self._rules.is_opening or self.scheduler.has_unfinished)
+        return bool(self._pending or self._held or self._is_busy)
 
     def handle(self, message: ToEngine) -> None:
         """Takes one message from the front; it acts at the next step."""
         if isinstance(message, AddRequest):
-            if message.params.has_rules or message.grammar:
-                self._rules.open(message)
+            if self._secluded:
+                self._held.append((self._clock(), message))
             else:
-                self._add(message)
+                self._let_in(message)
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
-                if self._rules.forget(request_id):
+                if self._rules.forget(request_id) or self._forget_held(request_id):
                     self._pending.append(RequestDelta(request_id, finish_reason=FinishReason.ABORT))
                 self._pending.extend(self.scheduler.abort(request_id))
         elif isinstance(message, FinishRequest):
@@ -147,6 +149,12 @@ class EngineCore:
 
     def step(self) -> StepOutputs:
         """Launches a step if there is room in flight, else waits for the oldest; returns what happened since."""
+        if self._secluded and not self._is_busy:
+            self._secluded = None
+            while self._held and not self._secluded:
+                since, held = self._held.popleft()
+                waited = self._clock() - since
+                self._let_in(replace(held, timeout=None if held.timeout is None else max(0.0, held.timeout - waited)))
         for message, error in self._rules.opened():
             if error is None:
                 self._add(message)
@@ -168,6 +176,26 @@ class EngineCore:
         self._rules.close()
         self.scheduler.close()
         self._executor.close()
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._in_flight or self._rules.is_opening or self.scheduler.has_unfinished)
+
+    def _let_in(self, message: AddRequest) -> None:
+        """Begins a request. A beam search that ran when an engine died is followed by nobody until it has ended: it
+        tells nothing before, so it cannot be cleared by a token as the others are."""
+        if message.runs_alone and message.params.use_beam_search:
+            self._secluded = message.request_id
+        if message.params.has_rules or message.grammar:
+            self._rules.open(message)
+        else:
+            self._add(message)
+
+    def _forget_held(self, request_id: str) -> bool:
+        held = next((item for item in self._held if item[1].request_id == request_id), None)
+        if held is not None:
+            self._held.remove(held)
+        return held is not None
 
     def _add(self, message: AddRequest) -> None:
         params = message.params
@@ -205,8 +233,8 @@ class EngineCore:
         if not output.scheduled:
             return False
         self.scheduler.fill(record, output)
-        if self.announce and len(output.scheduled) == 1 and output.scheduled[0].request_id in self.scheduler.suspects:
-            self.announce(StepOutputs([RequestDelta(output.scheduled[0].request_id, alone=True)], []))
+        if self.announce and (alone := self._alone(output)):
+            self.announce(StepOutputs([RequestDelta(alone, alone=True)], []))
         scheduled_at = self._clock()
         record.schedule_seconds = scheduled_at - record.time
         calls = self._executor.num_foreign_calls
@@ -216,6 +244,13 @@ class EngineCore:
         record.num_foreign_calls = self._executor.num_foreign_calls - calls
         self._in_flight.append(_InFlight(output, record, result))
         return True
+
+    def _alone(self, output: SchedulerOutput) -> str | None:
+        """Whom an engine that dies of this step died of. A beam search counts only where it is alone to its end."""
+        if self._secluded or len(output.scheduled) > 1:
+            return self._secluded
+        suspect = self.scheduler.suspects.get(output.scheduled[0].request_id)
+        return suspect.request_id if suspect and not suspect.params.use_beam_search else None
 
     def _finish_oldest(self) -> list[StepRecord]:
         oldest = self._in_flight.popleft()

@@ -220,17 +220,18 @@ class Frontend:
     def resubmissions(self) -> tuple[list[AddRequest], Update | None]:
         """What a new engine must be told after the old one died: everything that runs, with the tokens it has.
 
-        Each runs alone until it brings a token, and the engine says which does. Should it die then, that request has
-        killed it: it ends with an error (the Update), and only the others are told again.
+        Each runs alone until it brings a token (a beam search: until it ends, and these come first), and the engine
+        says which does. Should it die then, that request has killed it: it ends with an error (the Update), and only
+        the others are told again.
         """
-        guilty = next((child for child in self._children.values() if child.alone), None)
         update = None
-        if guilty is not None:
+        for guilty in [child for child in self._children.values() if child.alone]:  # all answers of one request
             before = _Mark(guilty)
             del self._children[guilty.request_id]
             self._fail(guilty, "the engine process died when it ran this request alone")
-            update = Update(guilty.parent, None)
+            update = update or Update(guilty.parent, None)
             self._collect({id(guilty.parent): update}, guilty, before)
+        if update is not None:
             self._close(update, time.monotonic())
         requests: dict[str, AddRequest] = {}
         for child in self._children.values():
@@ -239,7 +240,7 @@ class Frontend:
             generated = list(child.output.token_ids)
             again = replace(asked, output_token_ids=generated, runs_alone=True, fork_of=None, timeout=timeout)
             requests[again.request_id] = again
-        return list(requests.values()), update
+        return sorted(requests.values(), key=lambda request: not request.params.use_beam_search), update
 
     def oldest_waiting(self) -> float | None:
         """When the oldest request that has no token yet arrived; front's monotonic clock."""
@@ -254,12 +255,15 @@ class Frontend:
         arrivals: list[Arrival] = []
         now = time.monotonic()
         for delta in deltas:
+            if delta.alone:  # told for later, under the engine's id
+                for one in self._children.values():
+                    one.alone = one.request.request_id == delta.request_id
+                if not delta.token_ids:
+                    continue
             child = self._children.get(delta.request_id)
             if child is None:
                 continue  # aborted, or ended by a stop string: what the engine had in flight is dropped
             child.alone = delta.alone
-            if delta.alone and not delta.token_ids:
-                continue  # only told, to be remembered
             before = _Mark(child)
             try:
                 finish = self._apply(child, delta)

@@ -15,14 +15,15 @@ from tests.engine.test_core import TINY
 NUM_STREAMS = 16
 MAX_TOKENS = 80
 POISON = [77, 78, 77, 78]
-# every process that starts with this on its path kills itself when it is to compute these tokens
+# every process that starts with this on its path kills itself at these tokens, or at the tenth position of "late"
 CRASHES = f"""
 import os, signal
 import octavo.worker.batch as batch
 build = batch.build_batch
 def crash(scheduled, rows):
     built = build(scheduled, rows)
-    if {str(POISON)[1:-1]!r} in str(built.inputs.token_ids.tolist()):
+    late = any(row.request_id == "late" and row.start >= 10 for row in scheduled)
+    if late or {str(POISON)[1:-1]!r} in str(built.inputs.token_ids.tolist()):
         os.kill(os.getpid(), signal.SIGSEGV)
     return built
 batch.build_batch = crash
@@ -141,7 +142,14 @@ def test_a_stopped_engine_is_replaced(folder, monkeypatch):
     assert tokens == undisturbed(folder)
 
 
-def test_a_request_that_kills_engines_ends_alone(folder, tmp_path, monkeypatch):
+BEAMS = SamplingParams(n=3, use_beam_search=True, temperature=0.0, max_tokens=20, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "prompt", "params"),
+    [("poison", [5, *POISON], sampling(1)), ("poison", [5, *POISON], BEAMS), ("late", [5, 6], BEAMS)],
+)
+def test_a_request_that_kills_engines_ends_alone(folder, tmp_path, monkeypatch, request_id, prompt, params):
     """Its engine dies, so does the next one; then it is known by running alone, and the others end well."""
     monkeypatch.setattr(watchdog, "BACK_OFF", (0.0, 0.1))
     (tmp_path / "sitecustomize.py").write_text(CRASHES)
@@ -152,7 +160,7 @@ def test_a_request_that_kills_engines_ends_alone(folder, tmp_path, monkeypatch):
         running = asyncio.create_task(streams.run())
         await streams.reached(20)
         with pytest.raises(StepError, match="ran this request alone"):
-            await anext(engine.generate([5, *POISON], sampling(1), "poison"))
+            await anext(engine.generate(prompt, params, request_id))
         ended = await running
         return ended, engine.progress().num_restarts
 

@@ -243,3 +243,27 @@ def test_a_full_queue_and_a_passed_deadline_are_told_apart(files):
     assert deltas["2"].retry_after >= 1.0
     while core.has_work:
         core.step()
+
+
+def test_a_beam_search_told_again_has_the_engine_for_itself_until_it_ends(files):
+    """It is announced once a step, nobody else computes meanwhile, and what was held then goes on as it should."""
+    core = make_core(files)
+    told = []
+    core.announce = lambda outputs: told.extend(outputs.deltas)
+    beams = SamplingParams(n=2, use_beam_search=True, temperature=0.0, max_tokens=5, ignore_eos=True)
+    plain = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    core.handle(AddRequest("beams", [5, 6, 7], beams, 5, seed=0, runs_alone=True))
+    for name in ("kept", "left", "late"):
+        core.handle(AddRequest(name, [8, 9], plain, 5, seed=0, timeout=1e-9 if name == "late" else None))
+    core.handle(AbortRequests(["left"]))
+    ended, widths = {}, []
+    while core.has_work:
+        outputs = core.step()
+        widths += [record.num_running for record in outputs.records if "beams#0" not in ended]
+        ended |= {delta.request_id: delta for delta in outputs.deltas if delta.finish_reason}
+    assert widths[0] == 1
+    assert set(widths[1:]) == {2}
+    assert [(delta.request_id, delta.alone) for delta in told] == [("beams", True)] * len(widths)
+    reasons = {name: str(delta.finish_reason) for name, delta in ended.items()}
+    assert reasons == {"beams#0": "length", "beams#1": "length", "kept": "length", "left": "abort", "late": "error"}
+    assert ended["late"].error_kind == "TimeLimitError"
