@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from octavo.messages import StepRecord
 
 MIN_SILENCE = 5.0  # seconds
+FIRST_SPIN = 600.0  # seconds of silence before the first step, in which a process may compute: nothing is known yet
 MIN_SLEEP = 2.0  # seconds without CPU time
 TIMES_EXPECTED = 10  # silence, in longest steps to be expected
 TIMES_SPUN = 4  # CPU seconds per second of the limit and thread
@@ -105,6 +106,8 @@ class Watchdog:
             return False
         if cpu_seconds is None or now - self._moved >= MIN_SLEEP:
             return True
+        if not self._slowest and now - self._last < FIRST_SPIN:
+            return False
         return cpu_seconds - self._cpu_at_step > TIMES_SPUN * self.limit * self._num_threads
 
 

@@ -45,6 +45,15 @@ def test_an_endless_loop_is_found_a_little_later() -> None:
     assert 10 <= engine.first_stall(2.0) <= 25
 
 
+def test_a_first_step_may_take_minutes() -> None:
+    """A cold engine in its first long prompt computes on all threads; nobody knows yet what a step takes."""
+    engine = Engine()
+    assert engine.first_stall(2.0, until=590) is None
+    assert 10 <= engine.first_stall(2.0) <= 20, "but not for ever"
+    stopped = Engine()
+    assert stopped.first_stall(0.0) == pytest.approx(5, abs=0.6), "and only while it computes"
+
+
 @pytest.mark.parametrize("share", [0.01, 0.1])
 def test_a_starved_process_is_left_alone_for_minutes(share: float) -> None:
     """Others have the machine: it is silent, but what CPU time it gets it uses."""
