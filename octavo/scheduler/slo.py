@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from octavo.request import Request
+from octavo.request import Request, RequestStatus
 from octavo.scheduler.cost import CostModel, StepWork
 from octavo.scheduler.policies import NO_CAP, FcfsPolicy, RequestHeap
 
@@ -59,7 +59,7 @@ class SloPolicy(FcfsPolicy):
         return request
 
     def remove(self, request: Request) -> None:
-        self._admissions += 1
+        self._admissions += request.status is RequestStatus.RUNNING  # else it has ended, and took nobody's turn
         if request in self._hopeful:
             self._hopeful.remove(request)
         else:

@@ -169,6 +169,19 @@ def test_who_cannot_make_its_deadline_steps_aside_but_does_not_starve() -> None:
     assert admitted(engine).index("missed") == LATE_SHARE - 1
 
 
+def test_who_ends_while_it_waits_was_not_admitted_before_the_late() -> None:
+    engine = Engine(max_num_seqs=1, policy=SloPolicy(ttft=5.0, itl=9.0, cost=COST))
+    engine.now = 10.0
+    engine.add(make_request("missed", prompt(3), 1, arrival=0.0))
+    for number in range(2 * LATE_SHARE):
+        engine.add(make_request(f"in time {number}", prompt(3, 100), 1, arrival=10.0))
+    for number in range(LATE_SHARE - 1):
+        engine.scheduler.abort(f"in time {number}")
+    for _ in range(LATE_SHARE):
+        engine.step()
+    assert admitted(engine).index("missed") == LATE_SHARE - 1
+
+
 # ------------------------------------------------------------------------------------------------------------- cost
 
 
