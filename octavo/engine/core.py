@@ -9,6 +9,7 @@ go differs.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from octavo.config import EngineConfig
 from octavo.engine.rules import RuleBook
-from octavo.errors import InvalidValueError, QueueFullError
+from octavo.errors import OctavoError, QueueFullError
 from octavo.executor.base import Executor, StepResult
 from octavo.kvcache.eviction import EVICTIONS
 from octavo.kvcache.manager import KVCacheManager
@@ -41,6 +42,7 @@ from octavo.step import SchedulerOutput
 from octavo.text.tokenizer import Tokenizer
 from octavo.worker.worker import WorkerInfo
 
+log = logging.getLogger("octavo.engine")
 OPENING_SECONDS = 0.0005  # between two looks at rules that are being made
 
 
@@ -159,7 +161,7 @@ class EngineCore:
             if error is None:
                 self._add(message)
             else:
-                self._pending.append(_failed(message.request_id, error, InvalidValueError.__name__))
+                self._pending.append(_failed(message.request_id, str(error), type(error).__name__))
         self._pending.extend(self.scheduler.expire())
         launched = len(self._in_flight) < self._depth and self._launch()
         records: list[StepRecord] = []
@@ -222,6 +224,8 @@ class EngineCore:
         try:
             self.scheduler.add(request)
         except Exception as error:  # the front checked it; whatever is left ends this request and no other
+            if not isinstance(error, OctavoError):
+                log.exception("request %s cannot be added", message.request_id)
             for refusal in last_deltas(request, FinishReason.ERROR, str(error), type(error).__name__):
                 if isinstance(error, QueueFullError):
                     refusal.retry_after = error.retry_after

@@ -7,6 +7,7 @@ words needs its last token on the host first; a list of allowed tokens is always
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from octavo.errors import InvalidValueError, StepError
+from octavo.errors import InvalidValueError, OctavoError, StepError
 from octavo.messages import AddRequest, RequestDelta
 from octavo.step import SchedulerOutput
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from octavo.text.tokenizer import Tokenizer
 
+log = logging.getLogger("octavo.engine")
 Mask = npt.NDArray[np.uint32]  # [ceil(vocab / 32)]: bit i of word w allows token 32 w + i
 MAX_MATCHERS = 64  # built grammars that are kept
 
@@ -99,15 +101,16 @@ class RuleBook:
         self._thread = self._thread or ThreadPoolExecutor(1, "rules")
         self._opening[message.request_id] = (message, self._thread.submit(self._make, message))
 
-    def opened(self) -> Iterator[tuple[AddRequest, str | None]]:
-        """Requests whose rules are made since the last call, or why they could not be."""
+    def opened(self) -> Iterator[tuple[AddRequest, Exception | None]]:
+        """Requests whose rules are made since the last call, or why they could not be: InvalidValueError where it is
+        the request's fault."""
         for request_id, (message, future) in list(self._opening.items()):
             if future.done():
                 del self._opening[request_id]
                 try:
                     self._rules[request_id] = future.result()
                 except Exception as error:  # of this request, and of no other
-                    yield message, str(error)
+                    yield message, _told(request_id, error)
                 else:
                     yield message, None
 
@@ -125,7 +128,7 @@ class RuleBook:
                 try:
                     masks[item.row] = rules.mask()
                 except Exception as error:
-                    self._failed.append((item.request_id, str(error)))
+                    self._failed.append((item.request_id, str(_told(item.request_id, error))))
         return masks
 
     def take(self, deltas: Iterable[RequestDelta]) -> list[tuple[str, str]]:
@@ -136,7 +139,7 @@ class RuleBook:
                 try:
                     rules.take(delta.token_ids)
                 except Exception as error:
-                    self._failed.append((delta.request_id, str(error)))
+                    self._failed.append((delta.request_id, str(_told(delta.request_id, error))))
         failed, self._failed = self._failed, []
         return failed
 
@@ -181,6 +184,13 @@ class RuleBook:
             raise InvalidValueError("structured output needs a tokenizer and an end-of-sequence token")
         words: Any = _Words(tokenizer, self._vocab_size, self._eos_ids[0])
         return LLTokenizer(words, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+
+
+def _told(request_id: str, error: Exception) -> Exception:
+    """The error; the log hears of one that nobody raised on purpose."""
+    if not isinstance(error, OctavoError):
+        log.error("request %s: its rules failed", request_id, exc_info=error)
+    return error
 
 
 class _Words:

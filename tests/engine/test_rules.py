@@ -12,8 +12,10 @@ from test_core import TINY, VOCAB, make_core
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.frontend import _error
 from octavo.engine.grammar import to_grammar
-from octavo.engine.rules import RuleBook
+from octavo.engine.rules import RuleBook, Rules
+from octavo.errors import StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests, AddRequest
 from octavo.models.spec import ModelFiles
@@ -174,6 +176,36 @@ def test_a_grammar_that_cannot_be_built_ends_its_request_alone(files) -> None:
     assert (reasons["1"], len(tokens["1"])) == ("length", 5)
     assert reasons["2"] == "error"
     assert "needs a tokenizer" in errors["2"]
+
+
+@pytest.mark.parametrize("where", ["_matcher", "mask", "take"])
+def test_a_bug_of_ours_is_logged_and_is_no_fault_of_the_client(files, monkeypatch, caplog, where) -> None:
+    core = ruled(files)
+
+    def broken(*_: object) -> None:
+        raise KeyError("our bug")
+
+    monkeypatch.setattr(RuleBook if where == "_matcher" else Rules, where, broken)
+    ask(core, 1, kind="regex", spec="a+")
+    [delta] = [delta for _ in range(1000) for delta in core.step().deltas if delta.finish_reason]
+    assert delta.finish_reason == "error"
+    assert (type(_error(delta)), _error(delta).status) == (StepError, 500)
+    assert "Traceback" in caplog.text
+    assert "KeyError: 'our bug'" in caplog.text
+
+
+def test_a_request_that_cannot_be_added_for_a_bug_of_ours_is_logged(files, monkeypatch, caplog) -> None:
+    core = ruled(files)
+    monkeypatch.setattr("octavo.scheduler.scheduler.refuse_impossible", lambda *_: {}["our bug"])
+    ask(core, 1)
+    [delta] = core.step().deltas
+    assert (type(_error(delta)), "KeyError: 'our bug'" in caplog.text) == (StepError, True)
+    ask(core, 1)
+    caplog.clear()
+    monkeypatch.undo()
+    ask(core, 2, prompt=[5] * 4000)
+    assert "ContextLengthError" in {delta.error_kind for delta in core.step().deltas}
+    assert not caplog.text
 
 
 def test_a_request_may_be_aborted_while_its_grammar_is_built(files) -> None:
