@@ -27,9 +27,8 @@ from lab.machine import describe_machine  # noqa: E402
 
 STEPS = 20_000  # of random walks, at most, per bug
 OUTPUT = ROOT / "lab" / "results" / "mutations-scheduler.json"
-SCHEDULER, POOL, MANAGER, DOOR = (
-    f"octavo/{name}.py" for name in ("scheduler/scheduler", "kvcache/block_pool", "kvcache/manager", "scheduler/door")
-)
+SCHEDULER, DOOR, DELTAS = (f"octavo/scheduler/{name}.py" for name in ("scheduler", "door", "deltas"))
+POOL, MANAGER = (f"octavo/kvcache/{name}.py" for name in ("block_pool", "manager"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ BUGS = (
     Bug("a failed step leaves its blocks findable", SCHEDULER, "self.kv.unhash(step.hashed)", "pass", "def fail"),
     Bug(
         "a stop token counts one token early",
-        SCHEDULER,
+        DELTAS,
         "len(token_ids) - num_prompt > request.params.min_tokens",
         "True",
     ),

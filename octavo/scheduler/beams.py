@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta
 from octavo.request import FinishReason, Request, answer_id
-from octavo.scheduler.counts import make_delta
+from octavo.scheduler.deltas import make_delta
 from octavo.step import TokenLogprobs
 
 

@@ -1,17 +1,18 @@
-"""What a scheduler tells: counts for the StepRecord, deltas for the front."""
+"""What a scheduler counts for the StepRecord."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from octavo.kvcache.block_pool import BlockPool
-from octavo.messages import RequestDelta, StepRecord
-from octavo.request import FinishReason, Request
-from octavo.step import TokenLogprobs
+from octavo.messages import StepRecord
+from octavo.request import Request
+from octavo.step import SchedulerOutput
 
 
 @dataclass(slots=True)
-class Counts:
+class _Counted:
     """What happened since the last StepRecord was filled; the fields are StepRecord's."""
 
     num_prefill_tokens: int = 0
@@ -25,36 +26,38 @@ class Counts:
     num_kv_read: int = 0
     num_prefill_pairs: int = 0
 
-    def fill(self, record: StepRecord) -> None:
-        """Copies them into a record."""
-        for name in self.__slots__:
-            setattr(record, name, getattr(self, name))
 
+class Counts(_Counted):
+    """Counts of a step as they come up; fill() hands them over and begins again."""
 
-def fill_pool(record: StepRecord, pool: BlockPool, evictions_told: int) -> int:
-    """The pool's state after schedule(); returns its evictions so far, to be handed in the next time."""
-    record.num_evicted_blocks = pool.num_evictions - evictions_told
-    record.num_free_blocks = pool.num_free
-    record.num_cached_blocks = pool.num_cached
-    record.num_used_blocks = pool.num_used
-    return pool.num_evictions
+    def __init__(self) -> None:
+        super().__init__()
+        self._evictions_told = 0
 
+    def scheduled(self, request: Request, start: int, share: int, *, samples: bool) -> None:
+        """A Request computes `share` tokens from position `start` on."""
+        end = start + share
+        self.num_kv_read += end
+        if share > 1:
+            self.num_prefill_pairs += share * (start + end + 1) // 2
+        self.num_prefill_tokens += max(share - samples, 0)
+        self.num_chunked += not samples
+        if start < request.num_lost_tokens:
+            self.num_recomputed_tokens += min(end, request.num_lost_tokens) - start
 
-def make_delta(
-    request: Request,
-    token_ids: list[int] | None = None,
-    logprobs: list[TokenLogprobs] | None = None,
-    finish_reason: FinishReason | None = None,
-    error: str | None = None,
-) -> RequestDelta:
-    """What a step brought a Request."""
-    first = request.first_scheduled_time
-    return RequestDelta(
-        request_id=request.request_id,
-        token_ids=token_ids if token_ids is not None else [],
-        logprobs=logprobs,
-        finish_reason=finish_reason,
-        num_cached_tokens=request.num_cached_tokens,
-        queue_time=first - request.arrival_time if first is not None else 0.0,
-        error=error,
-    )
+    def fill(self, record: StepRecord, output: SchedulerOutput, running: Iterable[Request], pool: BlockPool) -> None:
+        """Writes everything, and the pool's state after schedule(), into a record."""
+        for count in fields(_Counted):
+            setattr(record, count.name, getattr(self, count.name))
+            setattr(self, count.name, 0)
+        record.num_running = len(output.scheduled)
+        record.num_tokens = output.num_tokens
+        record.num_copied_blocks = len(output.copy_blocks)
+        record.num_idle_slots = sum(  # a fork may have computed more than its own blocks hold
+            [r.num_slots - r.num_computed_tokens for r in running if r.num_slots > r.num_computed_tokens]
+        )
+        record.num_evicted_blocks = pool.num_evictions - self._evictions_told
+        self._evictions_told = pool.num_evictions
+        record.num_free_blocks = pool.num_free
+        record.num_cached_blocks = pool.num_cached
+        record.num_used_blocks = pool.num_used

@@ -1,10 +1,66 @@
-"""What the front is told of a Request that ends before its time."""
+"""What is told of a Request: its row to the worker, its tokens and its end to the front."""
 
 from __future__ import annotations
 
 from octavo.messages import RequestDelta
 from octavo.request import FinishReason, Request
-from octavo.scheduler.counts import make_delta
+from octavo.step import NewRow, TokenLogprobs
+
+
+def new_row(request: Request, block_ids: tuple[list[int], ...], num_logprobs: int) -> NewRow:
+    """The whole state of its row, as it is now."""
+    return NewRow(
+        row=request.row,
+        request_id=request.request_id,
+        epoch=request.epoch,
+        token_ids=list(request.token_ids),
+        num_prompt_tokens=request.num_prompt_tokens,
+        block_ids=block_ids,
+        num_computed_tokens=request.num_computed_tokens,
+        params=request.params,
+        stop_ids=request.stop_ids,
+        seed=request.seed,
+        adapter_id=request.adapter_id,
+        num_logprobs=num_logprobs,
+    )
+
+
+def append(request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> RequestDelta:
+    """Appends new tokens up to the one that ends the Request, if any does: the delta then has a finish reason."""
+    token_ids, num_prompt = request.token_ids, request.num_prompt_tokens
+    for count, token in enumerate(tokens, 1):
+        token_ids.append(token)
+        if token in request.stop_ids and len(token_ids) - num_prompt > request.params.min_tokens:
+            reason = FinishReason.STOP
+        elif len(token_ids) >= request.max_length:
+            reason = FinishReason.LENGTH
+        else:
+            continue
+        delta = make_delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
+        if reason is FinishReason.STOP and token in (request.params.stop_token_ids or ()):
+            delta.stop_reason = token
+        return delta
+    return make_delta(request, tokens, logprobs)
+
+
+def make_delta(
+    request: Request,
+    token_ids: list[int] | None = None,
+    logprobs: list[TokenLogprobs] | None = None,
+    finish_reason: FinishReason | None = None,
+    error: str | None = None,
+) -> RequestDelta:
+    """What a step brought a Request."""
+    first = request.first_scheduled_time
+    return RequestDelta(
+        request_id=request.request_id,
+        token_ids=token_ids if token_ids is not None else [],
+        logprobs=logprobs,
+        finish_reason=finish_reason,
+        num_cached_tokens=request.num_cached_tokens,
+        queue_time=first - request.arrival_time if first is not None else 0.0,
+        error=error,
+    )
 
 
 def last_deltas(

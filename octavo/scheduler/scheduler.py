@@ -1,4 +1,3 @@
-# long: one state machine over queue, rows and blocks, whose transitions are read together
 """Who runs in the next step. No phases: each Request's `num_computed_tokens` tries to catch up with its tokens.
 
 `schedule()` decides a step, `update()` or `fail()` takes its result; other steps may be scheduled in between. A token
@@ -24,12 +23,12 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
 from octavo.scheduler.beams import Beams
-from octavo.scheduler.counts import Counts, fill_pool, make_delta
-from octavo.scheduler.deltas import last_deltas
+from octavo.scheduler.counts import Counts
+from octavo.scheduler.deltas import append, last_deltas, new_row
 from octavo.scheduler.door import Door, refuse_impossible
 from octavo.scheduler.forks import Forks
 from octavo.scheduler.policies import NO_CAP, FcfsPolicy, Policy
-from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput, TokenLogprobs
+from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -105,7 +104,6 @@ class Scheduler:
         self._in_flight: dict[int, _Step] = {}
         self._next_step = 0
         self._counts = Counts()
-        self._evictions_told = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -387,15 +385,9 @@ class Scheduler:
             step.hashed += self.kv.hash_full(request, min(end, num_prompt))
         if samples and request in self._forks:
             self._ready.append(request)
-        counts = self._counts
-        counts.num_kv_read += end
+        self._counts.scheduled(request, start, share, samples=samples)
         if share > 1:
-            counts.num_prefill_pairs += share * (start + end + 1) // 2
             self._prefill_left -= share
-        counts.num_prefill_tokens += max(share - samples, 0)
-        counts.num_chunked += not samples
-        if start < request.num_lost_tokens:
-            counts.num_recomputed_tokens += min(end, request.num_lost_tokens) - start
         if self.policy.charges:
             fresh = max(start, request.num_lost_tokens)
             prompt_end = min(max(fresh, num_prompt), end)
@@ -406,21 +398,7 @@ class Scheduler:
     def _send_row(self, output: SchedulerOutput, request: Request) -> None:
         """Sends the whole state of a row, as it is before this step."""
         request.has_moved = False
-        new = NewRow(
-            row=request.row,
-            request_id=request.request_id,
-            epoch=request.epoch,
-            token_ids=list(request.token_ids),
-            num_prompt_tokens=request.num_prompt_tokens,
-            block_ids=self.kv.block_ids(request),
-            num_computed_tokens=request.num_computed_tokens,
-            params=request.params,
-            stop_ids=request.stop_ids,
-            seed=request.seed,
-            adapter_id=request.adapter_id,
-            num_logprobs=self._beams.num_logprobs(request),
-        )
-        output.new_rows.append(new)
+        output.new_rows.append(new_row(request, self.kv.block_ids(request), self._beams.num_logprobs(request)))
 
     # --------------------------------------------------------------------------------------------------- update
 
@@ -455,26 +433,10 @@ class Scheduler:
             if request in self._beams:
                 deltas += self._grow(request, logprobs)
             else:
-                deltas.append(self._append(request, tokens, logprobs))
+                deltas.append(append(request, tokens, logprobs))
+                if deltas[-1].finish_reason is not None:
+                    self._end(request)
         return deltas
-
-    def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> RequestDelta:
-        """Appends new tokens up to the one that ends the Request, if any does."""
-        token_ids, num_prompt = request.token_ids, request.num_prompt_tokens
-        for count, token in enumerate(tokens, 1):
-            token_ids.append(token)
-            if token in request.stop_ids and len(token_ids) - num_prompt > request.params.min_tokens:
-                reason = FinishReason.STOP
-            elif len(token_ids) >= request.max_length:
-                reason = FinishReason.LENGTH
-            else:
-                continue
-            self._end(request)
-            delta = make_delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
-            if reason is FinishReason.STOP and token in (request.params.stop_token_ids or ()):
-                delta.stop_reason = token
-            return delta
-        return make_delta(request, tokens, logprobs)
 
     def fail(self, output: SchedulerOutput, error: str) -> list[RequestDelta]:
         """A step failed, and with it every later one in flight, for which this is called too, in order.
@@ -575,13 +537,5 @@ class Scheduler:
 
     def fill(self, record: StepRecord, output: SchedulerOutput) -> None:
         """Writes the counts of schedule() into the step's record; preemptions since the last record included."""
-        counts, self._counts = self._counts, Counts()
-        record.num_running = len(output.scheduled)
         record.num_waiting = self.num_waiting
-        record.num_tokens = output.num_tokens
-        record.num_copied_blocks = len(output.copy_blocks)
-        record.num_idle_slots = sum(  # a fork may have computed more than its own blocks hold
-            [r.num_slots - r.num_computed_tokens for r in self._running.values() if r.num_slots > r.num_computed_tokens]
-        )
-        counts.fill(record)
-        self._evictions_told = fill_pool(record, self.kv.pool, self._evictions_told)
+        self._counts.fill(record, output, self._running.values(), self.kv.pool)
