@@ -21,8 +21,9 @@ from typing import Any
 from octavo import __version__, errors
 from octavo.config import EngineConfig
 from octavo.engine.child import EngineProcess
-from octavo.engine.frontend import Frontend, Group, Prompt, Update
+from octavo.engine.frontend import Frontend, Prompt
 from octavo.engine.grammar import GrammarCompiler
+from octavo.engine.groups import Group, Update
 from octavo.engine.outbox import Outbox
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError

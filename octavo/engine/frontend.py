@@ -10,10 +10,11 @@ import logging
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from octavo.config import EngineConfig
+from octavo.engine.groups import Arrival, Child, Group, Mark, Update
 from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, StepError, TimeLimitError
 from octavo.messages import AddRequest, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
@@ -27,65 +28,6 @@ from octavo.text.tokenizer import Tokenizer, refuse_hopeless
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 log = logging.getLogger("octavo.engine")
 Prompt = str | Sequence[int] | Mapping[str, object]
-
-
-@dataclass(slots=True)
-class Child:
-    """One of the n engine requests of a group."""
-
-    parent: Group
-    request_id: str
-    output: CompletionOutput
-    stream: TextStream | None
-    request: AddRequest
-    alone: bool = False  # the engine runs nothing else at this moment
-    first_token_time: float | None = None
-    last_token_time: float | None = None
-    error: Exception | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.output.finish_reason is not None
-
-
-@dataclass(slots=True)
-class Group:
-    """What the caller asked for: one prompt, n answers."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    metrics: RequestMetrics
-    num_cached_tokens: int = 0
-    children: list[Child] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        return all(child.finished for child in self.children)
-
-    def answers(self) -> list[CompletionOutput]:
-        """Copies of all answers; of the n best where more were made."""
-        outputs = [_copy(child.output) for child in self.children]
-        if len(outputs) > self.params.n:
-            outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0) / max(1, len(output.token_ids)))
-            del outputs[self.params.n :]
-            for index, output in enumerate(outputs):
-                output.index = index
-                output.logprobs = output.logprobs if self.params.logprobs is not None else None
-        return outputs
-
-    @property
-    def error(self) -> Exception | None:
-        return next((child.error for child in self.children if child.error), None)
-
-
-@dataclass(slots=True)
-class Update:
-    """What a batch of deltas brought one group: the output to hand out (if its kind wants one now)."""
-
-    group: Group
-    output: RequestOutput | None
 
 
 class Frontend:
@@ -226,7 +168,7 @@ class Frontend:
         """
         update = None
         for guilty in [child for child in self._children.values() if child.alone]:  # all answers of one request
-            before = _Mark(guilty)
+            before = Mark(guilty)
             del self._children[guilty.request_id]
             self._fail(guilty, "the engine process died when it ran this request alone")
             update = update or Update(guilty.parent, None)
@@ -264,7 +206,7 @@ class Frontend:
             if child is None:
                 continue  # aborted, or ended by a stop string: what the engine had in flight is dropped
             child.alone = delta.alone
-            before = _Mark(child)
+            before = Mark(child)
             try:
                 finish = self._apply(child, delta)
             except Exception as error:  # of this request, and of no other
@@ -373,7 +315,7 @@ class Frontend:
     def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
         return Logprob(logprob, rank, self.tokenizer.token_text(token) if self.tokenizer else None)
 
-    def _collect(self, touched: dict[int, Update], child: Child, before: _Mark) -> None:
+    def _collect(self, touched: dict[int, Update], child: Child, before: Mark) -> None:
         group = child.parent
         update = touched.setdefault(id(group), Update(group, None))
         kind = group.params.output_kind
@@ -427,38 +369,3 @@ def default_sampling(spec: ModelSpec) -> dict[str, Any]:
     """Sampling parameters that the model's own generation_config recommends, by the names of SamplingParams."""
     given = {name: value for name, value in spec.generation_defaults.items() if name in MODEL_DEFAULTS}
     return {name: int(value) if name == "top_k" else value for name, value in given.items()}
-
-
-@dataclass(slots=True)
-class Arrival:
-    """Tokens of one request that arrived together; `previous` is when its last ones did."""
-
-    group: Group
-    previous: float | None
-    count: int
-
-
-class _Mark:
-    """How far a child was before a delta, to cut out what is new."""
-
-    def __init__(self, child: Child) -> None:
-        self.num_tokens = len(child.output.token_ids)
-        self.num_chars = len(child.output.text)
-
-    def delta(self, child: Child) -> CompletionOutput:
-        full = child.output
-        return CompletionOutput(
-            index=full.index,
-            text=full.text[self.num_chars :],
-            token_ids=full.token_ids[self.num_tokens :],
-            cumulative_logprob=full.cumulative_logprob,
-            logprobs=None if full.logprobs is None else full.logprobs[self.num_tokens :],
-            finish_reason=full.finish_reason,
-            stop_reason=full.stop_reason,
-        )
-
-
-def _copy(output: CompletionOutput) -> CompletionOutput:
-    """A snapshot whose lists no later token changes."""
-    logprobs = None if output.logprobs is None else list(output.logprobs)
-    return replace(output, token_ids=list(output.token_ids), logprobs=logprobs)

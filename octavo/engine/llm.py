@@ -13,8 +13,9 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
 from octavo.engine.core import EngineCore
-from octavo.engine.frontend import Frontend, Group, Prompt, default_sampling
+from octavo.engine.frontend import Frontend, Prompt, default_sampling
 from octavo.engine.grammar import compile_here
+from octavo.engine.groups import Group
 from octavo.errors import ConfigError, InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests

@@ -1,0 +1,104 @@
+"""What the front knows of requests that run: a group is what one caller asked for, its children are the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from octavo.messages import AddRequest
+from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.sampling_params import SamplingParams
+from octavo.text.stream import TextStream
+
+
+@dataclass(slots=True)
+class Child:
+    """One of the n engine requests of a group."""
+
+    parent: Group
+    request_id: str
+    output: CompletionOutput
+    stream: TextStream | None
+    request: AddRequest
+    alone: bool = False  # the engine runs nothing else at this moment
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+
+@dataclass(slots=True)
+class Group:
+    """What the caller asked for: one prompt, n answers."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    children: list[Child] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(child.finished for child in self.children)
+
+    def answers(self) -> list[CompletionOutput]:
+        """Copies of all answers; of the n best where more were made."""
+        outputs = [copy_output(child.output) for child in self.children]
+        if len(outputs) > self.params.n:
+            outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0) / max(1, len(output.token_ids)))
+            del outputs[self.params.n :]
+            for index, output in enumerate(outputs):
+                output.index = index
+                output.logprobs = output.logprobs if self.params.logprobs is not None else None
+        return outputs
+
+    @property
+    def error(self) -> Exception | None:
+        return next((child.error for child in self.children if child.error), None)
+
+
+@dataclass(slots=True)
+class Update:
+    """What a batch of deltas brought one group: the output to hand out (if its kind wants one now)."""
+
+    group: Group
+    output: RequestOutput | None
+
+
+@dataclass(slots=True)
+class Arrival:
+    """Tokens of one request that arrived together; `previous` is when its last ones did."""
+
+    group: Group
+    previous: float | None
+    count: int
+
+
+class Mark:
+    """How far a child was before a delta, to cut out what is new."""
+
+    def __init__(self, child: Child) -> None:
+        self.num_tokens = len(child.output.token_ids)
+        self.num_chars = len(child.output.text)
+
+    def delta(self, child: Child) -> CompletionOutput:
+        full = child.output
+        return CompletionOutput(
+            index=full.index,
+            text=full.text[self.num_chars :],
+            token_ids=full.token_ids[self.num_tokens :],
+            cumulative_logprob=full.cumulative_logprob,
+            logprobs=None if full.logprobs is None else full.logprobs[self.num_tokens :],
+            finish_reason=full.finish_reason,
+            stop_reason=full.stop_reason,
+        )
+
+
+def copy_output(output: CompletionOutput) -> CompletionOutput:
+    """A snapshot whose lists no later token changes."""
+    logprobs = None if output.logprobs is None else list(output.logprobs)
+    return replace(output, token_ids=list(output.token_ids), logprobs=logprobs)
