@@ -182,9 +182,11 @@ def merge_delta(earlier: RequestDelta, later: RequestDelta) -> None:
     earlier.token_ids.extend(later.token_ids)
     if later.logprobs is not None:
         earlier.logprobs = [*(earlier.logprobs or []), *later.logprobs]
-    earlier.finish_reason = later.finish_reason
-    earlier.stop_reason = later.stop_reason
-    earlier.error = later.error
+    earlier.num_cached_tokens = later.num_cached_tokens or earlier.num_cached_tokens
+    earlier.queue_time = later.queue_time or earlier.queue_time
+    earlier.finish_reason, earlier.stop_reason = later.finish_reason, later.stop_reason
+    earlier.cumulative_logprob = later.cumulative_logprob
+    earlier.error, earlier.error_kind, earlier.retry_after = later.error, later.error_kind, later.retry_after
     earlier.alone = later.alone
 
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import socket
+from dataclasses import fields
 
 import pytest
 
-from octavo.engine.channel import MAX_FRAME, EngineChannel, FrontChannel, decode, encode
+from octavo.engine.channel import MAX_FRAME, EngineChannel, FrontChannel, decode, encode, merge_delta
 from octavo.errors import EngineDeadError
 from octavo.messages import AbortRequests, AddRequest, RequestDelta, StepOutputs, StepRecord
 from octavo.sampling_params import SamplingParams
@@ -98,3 +99,27 @@ def test_front_learns_that_the_engine_is_gone():
         return message
 
     assert asyncio.run(read()) is None
+
+
+def test_merging_loses_no_field():
+    """What a request was told in two steps is what it is told in one; a field that is added must be merged, too."""
+    said = {
+        "token_ids": [2],
+        "logprobs": [TokenLogprobs(-0.5, 1, [1], [-0.5])],
+        "finish_reason": "error",
+        "stop_reason": 7,
+        "cumulative_logprob": -1.5,
+        "num_cached_tokens": 16,
+        "queue_time": 0.25,
+        "error": "the queue is full",
+        "error_kind": "QueueFullError",
+        "retry_after": 3.0,
+        "alone": True,
+    }
+    assert {"request_id", *said} == {field.name for field in fields(RequestDelta)}
+    merged = RequestDelta("r", [1])
+    merge_delta(merged, RequestDelta("r", **said))
+    assert merged == RequestDelta("r", **{**said, "token_ids": [1, 2]})
+    first = RequestDelta("r", [1], num_cached_tokens=16, queue_time=0.25)
+    merge_delta(first, RequestDelta("r", [2]))
+    assert first == RequestDelta("r", [1, 2], num_cached_tokens=16, queue_time=0.25), "they are told once"
