@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -127,6 +127,7 @@ class AsyncEngine:
         tenant: str = "",
         weight: float = 1.0,
         timeout: float | None = None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams the answer; `params.output_kind` decides whether outputs are cumulative, deltas, or one at the end.
 
@@ -136,6 +137,7 @@ class AsyncEngine:
             cache_salt: only requests with the same one share cached prefixes.
             tenant, weight: whose share it uses, and how large that is, under the policy `fair`.
             timeout: seconds after which the request is ended with TimeLimitError.
+            on_tokens: hears how many tokens a step brought, whoever takes them and however the request ends.
 
         Leaving the iterator (break, aclose, cancellation) aborts the request at the next step boundary.
 
@@ -165,6 +167,7 @@ class AsyncEngine:
             timeout=timeout,
             grammar=grammar,
         )
+        group.on_tokens = on_tokens
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind)
         try:
             for request in requests:

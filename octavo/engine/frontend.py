@@ -217,6 +217,8 @@ class Frontend:
                 finishes.append(finish)
             new = len(child.output.token_ids) - before.num_tokens
             if new > 0:
+                if child.parent.on_tokens:
+                    child.parent.on_tokens(new)
                 arrivals.append(Arrival(child.parent, child.last_token_time, new))
                 child.first_token_time = child.first_token_time or now
                 child.last_token_time = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from octavo.messages import AddRequest
@@ -40,6 +41,7 @@ class Group:
     metrics: RequestMetrics
     num_cached_tokens: int = 0
     children: list[Child] = field(default_factory=list)
+    on_tokens: Callable[[int], None] | None = None  # hears how many came
 
     @property
     def finished(self) -> bool:

@@ -27,7 +27,7 @@ MERGED_AHEAD = 64  # outputs of several prompts that may wait for a slow client
 
 class Answer(Response):
     """A JSON document (the generator's one part) or, with `stream`, server-sent events. `broken`
-    writes an error into a stream; `ended` is called last."""
+    writes an error into a stream."""
 
     def __init__(
         self,
@@ -35,14 +35,12 @@ class Answer(Response):
         *,
         broken: Callable[[Failure], bytes],
         stream: bool,
-        ended: Callable[[], None],
         ping_seconds: float,
     ) -> None:
         super().__init__()
         self.parts = parts
         self.broken = broken
         self.stream = stream
-        self.ended = ended
         self.ping_seconds = ping_seconds
         self._begun = False
         self._num_sent = 0  # parts
@@ -57,7 +55,6 @@ class Answer(Response):
             for task in (work, gone):
                 task.cancel()
             await asyncio.wait((work, gone))
-            self.ended()
         with contextlib.suppress(asyncio.CancelledError):
             work.result()
 

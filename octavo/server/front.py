@@ -111,6 +111,7 @@ class Front:
             tenant=key.tenant or body.user or "",
             weight=key.weight,
             timeout=body.timeout,
+            on_tokens=key.spend,
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -86,15 +86,11 @@ class Generation(ABC):
         stream = bool(self.body.stream)
         parts = self._events() if stream else self._whole()
         ping = self.front.ping_seconds
-        return Answer(parts, broken=self.broken, stream=stream, ended=self._book, ping_seconds=ping)
+        return Answer(parts, broken=self.broken, stream=stream, ping_seconds=ping)
 
     def broken(self, failure: Failure) -> bytes:
         """What ends a stream in which something went wrong."""
         return b"data: " + failure.body() + b"\n\n" + DONE
-
-    def _book(self) -> None:
-        """Books what was generated on the caller's key, however the answer ended."""
-        self.caller.key.spend(self.usage.completion_tokens)
 
     def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         generate, key = self.front.generate, self.caller.key

@@ -51,7 +51,7 @@ class KeyFile(msgspec.Struct, forbid_unknown_fields=True):
 class Allowance:
     """So much a minute, up to a minute's worth at once. What is taken may go into debt, which must be paid back first.
 
-    Debt is what makes tokens countable: how many an answer has is known only when it has ended.
+    Debt is what makes tokens countable: how many an answer has is known only while it comes.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:

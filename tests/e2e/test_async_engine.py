@@ -135,3 +135,21 @@ def test_start_up_phases_add_up_and_metrics_move(folder):
     assert 'octavo:generation_tokens_total{engine="0"' in page
     line = next(x for x in page.splitlines() if x.startswith("octavo:generation_tokens_total"))
     assert float(line.split()[-1]) == 40
+
+
+def test_who_leaves_has_paid_for_what_was_generated(folder):
+    """Only the end of an answer is told: who leaves before has seen none of its tokens, and is told their number."""
+
+    async def use(engine):
+        heard = []
+        final = params(max_tokens=200, output_kind=RequestOutputKind.FINAL_ONLY)
+        leaving = asyncio.create_task(anext(engine.generate(PROMPT, final, "left", on_tokens=heard.append)))
+        while sum(heard) < 20:
+            await asyncio.sleep(0.001)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        return leaving.cancelled(), sum(heard)
+
+    left, num_tokens = with_engine(folder, use)
+    assert left
+    assert 20 <= num_tokens < 200

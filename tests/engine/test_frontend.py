@@ -94,6 +94,16 @@ def test_a_stop_string_ends_the_request_and_tells_the_engine(front):
     assert outputs(front, RequestDelta("r", ids("late")))[0] == [], "what was in flight is dropped"
 
 
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_whoever_pays_hears_of_each_token_of_each_answer(front, kind):
+    group, _ = add(front, n=2, stop="lo", output_kind=kind)
+    heard = []
+    group.on_tokens = heard.append
+    outputs(front, RequestDelta("r#0", ids("hel")), RequestDelta("r#1", ids("x")))
+    outputs(front, RequestDelta("r#0", ids("o!!")), RequestDelta("r#1", [], finish_reason="abort"))
+    assert heard == [3, 1, 1], "what comes behind a stop string is not paid"
+
+
 def test_a_stop_token_counts_but_has_no_text(front):
     add(front, stop_token_ids=ids("!"))
     out, _ = outputs(front, RequestDelta("r", ids("hi!"), finish_reason="stop", stop_reason=ids("!")[0]))

@@ -94,7 +94,7 @@ class FakeEngine:
         self.running.add(request_id)
         ended = False
         try:
-            async for output in self._outputs(prompt, params, request_id):
+            async for output in self._outputs(prompt, params, request_id, options.get("on_tokens")):
                 ended = output.finished
                 yield output
         finally:
@@ -115,7 +115,7 @@ class FakeEngine:
     async def shutdown(self) -> None:
         self.dead = "the engine was shut down"
 
-    async def _outputs(self, prompt, params, request_id):
+    async def _outputs(self, prompt, params, request_id, on_tokens):
         began = time.monotonic()
         scripts = [_Script(self, len(prompt), index, params) for index in range(params.n)]
         times = RequestMetrics(began, began + 0.1, began + 0.4, queue_seconds=0.05)
@@ -130,6 +130,8 @@ class FakeEngine:
             await asyncio.sleep(self.token_seconds)
             deltas = [script.next() for script in scripts if script.output.finish_reason is None]
             num_tokens += 1
+            if on_tokens:
+                on_tokens(len(deltas))
             self.metrics.on_tokens(time.monotonic(), None if num_tokens == 1 else began, began, len(deltas))
             if params.output_kind is RequestOutputKind.DELTA:
                 finished = all(script.output.finish_reason for script in scripts)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fake_engine import FakeEngine
 from inside import Inside
 from live_server import Server
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, StepError
 from octavo.server.keys import ADMIN_PATHS, PROBE_PATHS, Allowance, KeyEntry, Keyring, read_keys
 from octavo.server.loop import Tls
 
@@ -121,6 +122,16 @@ def test_tokens_per_minute_count_prompts_and_answers(stream: bool) -> None:
     answers = [ask("POST", "/v1/completions", json=body) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert 35 <= int(answers[2].headers["retry-after"]) <= 40, "a debt of 5, and one to begin with, at 0.15 a second"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_an_answer_that_ends_early_are_counted(stream: bool) -> None:
+    """Three tokens of the prompt and two of an answer that then fails: 5 of 5, whoever reads them."""
+    engine = FakeEngine(fail_after=2, failure=StepError("a test"))
+    ask = Inside(engine, keyring=Keyring([KeyEntry(ALICE, tokens_per_minute=5)]), headers=bearer(ALICE))
+    body = {**COMPLETION, "n": 1, "stream": stream}
+    assert ask("POST", "/v1/completions", json=body).status_code == (200 if stream else 500)
+    assert ask("POST", "/v1/completions", json=body).status_code == 429
 
 
 def test_keys_come_from_flags_and_files(tmp_path: Path) -> None:
