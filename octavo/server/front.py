@@ -235,6 +235,7 @@ class Front:
 def _template_message(message: dict[str, Any]) -> dict[str, Any]:
     """A message as templates know it: the arguments of calls are mappings, not JSON."""
     for call in message.get("tool_calls", ()):
-        with contextlib.suppress(ValueError):  # a model may have written what is no JSON: shown as it is
+        # a model may have written what is no JSON, or nests without end: shown as it is
+        with contextlib.suppress(ValueError, RecursionError):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return plain_message(message)

@@ -131,6 +131,13 @@ def test_one_call_where_they_may_not_be_parallel() -> None:
         assert message["content"] is None
 
 
+def test_arguments_that_nest_without_end_are_shown_as_they_are() -> None:
+    nested = "[" * 100_000
+    call = {"id": "c", "type": "function", "function": {"name": "time", "arguments": nested}}
+    body = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert Inside()("POST", "/v1/chat/completions", json=body).status_code == 200
+
+
 def test_required_and_named_calls_are_made_by_a_grammar() -> None:
     """No parser is needed: the answer is JSON of the tools' schemas."""
     ask = Inside(FakeEngine(answer=b'[{"name": "time", "parameters": {"a": 1}}]'))
