@@ -118,7 +118,11 @@ class AccessFlags:
     ] = None
     admin_api_key: Annotated[
         list[str] | None,
-        Option(help="A key that may read /metrics too.", metavar="KEY", envvar="OCTAVO_ADMIN_API_KEY"),
+        Option(
+            help="A key that may read /metrics and /server_info, too; may be repeated.",
+            metavar="KEY",
+            envvar="OCTAVO_ADMIN_API_KEY",
+        ),
     ] = None
     api_key_file: Annotated[
         Path | None, Option(help="Keys with tenants, weights and limits, as .toml or .json.", metavar="FILE")
