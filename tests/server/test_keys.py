@@ -196,6 +196,9 @@ def test_cors_is_off_unless_asked_for() -> None:
     ask = Inside(keyring=ring(), allowed_origins=["https://a.example"])
     allowed = ask("OPTIONS", "/v1/completions", headers=preflight)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://a.example")
+    for sent in ("authorization, content-type, x-stainless-lang", "anthropic-version, x-api-key", "x-request-id"):
+        asked = ask("OPTIONS", "/v1/messages", headers={**preflight, "Access-Control-Request-Headers": sent})
+        assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, sent)
     refused = ask("GET", "/v1/models", headers=preflight)
     assert refused.status_code == 401, "a page needs a key like everybody"
     assert refused.headers["access-control-allow-origin"] == "https://a.example", "and may read why it was refused"
