@@ -23,8 +23,10 @@ from octavo.server.protocol import REQUEST_ID
 
 MAX_BODY_BYTES = 16 << 20
 BODY_SECONDS = 60.0  # between two pieces of a body
+WHOLE_BODY_SECONDS = 300.0  # 16 MiB at half a megabit a second
 CLIENT_LEFT = 499  # nginx's number; never on the wire
 _REQUEST_ID = re.compile(REQUEST_ID)
+_HANG_UP = {"Connection": "close"}  # the rest of a body is not read
 
 
 class Door:
@@ -95,23 +97,26 @@ class Gate:
 class _Exchange:
     """The two channels of one exchange: counts what comes in, marks what goes out."""
 
-    __slots__ = ("_ended", "_limit", "_num_bytes", "_receive", "_request_id", "_send", "status")
+    __slots__ = ("_deadline", "_ended", "_limit", "_num_bytes", "_receive", "_request_id", "_send", "status")
 
     def __init__(self, receive: Receive, send: Send, request_id: str, limit: int) -> None:
         self._receive, self._send = receive, send
         self._request_id = (b"x-request-id", request_id.encode())
         self._limit = limit
         self._num_bytes = 0
+        self._deadline = time.monotonic() + WHOLE_BODY_SECONDS
         self._ended = False  # the body
         self.status: int | None = None
 
     async def receive(self) -> MutableMapping[str, Any]:
         if self._ended:
             return await self._receive()
+        seconds = min(BODY_SECONDS, self._deadline - time.monotonic())
         try:
-            message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
+            message = await asyncio.wait_for(self._receive(), seconds)
         except TimeoutError:
-            raise HTTPException(408, f"nothing of the body arrived for {BODY_SECONDS:g} s: send it again") from None
+            limits = f"nothing of it for {BODY_SECONDS:g} s, or not all within {WHOLE_BODY_SECONDS:g} s"
+            raise HTTPException(408, f"the body came too slowly ({limits}): send it again", _HANG_UP) from None
         self._ended = not message.get("more_body", False)
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
@@ -132,4 +137,4 @@ def _method(scope: Scope) -> str:
 
 
 def _too_large(limit: int) -> HTTPException:
-    return HTTPException(413, f"the body is larger than {limit} bytes: send less")
+    return HTTPException(413, f"the body is larger than {limit} bytes: send less", _HANG_UP)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
 import ssl
 import subprocess
+import threading
 from pathlib import Path
 
 import httpx
@@ -16,6 +18,7 @@ from inside import Inside
 from live_server import Server
 
 from octavo.errors import ConfigError, StepError
+from octavo.server import door
 from octavo.server.keys import ADMIN_PATHS, PROBE_PATHS, Allowance, KeyEntry, Keyring, read_keys
 from octavo.server.loop import Tls
 
@@ -241,3 +244,34 @@ def ended(connection: socket.socket) -> bool:
         return connection.recv(1) == b""
     except ConnectionResetError:
         return True
+
+
+@pytest.mark.parametrize(("between", "whole"), [(0.3, 60.0), (60.0, 0.3)])
+def test_a_body_that_comes_too_slowly_is_hung_up_on(serve, monkeypatch, between: float, whole: float) -> None:
+    """Nothing more of it comes, or for ever another byte in time."""
+    monkeypatch.setattr(door, "BODY_SECONDS", between)
+    monkeypatch.setattr(door, "WHOLE_BODY_SECONDS", whole)
+    server: Server = serve()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
+        head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 9999"]
+        slow.sendall("\r\n".join([*head, "\r\n"]).encode())
+        stopped = threading.Event()
+
+        def trickle() -> None:
+            with contextlib.suppress(OSError):
+                while not stopped.wait(0.02):
+                    slow.sendall(b" ")
+
+        writer = threading.Thread(target=trickle)
+        if whole < between:
+            writer.start()
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):  # what it still sends is not read
+            while part := slow.recv(1 << 16):
+                answer += part
+        stopped.set()
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"connection: close" in answer.lower()
+    if whole < between:
+        writer.join()
+    assert not server.engine.seen
