@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from octavo.engine.core import EngineCore
@@ -61,7 +62,8 @@ def _start(core: EngineCore, scheduler: RecordingScheduler) -> Path:
         raise ConfigError(f"cannot record to {folder}: {error}; take another --record, or off") from error
     if not keep:
         _forget_old(folder)
-    path = folder / f"engine-{os.getpid()}.jsonl"
+    began = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+    path = folder / f"engine-{began}-{os.getpid()}.jsonl"  # in a container every engine may have the same number
     settings = asdict(config)
     known = {name: settings[name] for name in WHAT_IF}
     known |= {"num_blocks": core.info.plan.num_blocks, "max_model_len": core.info.spec.max_model_len}
