@@ -66,7 +66,7 @@ class Walk(SchedulerMachine):
             headroom=draw.choice([0.0, 0.0, 0.5, 2.0]),
             eviction=draw.choice(list(EVICTIONS)),
             max_queued=draw.choice([0, 0, 0, 1, 5]),
-            record_bytes=draw.choice([0, 0, 0, 4_000]),
+            record_bytes=draw.choice([0, 0, 4_000, 1 << 20]),
         )
         self.counts["engines"] += 1
         self.counts[f"engines: {policy}"] += 1
@@ -120,6 +120,11 @@ class Walk(SchedulerMachine):
         self.counts["steps"] += 1
         for name in EVENTS:
             self.counts[name] += getattr(record, name)
+
+    def replayed(self, num_steps: int) -> None:
+        """Called with the steps of every recording that was run again."""
+        self.counts["recordings replayed"] += 1
+        self.counts["steps replayed"] += num_steps
 
 
 def soak(num_steps: int, seed: int, counts: Counter[str]) -> int:

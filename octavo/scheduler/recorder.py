@@ -42,12 +42,14 @@ from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 log = logging.getLogger("octavo.scheduler")
 FORMAT = "octavo-record-1"
+HALF_IN_STATES = 2  # a half of the ring is at least so many times its state: as much of it are steps
 _USUAL = {f.name: f.default for f in fields(Request) if f.default is not MISSING} | {"params": False, "stop_ids": False}
 
 
 class Ring(LeftOut):
-    """A file that keeps its last lines, at most about `max_bytes` with its older half, PATH.1. Without `keep` both go
-    when it is closed; who crashes does not close it.
+    """A file that keeps its last lines, at most about `max_bytes` with its older half, PATH.1; more where its states
+    are so large that a half would hold little else. Without `keep` both go when it is closed; who crashes does not
+    close it.
 
     Raises ConfigError: it cannot be written.
     """
@@ -57,7 +59,7 @@ class Ring(LeftOut):
         self.path = path
         self.older = path.with_name(path.name + ".1")
         self._half = max_bytes // 2
-        self._size = 0
+        self._size = self._state_size = 0
         self._lines: list[str] = []
         self._file = -1
         try:
@@ -69,7 +71,7 @@ class Ring(LeftOut):
     @property
     def is_full(self) -> bool:
         """True when a new half should begin, with a state."""
-        return self._size >= self._half
+        return self._size >= max(self._half, HALF_IN_STATES * self._state_size)
 
     def turn(self) -> None:
         """Begins a new half; the older one is dropped."""
@@ -95,6 +97,7 @@ class Ring(LeftOut):
         if self._file < 0:
             return
         self._size += len(data)
+        self._state_size = self._state_size or self._size  # a half begins with one, flushed by itself
         try:
             while data:
                 data = data[os.write(self._file, data) :]
@@ -115,7 +118,7 @@ class Ring(LeftOut):
 
     def _give_up(self, error: OSError) -> None:
         log.error("recording to %s ends: %s", self.path, error)
-        self._size = 0
+        self._size = self._state_size = 0
         with contextlib.suppress(OSError):  # the disk that failed a moment ago
             self._shut()
 
@@ -126,7 +129,7 @@ class Ring(LeftOut):
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._size = 0
+        self._size = self._state_size = 0
 
 
 class Describer(LeftOut):

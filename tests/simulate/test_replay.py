@@ -16,7 +16,7 @@ from octavo.engine.calibrate import prepare
 from octavo.errors import ConfigError
 from octavo.messages import AbortRequests, AddRequest
 from octavo.sampling_params import SamplingParams
-from octavo.scheduler.recorder import Ring
+from octavo.scheduler.recorder import RecordingScheduler, Ring
 from octavo.simulate.outcome import Outcome
 from octavo.simulate.real import run_real
 from octavo.simulate.replay import Replay
@@ -57,6 +57,24 @@ def test_a_ring_stays_bounded_and_replays_from_its_older_half(tmp_path) -> None:
     replay = Replay(path)
     assert replay.run() is None
     assert 0 < len(replay.steps) < len(outcome.records)
+
+
+def test_a_ring_that_is_small_beside_its_states_still_covers_many_steps(tmp_path) -> None:
+    core, executor = known_core(EngineConfig(max_num_seqs=12), num_blocks=44)
+    scheduler = core.scheduler
+    assert isinstance(scheduler, RecordingScheduler)
+    scheduler.record(Ring(tmp_path / "r", 4_000), {"block_size": 16})
+    trace = [a for a in WORKLOAD.at(30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
+    outcome = run_real(trace, core, clock=executor.clock, wait=executor.wait)
+    scheduler.close()
+    lines = [line for path in tmp_path.iterdir() for line in path.read_text().splitlines()]
+    states = [len(line) for line in lines if '"e":"state"' in line]
+    assert min(states) > 2_000, "the states are no larger than a half"
+    replay = Replay(tmp_path / "r")
+    assert replay.run() is None
+    assert 20 < len(replay.steps) < len(outcome.records)
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert sum(sizes) < 6 * max(states)
 
 
 def test_every_flipped_decision_is_the_first_divergence(tmp_path) -> None:
@@ -153,6 +171,16 @@ def test_auto_records_behind_a_server_only_and_leaves_nothing_when_it_ends_well(
     core, _ = known_core(EngineConfig(record="off"))
     prepare(core, serving=True)
     assert core.record is None
+
+
+def test_an_engine_with_the_number_of_one_that_died_does_not_overwrite_its_recording(tmp_path) -> None:
+    paths = []
+    for _ in range(2):  # in one process, as in a container, where every first process has the same number
+        core, _ = known_core(EngineConfig(record=str(tmp_path)))
+        prepare(core)
+        paths.append(core.record)
+        core.close()
+    assert sorted(map(str, tmp_path.iterdir())) == paths
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_engine(tmp_path, monkeypatch, caplog) -> None:

@@ -113,6 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if isinstance(self.scheduler, RecordingScheduler) and self.recording:
             self.scheduler.record(Ring(self.recording, record_bytes), {"block_size": block_size})
         self.executor = FakeExecutor(num_blocks, block_size)
+        self.num_updates = 0
         self.live: dict[str, Request] = {}
         self.received: dict[str, list[int]] = {}
         self.meaning: dict[bytes, list[int]] = {}  # digest -> the KV that a block under it must hold
@@ -277,11 +278,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def filled(self, record: StepRecord) -> None:
         """For who counts (tools/soak_scheduler.py)."""
 
+    def replayed(self, num_steps: int) -> None:
+        """For who counts."""
+
     def take_result(self) -> None:
         output, result = self.executor.results.popleft()
         if result is None:
             deltas = self.scheduler.fail(output, "boom")
         else:
+            self.num_updates += 1
             deltas = self.scheduler.update(output, result)
         for delta in deltas:
             self.take_delta(delta)
@@ -367,7 +372,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sorted(self.scheduler._free_rows) == list(range(self.max_num_seqs))
         if self.recording is not None:
             self.scheduler.close()
-            assert Replay(self.recording).run() is None
+            replay = Replay(self.recording)
+            assert replay.run() is None
+            is_whole = not self.recording.with_name(self.recording.name + ".1").exists()
+            assert not is_whole or len(replay.steps) == self.num_updates
+            self.replayed(len(replay.steps))
             shutil.rmtree(self.recording.parent)
 
 
