@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,12 +19,13 @@ from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.simulate.replay import Divergence, Replay
+    from octavo.simulate.simulator import Machine
 
 EXIT_DIVERGED = 1
 _EXAMPLES = (
-    "octavo replay engine-4711.jsonl                               does the scheduler decide the same again?\n\n"
-    "octavo replay engine-4711.jsonl --until 812                   what was going on at step 812?\n\n"
-    "octavo replay engine-4711.jsonl --what-if max_num_seqs=64     the same requests under another setting\n\n"
+    "octavo replay FILE                                            does the scheduler decide the same again?\n\n"
+    "octavo replay FILE --until 812                                what was going on at step 812?\n\n"
+    "octavo replay FILE --what-if max_num_seqs=64                  the same requests under another setting\n\n"
     "octavo replay FILE --what-if scheduling_policy=slo,num_blocks=500"
 )
 
@@ -36,7 +36,9 @@ def register(app: typer.Typer) -> None:
 
 
 def replay(
-    file: Annotated[Path, Argument(help="What octavo serve --record left, or names when its engine dies.")],
+    file: Annotated[
+        Path, Argument(help="engine-TIME-PID.jsonl of the folder that --record names, or that an engine's death told.")
+    ],
     until: Annotated[
         int | None,
         Option(help="Stop after this step and show who runs, waits and holds blocks.", metavar="STEP", min=0),
@@ -90,35 +92,34 @@ def _say_state(run: Replay) -> None:
             ("blocks cached", str(pool.num_cached)),
         ],
     )
-    header = f"{'request':32}{'status':>11}{'row':>5}{'prompt':>8}{'output':>8}{'computed':>10}{'preempted':>11}"
+    names = f"{'prompt':>8}{'output':>8}{'computed':>10}{'blocks':>8}{'preempted':>11}"
+    header = f"{'request':32}{'status':>11}{'row':>5}{names}"
     typer.echo(typer.style(header, bold=True))
     alive: Iterable[Any] = (r for r in run.requests.values() if scheduler.find(r.request_id) is r)
     for request in alive:
         row = str(request.row) if request.row >= 0 else "-"
         typer.echo(
             f"{request.request_id[:31]:32}{request.status:>11}{row:>5}{request.num_prompt_tokens:8}"
-            f"{request.num_output_tokens:8}{request.num_computed_tokens:10}{request.num_preemptions:11}"
+            f"{request.num_output_tokens:8}{request.num_computed_tokens:10}"
+            f"{request.num_slots // scheduler.kv.block_size:8}{request.num_preemptions:11}"
         )
 
 
 def _say_what_if(run: Replay, changes: str) -> None:
-    from octavo.simulate.simulator import Machine, simulate
+    from octavo.simulate.simulator import simulate
     from octavo.simulate.trace import clipped
 
     if not run.steps:
         raise ConfigError("the recording holds no whole step: nothing to price other ones with")
-    known = dict(run.settings)
-    machine = Machine(run.cost(), known.pop("num_blocks"), known.pop("max_model_len"))
-    config = EngineConfig(**known)
-    changed, other = config, machine
-    for name, value in _changes(changes, {*known, "num_blocks", "max_model_len"}).items():
-        if name in known:
-            changed = replace(changed, **{name: value})
-        else:
-            other = replace(other, **{name: value})
-    trace, num_left_out = clipped(
-        run.trace(), min(min(m.max_model_len, m.num_blocks * config.block_size) for m in (machine, other))
-    )
+    known = run.settings
+    asked = _changes(changes, set(known))
+    _refuse_unknowable(known, asked)
+    if "block_size" in asked:  # the same memory, unless that is changed too
+        asked.setdefault("num_blocks", max(1, known["num_blocks"] * known["block_size"] // asked["block_size"]))
+    machine, config = _setting(run, known)
+    other, changed = _setting(run, known | asked)
+    fits = [min(m.max_model_len, m.num_blocks * c.block_size) for m, c in ((machine, config), (other, changed))]
+    trace, num_left_out = clipped(run.trace(), min(fits))
     if num_left_out:
         say(f"{num_left_out} requests that do not fit were left out", style="yellow")
     if not trace:
@@ -128,9 +129,33 @@ def _say_what_if(run: Replay, changes: str) -> None:
     say_figures(outcomes, config)
 
 
+def _setting(run: Replay, settings: dict[str, Any]) -> tuple[Machine, EngineConfig]:
+    """What the recording ran on, under these settings."""
+    from octavo.simulate.simulator import Machine
+
+    of_machine = {name: settings[name] for name in ("num_blocks", "max_model_len")}
+    config = EngineConfig(**{name: value for name, value in settings.items() if name not in of_machine})
+    return Machine(run.cost(), **of_machine), config
+
+
+def _refuse_unknowable(known: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises ConfigError for what a recording cannot tell, because it tells equal prompts by their blocks' digests."""
+    size, new_size = known["block_size"], asked.get("block_size", known["block_size"])
+    if new_size % size:
+        raise ConfigError(
+            f"--what-if block_size={new_size}: the recording tells what prompts share by blocks of {size} tokens, and "
+            f"nothing finer: give a multiple of {size}"
+        )
+    if asked.get("enable_prefix_caching") and not known["enable_prefix_caching"]:
+        raise ConfigError(
+            "--what-if enable_prefix_caching=true: the engine ran without a prefix cache, so the recording does not "
+            "tell what prompts share"
+        )
+
+
 def _changes(text: str, known: set[str]) -> dict[str, Any]:
     """name=value,... as values of the settings' own types."""
-    hints = {**typing.get_type_hints(EngineConfig), "num_blocks": int, "max_model_len": int}
+    hints = typing.get_type_hints(EngineConfig) | {"num_blocks": int, "max_model_len": int}
     values: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.strip().partition("=")

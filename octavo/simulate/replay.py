@@ -56,7 +56,8 @@ class Replay:
 
     Attributes:
         scheduler: as it is at the point that was reached.
-        steps: (work, seconds) of every step that was run again.
+        steps: (work, seconds) of every step that was run again; where several were in flight, the seconds are those
+            since the one before it was done.
 
     Raises:
         ConfigError: no such file, or no recording.
@@ -69,7 +70,7 @@ class Replay:
         self.steps: list[tuple[StepWork, float]] = []
         self.requests: dict[int, Request] = {}  # by number
         self.arrivals: dict[int, float] = {}  # number -> clock
-        self._time = 0.0
+        self._time = self._done = 0.0  # the clock, and when the last result was taken
         self._block_size = int(self.settings["block_size"])
         self._hasher = KnownHasher(self._block_size)
         self._words: dict[str, int] = {}  # digest -> the token id that stands for it
@@ -85,7 +86,11 @@ class Replay:
             self._outputs[output.step] = output, None, 0.0
 
     def run(self, *, until: int | None = None, tell: Callable[[float], None] = lambda share: None) -> Divergence | None:
-        """Goes on to the end, or until step `until` has been decided; the first divergence ends it."""
+        """Goes on to the end, or until step `until` has been decided; the first divergence ends it.
+
+        Raises ConfigError: the recording does not hold that step.
+        """
+        first = self.scheduler.next_step
         for place, (line, event) in enumerate(self._lines[1:], 1):
             tell(place / len(self._lines))
             self._time = event.get("t", self._time)
@@ -94,10 +99,13 @@ class Replay:
             elif event["e"] == "step":
                 if (divergence := self._step(line, event)) is not None:
                     return divergence
-                if until is not None and event["n"] >= until and event["rows"] is not None:
+                if until is not None and self.scheduler.next_step > until >= first:
                     return None
             elif (divergence := self._feed(line, event)) is not None:
                 return divergence
+        if until is not None:
+            last = self.scheduler.next_step - 1
+            raise ConfigError(f"--until {until}: the recording holds the steps from {first} to {last}")
         return None
 
     def cost(self) -> CostModel:
@@ -152,7 +160,8 @@ class Replay:
                 scheduler.update(output, result)
                 if record is not None:
                     record.num_sampled = sum(map(len, result.token_ids))
-                    self.steps.append((StepWork.of(record), self._time - began))
+                    self.steps.append((StepWork.of(record), self._time - max(began, self._done)))
+                self._done = self._time
         return None
 
     def _add(self, line: int, event: dict[str, Any]) -> Divergence | None:
@@ -271,5 +280,5 @@ def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
                 if number < len(texts):
                     raise ConfigError(f"{file}, line {number}, is no line of a recording: {error}") from error
     if not lines or lines[0][1].get("format") != FORMAT:
-        raise ConfigError(f"{path} is no recording ({FORMAT}): octavo serve --record FILE makes one")
+        raise ConfigError(f"{path} is no recording ({FORMAT}): octavo serve --record FOLDER makes one")
     return lines

@@ -14,12 +14,15 @@ from octavo.cli.app import run
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
 from octavo.errors import ConfigError
+from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import AbortRequests, AddRequest
+from octavo.request import Request
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.recorder import RecordingScheduler, Ring
 from octavo.simulate.outcome import Outcome
 from octavo.simulate.real import run_real
 from octavo.simulate.replay import Replay
+from octavo.step import ModelRunnerOutput, SchedulerOutput
 
 
 def recorded(folder: Path, **settings: object) -> tuple[Path, Outcome]:
@@ -27,7 +30,7 @@ def recorded(folder: Path, **settings: object) -> tuple[Path, Outcome]:
     config = EngineConfig(
         max_num_seqs=12, max_num_batched_tokens=128, admission_headroom=0.0, record=str(folder), **settings
     )  # type: ignore[arg-type]
-    core, executor = known_core(config, num_blocks=44)
+    core, executor = known_core(config, num_blocks=44 * 16 // config.block_size)
     prepare(core)
     trace = [a for a in WORKLOAD.at(30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
     outcome = run_real(trace, core, clock=executor.clock, wait=executor.wait)
@@ -242,6 +245,90 @@ def test_a_disk_that_fails_leaves_no_file_open(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(number)
     ring.close()
+
+
+def two_in_flight(path: Path) -> None:
+    """Three steps of 10 s, each launched while the one before it runs; then nothing to do, then one of 5 s."""
+    now = 0.0
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 32}
+    scheduler = RecordingScheduler(KVCacheManager(8, 4), max_run_ahead=1, clock=lambda: now, **limits)
+    scheduler.record(Ring(path, 1 << 20), {"block_size": 4})
+
+    def add(name: str, max_tokens: int) -> None:
+        params = SamplingParams(ignore_eos=True, max_tokens=max_tokens)
+        scheduler.add(Request(name, [5, 6], params, frozenset(), max_tokens, arrival_time=now))
+
+    def schedule(at: float) -> SchedulerOutput:
+        nonlocal now
+        now = at
+        return scheduler.schedule()
+
+    def take(output: SchedulerOutput, at: float) -> None:
+        nonlocal now
+        now = at
+        scheduler.update(output, ModelRunnerOutput([[7]] * len(output.scheduled), [None] * len(output.scheduled)))
+
+    add("a", 3)
+    first, second = schedule(0.0), schedule(1.0)
+    take(first, 10.0)
+    third = schedule(11.0)
+    take(second, 20.0)
+    assert not schedule(21.0).scheduled
+    take(third, 30.0)
+    assert not schedule(99.0).scheduled
+    add("b", 1)
+    take(schedule(100.0), 105.0)
+    scheduler.close()
+
+
+def test_a_step_that_ran_behind_another_is_priced_from_where_that_ended(tmp_path) -> None:
+    two_in_flight(tmp_path / "r")
+    replay = Replay(tmp_path / "r")
+    assert replay.run() is None
+    assert [(work.num_tokens, seconds) for work, seconds in replay.steps] == [(2, 10.0), (1, 10.0), (1, 10.0), (2, 5.0)]
+
+
+def test_a_look_at_a_step_waits_until_it_is_decided_and_names_the_steps_there_are(tmp_path, capfd) -> None:
+    path = tmp_path / "r"
+    two_in_flight(path)
+    assert run(["replay", str(path), "--until", "3"]) == 0
+    captured = capfd.readouterr()
+    assert "Before step 4" in captured.err
+    [row] = captured.out.splitlines()[1:]
+    assert row.split() == ["b", "running", "0", "2", "0", "2", "1", "0"]
+    assert run(["replay", str(path), "--until", "4"]) == 2
+    assert "the steps from 0 to 3" in capfd.readouterr().err
+
+
+def what_if(path: Path, changes: str, capfd: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
+    """The figures that --what-if shows: as it was, and under the changes."""
+    assert run(["replay", str(path), "--what-if", changes]) == 0
+    rows = capfd.readouterr().out.splitlines()[1:]
+    return {row[:24].strip(): [float(value.replace(",", "")) for value in row[24:].split()] for row in rows}
+
+
+def test_larger_blocks_share_what_they_would_have_shared_in_a_pool_of_the_same_bytes(tmp_path, capfd) -> None:
+    path, _ = recorded(tmp_path / "16")
+    _, larger = recorded(tmp_path / "32", block_size=32)
+    hits = 100 * larger.total("prefix_hits") / larger.total("prefix_queries")
+    figures = what_if(path, "block_size=32", capfd)
+    assert figures["cache hits %"][1] == pytest.approx(hits, rel=0.03)
+    assert figures["cache hits %"][1] < figures["cache hits %"][0]
+    assert figures["preemptions"][1] == pytest.approx(larger.total("num_preempted"), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "why"),
+    [
+        ("block_size=8", {}, "a multiple of 16"),
+        ("block_size=24", {}, "a multiple of 16"),
+        ("enable_prefix_caching=true", {"enable_prefix_caching": False}, "without a prefix cache"),
+    ],
+)
+def test_what_a_recording_cannot_tell_is_refused(tmp_path, capfd, changes: str, settings: dict, why: str) -> None:
+    path, _ = recorded(tmp_path, **settings)
+    assert run(["replay", str(path), "--what-if", changes]) == 2
+    assert why in capfd.readouterr().err
 
 
 def test_the_verb_says_what_it_found(tmp_path, capfd) -> None:
