@@ -1,7 +1,19 @@
 """Fixtures shared by the end-to-end tests."""
 
+import json
+
 import pytest
 from serving import serving
+
+from tests.engine.test_core import TINY
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny model without weights or tokenizer: tiny_engine.with_engine runs it."""
+    path = tmp_path_factory.mktemp("tiny")
+    (path / "config.json").write_text(json.dumps(TINY))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -4,32 +4,13 @@ import asyncio
 import json
 
 import pytest
+from tiny_engine import with_engine
 
-from octavo import AsyncEngine, EngineConfig, RequestOutputKind, SamplingParams
+from octavo import RequestOutputKind, SamplingParams
 from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, MemoryPlanError
 from tests.engine.test_core import TINY
 
 PROMPT = [5, 6, 7]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    (path / "config.json").write_text(json.dumps(TINY))
-    return path
-
-
-def with_engine(folder, use, **settings):
-    """Runs `await use(engine)` on a fresh engine."""
-
-    async def body():
-        engine = await AsyncEngine.start(EngineConfig(model=str(folder), load_format="dummy", **settings))
-        try:
-            return await use(engine)
-        finally:
-            await engine.shutdown()
-
-    return asyncio.run(asyncio.wait_for(body(), 60))
 
 
 def params(**changes):

@@ -20,6 +20,7 @@ from octavo.sampling_params import RequestOutputKind, SamplingParams
 BOS, EOS = 256, 257
 WORDS = ["hello", " world"]
 VOCAB_SIZE = 258 + len(WORDS)
+HERMES_CALL = b'Hm. <tool_call>{"name": "time", "arguments": {"zone": "CET"}}</tool_call>'  # a word, then a tool call
 
 
 class FakeTokenizer:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import HERMES_CALL, FakeEngine
 from inside import Inside
 
 from octavo.errors import EngineDeadError, QueueFullError
@@ -25,7 +25,6 @@ TOOLS = [
         "input_schema": {"type": "object", "properties": {"zone": {"type": "string"}}},
     }
 ]
-CALL = b'Hm. <tool_call>{"name": "time", "arguments": {"zone": "CET"}}</tool_call>'
 
 
 def client_of(ask: Inside, use: Callable[[Any], Any], key: str = "none") -> Any:
@@ -84,7 +83,7 @@ def test_why_it_stopped(get: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("get", [create, lambda ask, **changes: streamed(ask, **changes)[0]])
 def test_tools_and_thoughts(get: Callable[..., Any]) -> None:
-    ask = Inside(FakeEngine(answer=CALL), tool_form=TOOL_PARSERS["hermes"])
+    ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
     message = get(ask, tools=TOOLS, max_tokens=100)
     assert [block.type for block in message.content] == ["text", "tool_use"]
     assert (message.content[1].name, message.content[1].input) == ("time", {"zone": "CET"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import HERMES_CALL, FakeEngine
 from inside import Inside
 
 from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS, Calls, Message, Reasoning, whole_message
@@ -94,7 +94,6 @@ CHAT = {
     "messages": [{"role": "user", "content": "hi"}],
     "tools": [tool("weather", city={"type": "string"}), tool("time")],
 }
-ANSWER = b'Hm. <tool_call>{"name": "time", "arguments": {"zone": "CET"}}</tool_call>'
 
 
 def chunks(answer) -> list[dict]:
@@ -104,7 +103,7 @@ def chunks(answer) -> list[dict]:
 
 
 def test_auto_calls_whole_and_streamed() -> None:
-    ask = Inside(FakeEngine(answer=ANSWER), tool_form=TOOL_PARSERS["hermes"])
+    ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
     choice = ask("POST", "/v1/chat/completions", json=CHAT).json()["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     message = choice["message"]
@@ -118,7 +117,7 @@ def test_auto_calls_whole_and_streamed() -> None:
     assert told["function"] == call["function"]
     assert streamed[-1]["finish_reason"] == "tool_calls"
     with_logprobs = chunks(ask("POST", "/v1/chat/completions", json={**CHAT, "stream": True, "logprobs": True}))
-    assert sum(len((c["logprobs"] or {"content": []})["content"]) for c in with_logprobs) == len(ANSWER) + 1
+    assert sum(len((c["logprobs"] or {"content": []})["content"]) for c in with_logprobs) == len(HERMES_CALL) + 1
 
 
 def test_one_call_where_they_may_not_be_parallel() -> None:
@@ -160,9 +159,9 @@ def test_required_and_named_calls_are_made_by_a_grammar() -> None:
 
 
 def test_none_leaves_the_tools_out() -> None:
-    ask = Inside(FakeEngine(answer=ANSWER), tool_form=TOOL_PARSERS["hermes"])
+    ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
     choice = ask("POST", "/v1/chat/completions", json={**CHAT, "tool_choice": "none"}).json()["choices"][0]
-    assert choice["message"]["content"] == ANSWER.decode()
+    assert choice["message"]["content"] == HERMES_CALL.decode()
     assert choice["finish_reason"] == "stop"
 
 
