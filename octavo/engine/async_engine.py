@@ -25,6 +25,7 @@ from octavo.engine.frontend import Frontend, Prompt
 from octavo.engine.grammar import GrammarCompiler
 from octavo.engine.groups import Group, Update
 from octavo.engine.outbox import Outbox
+from octavo.engine.template import TemplateRenderer
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
 from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs
@@ -35,7 +36,7 @@ from octavo.observe.metrics import Metrics
 from octavo.outputs import RequestOutput
 from octavo.request import FinishReason
 from octavo.sampling_params import SamplingParams
-from octavo.text.chat import ChatTemplate
+from octavo.text.chat import ChatTemplate, missing_template
 from octavo.text.load import load_text
 from octavo.text.tokenizer import LONG_TEXT, Tokenizer
 
@@ -73,6 +74,7 @@ class AsyncEngine:
         self._watchdog = Watchdog(config.max_num_batched_tokens, config.threads())
         self._restarts = Restarts()
         self._grammars = GrammarCompiler()
+        self._templates = TemplateRenderer()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -103,6 +105,8 @@ class AsyncEngine:
         engine.timings.update(engine.ready.timings)
         engine.timings["process start, imports"] = max(0.0, whole - sum(engine.timings.values()))
         engine._tasks = [asyncio.create_task(engine._supervise()), asyncio.create_task(engine._watch())]
+        if engine.chat_template is not None:
+            engine._tasks.append(asyncio.create_task(engine._templates.start()))
         return engine
 
     @property
@@ -115,6 +119,15 @@ class AsyncEngine:
         if isinstance(prompt, str) and len(prompt) >= LONG_TEXT:
             return await asyncio.to_thread(self._frontend.tokenize, prompt)
         return self._frontend.tokenize(prompt)
+
+    async def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        """The prompt for messages, as ChatTemplate.render makes it, in a process that can be killed.
+
+        Raises InvalidValueError: the model has no template, or that refused. QueueFullError: too many wait.
+        """
+        if self.chat_template is None:
+            raise missing_template(self.model_name)
+        return await self._templates.render(self.chat_template, messages, variables)
 
     async def generate(
         self,
@@ -229,7 +242,7 @@ class AsyncEngine:
             self._process.channel.send(Shutdown())
         for task in self._tasks:
             task.cancel()
-        await self._grammars.close()
+        await asyncio.gather(self._grammars.close(), self._templates.close())
         await self._process.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all()

@@ -23,7 +23,7 @@ from octavo.server.errors import Failure, Refused, unavailable
 from octavo.server.keys import Key
 from octavo.server.protocol import ChatRequest, GenerationRequest, TokenizeRequest
 from octavo.server.tools import Form
-from octavo.text.chat import cut_after_last_message, missing_template, plain_message
+from octavo.text.chat import cut_after_last_message, plain_message
 from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
 
 if TYPE_CHECKING:
@@ -141,17 +141,9 @@ class Front:
 
     async def render(self, body: ChatRequest | TokenizeRequest) -> str:
         """The messages of `body` as one prompt, through the model's chat template."""
-        messages = [_template_message(message.model_dump(exclude_none=True)) for message in body.messages or ()]
-        if sum(len(message["content"]) for message in messages) < LONG_TEXT:
-            return self._render(messages, body)
-        return await asyncio.to_thread(self._render, messages, body)
-
-    def _render(self, messages: list[dict[str, Any]], body: ChatRequest | TokenizeRequest) -> str:
-        template = self.engine.chat_template
         if self.engine.tokenizer is None:
             raise InvalidValueError("this server runs without a tokenizer, so it cannot chat", param="messages")
-        if template is None:
-            raise missing_template(self.model_names[0])
+        messages = [_template_message(message.model_dump(exclude_none=True)) for message in body.messages or ()]
         kwargs: Mapping[str, Any] = body.chat_template_kwargs or {}
         for name in kwargs:
             if name in RESERVED_KWARGS or name.endswith("_token"):
@@ -159,7 +151,8 @@ class Front:
         tools = None
         if isinstance(body, ChatRequest) and body.tools and body.tool_choice != "none":
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        text = template.render(messages, tools=tools, add_generation_prompt=body.add_generation_prompt, **kwargs)
+        opened = body.add_generation_prompt
+        text = await self.engine.render(messages, tools=tools, add_generation_prompt=opened, **kwargs)
         return cut_after_last_message(text, messages) if body.continue_final_message else text
 
     def check_ids(self, ids: list[int], param: str) -> None:

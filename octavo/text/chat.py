@@ -4,8 +4,8 @@ A template is a program by a stranger. It comes from the model's files or from t
 from a request, and still runs under four limits: Jinja's immutable sandbox (no access to Python's internals, no change
 to what it is given); a number of steps (turns of a loop and calls); seconds; and the size of its output and of each
 value on the way. The checks are woven into the template when it is compiled, so a template that loops, recurses or
-doubles a string ends in an error and cannot hang the server. What they do not cover is one single built-in call that
-is slow by itself on values below the size limit.
+doubles a string ends in an error. What they do not cover is one single built-in call that is slow or large by itself: a
+server renders in a process that it can kill (engine/template.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -25,10 +25,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from octavo.errors import InvalidValueError, ModelFileError, UnsupportedParameterError
-from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.text.tokenizer import Tokenizer
 
 MAX_STEPS = 500_000
-MAX_SECONDS = 10.0
+MAX_SECONDS = 5.0
 MAX_SIZE = 1 << 22  # characters of a string, elements of a list, bits of a number
 _SIZED = (str, list, tuple, dict)
 
@@ -54,7 +56,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer | None) -> None:
         self.source = source
-        self._special_tokens = dict(tokenizer.special_tokens) if tokenizer is not None else {}
+        self.special_tokens = dict(tokenizer.special_tokens) if tokenizer is not None else {}
         try:
             self._template = _ENVIRONMENT.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -73,20 +75,24 @@ class ChatTemplate:
         Raises:
             InvalidValueError: the template refused the messages, failed on them, or ran into a limit.
         """
-        variables = {"documents": None, **self._special_tokens, **kwargs}
-        variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        variables = {**self.special_tokens, **kwargs, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self.run(messages, variables)
+        except Exception as error:  # a stranger's program may fail in any way
+            reason = str(error) or type(error).__name__
+            raise InvalidValueError(f"the chat template refused the messages: {reason}", param="messages") from error
+
+    def run(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """The prompt for `messages`, given all variables. Raises whatever the template raises."""
         budget = _budget.set(_Budget())
         try:
             size, parts = 0, []
-            for part in self._template.generate(variables):
+            for part in self._template.generate({"documents": None, **variables, "messages": messages}):
                 size += len(part)
                 if size > MAX_SIZE:
                     raise TemplateLimitError(f"its output is longer than {MAX_SIZE} characters")
                 parts.append(part)
             return "".join(parts)
-        except Exception as error:  # a stranger's program may fail in any way
-            reason = str(error) or type(error).__name__
-            raise InvalidValueError(f"the chat template refused the messages: {reason}", param="messages") from error
         finally:
             _budget.reset(budget)
 
@@ -172,6 +178,11 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
         yield item
 
 
+@jinja2.pass_context  # so that it is not called, with all that is in it, when a template is compiled
+def _measure(_: Context, value: Any) -> Any:
+    return _bounded(value)
+
+
 def _bounded(value: Any) -> Any:
     """What a concatenation, a filter, a sum or a call gave, unless it is too large."""
     size = value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, _SIZED) else 0
@@ -194,7 +205,7 @@ class _Generation(Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with steps and sizes counted."""
 
-    intercepted_binops = frozenset(["+", "*", "**"])
+    intercepted_binops = frozenset(["+", "*", "**", "%"])  # and not computed when a template is compiled
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         """Weave the limits into the syntax tree: every loop counts its turns, every value that may grow is measured."""
@@ -254,8 +265,10 @@ def _tojson(
 
 
 def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    filters: dict[str, Callable[..., Any]] = {"tojson": _tojson, "_counted": _counted, "_bounded": _bounded}
+    extensions = [_Generation, loopcontrols]
+    # without the optimizer, which computes what is constant when a template is compiled, where nothing is bounded
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
+    filters: dict[str, Callable[..., Any]] = {"tojson": _tojson, "_counted": _counted, "_bounded": _measure}
     environment.filters.update(filters)
     environment.globals.update({"raise_exception": _raise_exception, "strftime_now": _strftime_now})
     return environment

@@ -50,8 +50,9 @@ class Server:
         """The engine process, a child of the front."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        assert len(children) == 1
-        return int(children[0])
+        commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+        (engine,) = [child for child, command in commands.items() if b"octavo.engine.process" in command]
+        return engine
 
     def stop(self):
         """Ctrl-C; returns the exit status."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 
 import pytest
 
 from octavo.engine import grammar
 from octavo.engine.grammar import GrammarCompiler, compile_here
-from octavo.errors import InvalidValueError
+from octavo.errors import InvalidValueError, QueueFullError
 from octavo.sampling_params import MAX_GRAMMAR, MAX_NESTING, SamplingParams, StructuredOutputsParams
 
 pytest.importorskip("llguidance")
@@ -39,9 +40,9 @@ def test_both_ways_give_the_same_and_the_process_is_kept() -> None:
 
     async def use(compiler):
         built = [await compiler.compile(one) for one in asked]
-        pid = compiler._process.pid
+        pid = compiler._sandbox._process.pid
         assert [await compiler.compile(one) for one in asked] == built
-        assert compiler._process.pid == pid
+        assert compiler._sandbox._process.pid == pid
         return built
 
     assert with_compiler(use) == [compile_here(one) for one in asked]
@@ -68,18 +69,18 @@ def test_what_cannot_be_built_is_refused_and_the_next_one_is_built(spec: dict, w
     with_compiler(use)
 
 
-def test_what_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_too_long_is_killed() -> None:
     async def use(compiler):
         assert await compiler.compile(StructuredOutputsParams(regex="a"))
-        compiler._process.send_signal(19)  # SIGSTOP: it will never answer
-        monkeypatch.setattr(grammar, "MAX_SECONDS", 0.3)
+        compiler._sandbox._process.send_signal(19)  # SIGSTOP: it will never answer
+        compiler._sandbox._seconds = 0.3
         began = time.monotonic()
         with pytest.raises(InvalidValueError, match=r"longer than 0\.3 s"):
             await compiler.compile(StructuredOutputsParams(regex="b"))
         assert time.monotonic() - began < 3
-        monkeypatch.setattr(grammar, "MAX_SECONDS", 20)
+        compiler._sandbox._seconds = 20
         assert await compiler.compile(StructuredOutputsParams(regex="b"))
-        compiler._process.kill()
+        compiler._sandbox._process.kill()
         with pytest.raises(InvalidValueError, match="too large"):
             await compiler.compile(StructuredOutputsParams(regex="c"))
         assert await compiler.compile(StructuredOutputsParams(regex="c"))
@@ -92,18 +93,18 @@ def test_who_leaves_takes_the_answer_along() -> None:
 
     async def use(compiler):
         assert await compiler.compile(StructuredOutputsParams(regex="a"))
-        process = compiler._process
+        process = compiler._sandbox._process
         for number in range(3):
             asked = StructuredOutputsParams(regex=f"gone{number}")
             leaving = asyncio.create_task(compiler.compile(asked))
             await asyncio.sleep(0)
-            while compiler._process is None:  # until it is written
+            while compiler._sandbox._process is None:  # until it is written
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0)
             leaving.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await leaving
-            assert compiler._process is None, "whoever may still answer is not read again"
+            assert compiler._sandbox._process is None, "whoever may still answer is not read again"
             wanted = StructuredOutputsParams(choice=[f"b{number}"])
             assert await compiler.compile(wanted) == compile_here(wanted)
             assert await compiler.compile(asked) == compile_here(asked)
@@ -112,10 +113,43 @@ def test_who_leaves_takes_the_answer_along() -> None:
     with_compiler(use)
 
 
+def test_what_was_refused_once_is_refused_at_once() -> None:
+    async def use(compiler):
+        for name in ("response_format", "structured_outputs"):
+            with pytest.raises(InvalidValueError, match="no grammar can be built") as caught:
+                await compiler.compile(StructuredOutputsParams(regex="(a", asked_as=name))
+            assert caught.value.param == name
+        assert compiler._sandbox._num_asked == 1
+
+    with_compiler(use)
+
+
+def test_only_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process does not answer; one question is under way, two wait behind it, the others come back later."""
+    monkeypatch.setattr(grammar, "MAX_WAITING", 3)
+
+    async def use(compiler):
+        assert await compiler.compile(StructuredOutputsParams(regex="a"))
+        process = compiler._sandbox._process
+        process.send_signal(signal.SIGSTOP)
+        asked = [StructuredOutputsParams(regex=f"b{number}") for number in range(6)]
+        tasks = [asyncio.create_task(compiler.compile(one)) for one in asked]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        refused = [task.exception() for task in tasks if task.done()]
+        assert len(refused) == 3
+        assert all(isinstance(error, QueueFullError) and error.retry_after > 0 for error in refused)
+        process.send_signal(signal.SIGCONT)
+        built = await asyncio.gather(*tasks[:3])
+        assert built == [compile_here(one) for one in asked[:3]]
+
+    with_compiler(use)
+
+
 def test_an_answer_to_another_question_is_not_taken() -> None:
     async def use(compiler):
         assert await compiler.compile(StructuredOutputsParams(regex="a"))
-        compiler._process.stdin.write(b'[-1, "regex", "stray"]\n')
+        compiler._sandbox._process.stdin.write(b'[-1, ["regex", "stray"]]\n')
         wanted = StructuredOutputsParams(regex="b")
         assert await compiler.compile(wanted) == compile_here(wanted)
 

@@ -16,6 +16,7 @@ from octavo.errors import EngineDeadError, InvalidValueError
 from octavo.observe.metrics import Metrics
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.text.chat import missing_template
 
 BOS, EOS = 256, 257
 WORDS = ["hello", " world"]
@@ -102,6 +103,11 @@ class FakeEngine:
             self.running.discard(request_id)
             if not ended:
                 self.aborted.append(request_id)
+
+    async def render(self, messages: list[dict], **variables: object) -> str:
+        if self.chat_template is None:
+            raise missing_template(self.model_name)
+        return self.chat_template.render(messages, **variables)
 
     @property
     def num_unfinished(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -175,3 +176,23 @@ def test_a_plain_message_is_one_text_with_a_role_templates_know() -> None:
     for part in ("a", {"type": "image_url"}, {"type": "text", "text": 5}):
         with pytest.raises(UnsupportedParameterError, match="not supported: give text"):
             plain_message({"role": "user", "content": [part]})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '%99999999d' % 1 }}",
+        "{{ 'x' | center(99999999) }}",
+        "{% if ('x' | center(99999999)) == 'y' %}{% endif %}",
+        "{% set x = 'x' | center(99999999) | length %}",
+        "{{ 'x' * 99999999 }}",
+    ],
+)
+def test_nothing_is_computed_before_it_is_bounded(source: str) -> None:
+    """Jinja computes what is constant when it compiles, where nobody counts."""
+    tracemalloc.start()
+    try:
+        ChatTemplate(source, None)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
