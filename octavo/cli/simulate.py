@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
 import typer
 from typer import Option
 
-from octavo.cli.flags import engine_flags
+from octavo.cli.flags import engine_flags, flag_name
 from octavo.cli.help import Verb
 from octavo.cli.terminal import console, say, say_table
 from octavo.config import EngineConfig, SchedulingPolicy
@@ -79,13 +79,8 @@ class TraceFlags:
     only=(
         *("revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"),
         *("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "kv_cache_dtype"),
-        *(
-            "enable_prefix_caching",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "admission_headroom",
-            "long_prefill_token_threshold",
-        ),
+        *("enable_prefix_caching", "prefix_eviction_policy", "max_num_seqs", "max_num_batched_tokens"),
+        *("admission_headroom", "long_prefill_token_threshold"),
         *("scheduling_policy", "priority_ageing", "slo_ttft_ms", "slo_itl_ms"),
         *("max_num_queued_reqs", "max_num_queued_tokens"),
     )
@@ -106,6 +101,7 @@ def simulate(
     Only the model is missing: a step takes what a linear model of its work says, fitted to steps timed on this machine
     (under a minute, once). Flags of the scheduler and the KV cache mean what they mean to octavo serve.
     """
+    _refuse_idle(config, trace, calibrate, validate, compare, output)
     if calibrate or validate:
         return _with_engine(config, trace, costs, validate, output)
     from octavo.simulate.costs import Costs
@@ -130,12 +126,41 @@ def simulate(
     return 0
 
 
+def _refuse_idle(
+    config: EngineConfig, trace: TraceFlags, calibrate: bool, validate: bool, compare: bool, output: Path | None
+) -> None:
+    """Raises ConfigError for flags that would change nothing."""
+    given = {f.name for part in (config, trace) for f in fields(part) if getattr(part, f.name) != f.default}
+    given |= {name for name, value in (("compare", compare), ("output", output is not None)) if value}
+    generated = {f.name for f in fields(trace)} - {"trace", "limit"}
+    with_model = {"model", "revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"}
+    with_model |= {"kv_cache_dtype", "kv_cache_memory_bytes"}
+    only_calibrates = calibrate and not validate
+    for names, is_idle, why in (
+        (
+            with_model,
+            not (calibrate or validate),
+            "--calibrate and --validate run a model; else --costs names the machine",
+        ),
+        ({*generated, "trace", "limit", "compare", "output"}, only_calibrates, "--calibrate runs no trace"),
+        ({"compare"}, validate, "--validate is of one --scheduling-policy"),
+        ({"turns"}, validate, "a later turn repeats answers that only a simulated model gives"),
+        (generated, trace.trace is not None, "a trace file has its own requests and times"),
+        ({"limit"}, trace.trace is None, "it is of --trace; generated are --num-requests"),
+        ({"rate"}, trace.load is not None, "--load sets the rate"),
+        ({"think_time"}, trace.turns == 1, "it is between --turns"),
+        ({"tenant_skew"}, trace.num_tenants == 1, "it is between --num-tenants"),
+        ({"priority_ageing"}, not compare and config.scheduling_policy != "priority", "it is of policy priority"),
+    ):
+        if is_idle and (idle := given & names):
+            flags = ", ".join(name.upper() if name == "model" else flag_name(name) for name in sorted(idle))
+            raise ConfigError(f"{flags} would change nothing here: {why}; leave out what is not meant")
+
+
 def _arrivals(trace: TraceFlags, machine: Machine, config: EngineConfig) -> list[Arrival]:
     """The requests that fit, at the rate or the load that was asked for."""
     from octavo.simulate.simulator import capacity
 
-    if trace.trace is not None and trace.load is not None:
-        raise ConfigError("--load is for generated requests: a trace file has its own times")
     given = read_trace(trace.trace, limit=trace.limit) if trace.trace else trace.workload().generate()
     longest = min(machine.max_model_len, machine.num_blocks * config.block_size)
     arrivals, num_left_out = clipped(given, longest)

@@ -246,6 +246,42 @@ def test_the_verb_compares_policies_and_writes_json(costs_file, tmp_path, capfd)
     assert figures["fcfs"]["requests/s"] > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["smollm2"], None),  # the default: nobody can tell that it was said
+        (["other"], "MODEL"),
+        (["--num-threads", "2"], "--num-threads"),
+        (["--kv-cache-memory-bytes", "1GiB"], "--kv-cache-memory-bytes"),
+        (["--calibrate", "--load", "1.2"], "--load"),
+        (["--calibrate", "--output", "x.json"], "--output"),
+        (["--validate", "--compare"], "--compare"),
+        (["--validate", "--turns", "2"], "--turns"),
+        (["--trace", "x.csv", "--load", "1.2"], "--load"),
+        (["--trace", "x.csv", "--sigma", "0.1", "--turns", "3"], "--sigma, --turns"),
+        (["--limit", "9"], "--limit"),
+        (["--rate", "2", "--load", "1"], "--rate"),
+        (["--think-time", "2"], "--think-time"),
+        (["--tenant-skew", "2"], "--tenant-skew"),
+        (["--priority-ageing", "2"], "--priority-ageing"),
+        (["--priority-ageing", "2", "--compare"], None),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(costs_file, capfd, flags: list[str], named: str | None) -> None:
+    status = run(["simulate", "--costs", str(costs_file), *flags])
+    said = capfd.readouterr().err
+    assert (status, f"{named} would change nothing" in said) == ((2, True) if named else (0, False))
+
+
+def test_the_verb_evicts_as_it_is_told(costs_file, capfd) -> None:
+    flags = ["--num-gpu-blocks-override", "64", "--num-requests", "60", "--shared-prefix", "64", "--num-tenants", "9"]
+    said = []
+    for policy in ("lru", "lfu"):
+        assert run(["simulate", "--costs", str(costs_file), *flags, "--prefix-eviction-policy", policy]) == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] != said[1]
+
+
 def test_a_costs_file_that_is_none_is_refused(costs_file, capfd) -> None:
     assert run(["simulate", "--costs", str(costs_file) + "x"]) == 2
     assert "--calibrate" in capfd.readouterr().err
