@@ -14,6 +14,7 @@ from octavo.messages import AbortRequests, AddRequest, StepRecord
 from octavo.observe.step_log import StepLog
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.cost import CostModel, StepWork, fit, typical
+from octavo.scheduler.door import Door
 from octavo.scheduler.slo import SloPolicy
 
 START_SECONDS = 1.0  # of the start, where a policy needs a cost model
@@ -48,6 +49,7 @@ def timed_steps(
     """The records of calibration steps; the first two (cold caches) are left out."""
     kv, log = core.scheduler.kv, core.log
     caching, kv.enable_prefix_caching, core.log = kv.enable_prefix_caching, False, StepLog()
+    door, core.scheduler.door = core.scheduler.door, Door()  # without bounds, and the real one learns no pace
     records: list[StepRecord] = []
     began = time.monotonic()
     try:
@@ -63,7 +65,7 @@ def timed_steps(
             if time.monotonic() - began >= seconds and number:
                 break
     finally:
-        kv.enable_prefix_caching, core.log = caching, log
+        kv.enable_prefix_caching, core.log, core.scheduler.door = caching, log, door
     tell(1.0)
     return records[2:]
 

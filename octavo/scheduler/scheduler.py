@@ -92,7 +92,7 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs))  # a heap: the lowest is taken first
         self._requests: dict[str, Request] = {}
         self.policy: Policy = policy if policy is not None else FcfsPolicy()
-        self._door = Door(max_num_queued_reqs, max_num_queued_tokens)
+        self.door = Door(max_num_queued_reqs, max_num_queued_tokens)
         self._now = clock()  # read once per call: what a recorded run needs to be replayed
         self.preempted: list[tuple[Request, Request]] = []  # by the last schedule(): who, and for whom
         self._prefill_left = NO_CAP  # prompt tokens that the policy still allows in this step
@@ -146,7 +146,7 @@ class Scheduler:
             raise InvalidValueError(f"request_id {request.request_id!r} is already running", param="request_id")
         request.max_length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         refuse_impossible(request, self.kv, self.max_model_len, self._max_num_seqs)
-        self._door.enter(request, self.num_waiting, self._clock())
+        self.door.enter(request, self.num_waiting, self._clock())
         for member in self._beams.add(request, self.max_model_len):
             self.kv.add(member)
         parent = self._requests.get(request.fork_of or "")
@@ -167,7 +167,7 @@ class Scheduler:
     def expire(self) -> list[RequestDelta]:
         """Ends the Requests whose deadline has passed: their last deltas."""
         deltas = []
-        for deadline, request_id in self._door.expired(self._clock()):
+        for deadline, request_id in self.door.expired(self._clock()):
             request = self._requests.get(request_id)
             if request is not None and request.deadline == deadline:  # else it has ended; a namesake may run
                 allowed = deadline - request.arrival_time
@@ -329,7 +329,7 @@ class Scheduler:
         """Gives a Request that has its blocks a row: it runs."""
         if request.first_scheduled_time is None:
             if request.request_id in self._requests:
-                self._door.admitted(request, self._now)
+                self.door.admitted(request, self._now)
             request.first_scheduled_time = self._now
         request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
@@ -503,7 +503,7 @@ class Scheduler:
         if (heir := self._forks.heir(request)) is not None:
             self.policy.push(heir)
         self.policy.ended(request)
-        self._door.left(request)
+        self.door.left(request)
         del self._requests[request.request_id]
 
     def _give_up(

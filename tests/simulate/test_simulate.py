@@ -13,9 +13,10 @@ from octavo.cli.app import run
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
-from octavo.messages import StepRecord
+from octavo.messages import AddRequest, StepRecord
+from octavo.sampling_params import SamplingParams
 from octavo.scheduler.cost import CostModel, StepWork
-from octavo.simulate.costs import FORMAT, Costs
+from octavo.simulate.costs import FORMAT, Costs, time_steps
 from octavo.simulate.outcome import Outcome, Seen, max_min_shares, percentile
 from octavo.simulate.real import run_real
 from octavo.simulate.simulator import Machine, capacity, simulate
@@ -85,6 +86,16 @@ def test_a_simulation_is_exact_where_the_costs_are_known(policy: str, burst_size
     assert [row.error for row in compare(simulated, measured)] == pytest.approx([0.0] * 5, abs=1e-9)
     for happened in ("num_chunked", "prefix_hits"):
         assert simulated.total(happened) == measured.total(happened) > 0
+
+
+def test_a_calibration_is_not_held_up_at_the_door_and_the_door_is_there_again() -> None:
+    core, _ = known_core(EngineConfig(max_num_seqs=32, max_num_queued_reqs=1))
+    timed = time_steps(core, seconds=0.2)
+    assert max(work.num_sampled for work, _ in timed) == 32
+    for name in "abc":
+        core.handle(AddRequest(name, [5, 6], SamplingParams(ignore_eos=True, max_tokens=2), 2, seed=0))
+    refusals = [delta for delta in core.step().deltas if delta.error_kind]
+    assert [(delta.request_id, delta.retry_after) for delta in refusals] == [("b", 1.0), ("c", 1.0)]  # no pace is known
 
 
 def test_a_small_pool_preempts_and_everybody_still_ends() -> None:
