@@ -41,7 +41,6 @@ class ScheduledRow:
     samples: bool  # True when the last position is the Request's last token, so a new token comes out
     # per KV group, appended to the row's table; empty for a row that is new in this step (NewRow carries them all)
     new_block_ids: tuple[list[int], ...] = ((),)  # type: ignore[assignment]
-    num_drafts: int = 0
     fork_of: int = -1  # with num_tokens = 0: the row of this step whose last logits it samples from; it shares its KV
 
 
