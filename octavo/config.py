@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from octavo.errors import ConfigError, UnsupportedError
 
@@ -21,6 +21,7 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 CudaOps = Literal["triton", "cuda"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair", "slo"]
+EvictionPolicy = Literal["lru", "lfu"]
 RuntimeName = Literal["auto", "native", "cuda", "reference"]
 
 
@@ -53,7 +54,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0  # 0: no cap on one request's share of a step
     enable_prefix_caching: bool = True
     enable_copy_on_write: bool = True  # n answers fork one prefill; off, each is a request that may hit the cache
-    prefix_eviction_policy: Literal["lru", "lfu"] = "lru"  # which cached prefix goes first
+    prefix_eviction_policy: EvictionPolicy = "lru"  # which cached prefix goes first
     prefix_caching_hash_key: str | None = None  # default: random per engine
     admission_headroom: float = 1.0  # blocks per running request that an admission leaves free
     scheduling_policy: SchedulingPolicy = "fcfs"
@@ -83,14 +84,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _of_type(f.name, getattr(self, f.name), str(f.type))
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "quantized", "float16"))
-        _one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
-        _one_of("runtime", self.runtime, ("auto", "native", "cuda", "reference"))
-        _one_of("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
-        _one_of("prefix_eviction_policy", self.prefix_eviction_policy, ("lru", "lfu"))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8", "fp8"))
-        _one_of("cuda_ops", self.cuda_ops, get_args(CudaOps))
+            if get_origin(_HINTS[f.name]) is Literal:
+                _one_of(f.name, getattr(self, f.name), get_args(_HINTS[f.name]))
+            else:
+                _of_type(f.name, getattr(self, f.name), str(f.type))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
         _range("max_num_seqs", self.max_num_seqs, 1, 4096)
         _range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
@@ -152,6 +149,7 @@ class EngineConfig:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_HINTS = get_type_hints(EngineConfig)
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "True or False"),
     "int": (int, "an integer"),
@@ -161,7 +159,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 
 
 def _of_type(name: str, value: object, declared: str) -> None:
-    """Holds a value against its field's annotation ("int | None"); literals have their own check."""
+    """Holds a value against its field's annotation ("int | None")."""
     kind, _, optional = declared.partition(" | ")
     if kind not in _KINDS or (optional and value is None):
         return

@@ -1,11 +1,13 @@
 """EngineConfig: bounds, and refusal by name of what is not built."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, EvictionPolicy
 from octavo.errors import ConfigError, UnsupportedError
+from octavo.kvcache.eviction import EVICTIONS
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,13 @@ def test_unbuilt_settings_are_refused_by_name(name, value):
 def test_an_unknown_argument_is_refused_and_the_known_ones_listed():
     with pytest.raises(UnsupportedError, match="max_model_len"):
         EngineConfig.from_kwargs(max_model_length=3)
+
+
+def test_every_choice_is_there_and_is_checked():
+    assert set(get_args(EvictionPolicy)) == set(EVICTIONS)
+    for name in ("load_format", "runtime", "prefix_eviction_policy", "cuda_ops"):
+        with pytest.raises(ConfigError, match=f"{name} must be one of"):
+            EngineConfig(**{name: ["auto"]})
 
 
 def test_frozen():
