@@ -67,13 +67,15 @@ def test_the_counters_of_waiting_tenants_stay_within_the_stated_bound(seed: int)
     policy = FairPolicy()
     rows, longest, most_new = draw.randint(1, 4), 12, 9
     engine = Engine(num_blocks=12, max_num_seqs=rows, policy=policy)
-    bound = rows * (PROMPT_WEIGHT * longest + OUTPUT_WEIGHT * most_new)
+    weights = dict(zip("abc", draw.choice([(1.0, 1.0, 1.0), (2.0, 0.5, 1.0)]), strict=True))
+    bound = rows * (PROMPT_WEIGHT * longest + OUTPUT_WEIGHT * most_new) / min(weights.values())
     widest = 0.0
     for number in range(300):
         for tenant in "abc":
             if draw.random() < {"a": 0.5, "b": 0.3, "c": 0.05}[tenant]:
                 ids = [draw.randrange(50) for _ in range(draw.randint(1, longest))]
-                engine.add(make_request(f"{tenant}{number}", ids, draw.randint(1, most_new), tenant=tenant))
+                new = draw.randint(1, most_new)
+                engine.add(make_request(f"{tenant}{number}", ids, new, tenant=tenant, weight=weights[tenant]))
         if engine.scheduler.has_unfinished:
             engine.step()
         counters = policy.waiting_counters.values()
