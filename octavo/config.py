@@ -15,6 +15,7 @@ from octavo.errors import ConfigError, UnsupportedError
 DEFAULT_MODEL = "smollm2"
 BLOCK_SIZE = 16
 DEFAULT_QUEUE = 1024  # requests that may wait behind a server
+PROMPT_ROWS = 64  # prompt positions of a step that something is told of
 
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]

@@ -94,6 +94,7 @@ class RequestDelta:
     error: str | None = None
     error_kind: str | None = None  # class name in errors.py, where the error is the request's own
     retry_after: float = 0.0  # seconds, of a QueueFullError
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, from the prompt's second one on
     alone: bool = False  # told before the step: it runs alone, so if the engine dies now, it died of this request
 
 

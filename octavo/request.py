@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from octavo.sampling_params import SamplingParams
+from octavo.step import TokenLogprobs
 
 
 class RequestStatus(StrEnum):
@@ -48,12 +49,14 @@ class Request:
     cache_salt: str | None = None
     adapter_id: int = 0
     fork_of: str | None = None  # the Request, with the same prompt, whose prefill serves this one too
+    reads_prompt: bool = False  # more than KV is wanted of its prompt: cached blocks do not do
     has_grammar: bool = False  # what it may sample next depends on what it has sampled
 
     status: RequestStatus = RequestStatus.WAITING
     epoch: int = 0  # how often it was (re)admitted; stamps work in flight
     row: int = -1  # its fixed index in the runtime's buffers while it runs
     token_ids: list[int] = field(default_factory=list)  # prompt + generated
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # so far, of the prompt from its second token on
     num_computed_tokens: int = 0  # tokens whose KV is in the cache (or is being computed by a step in flight)
     max_length: int = 0  # most tokens, prompt and generated
     num_slots: int = 0  # positions that its blocks hold, while it runs

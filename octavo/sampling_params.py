@@ -97,7 +97,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None  # how many alternatives per token; 0 is the sampled token alone
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = None  # the same of the prompt's own tokens
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
@@ -130,8 +130,9 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else MAX_TOKENS)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if _stop_list(self.stop) and not self.detokenize:
             raise InvalidValueError("stop strings need detokenize=True; use stop_token_ids", param="stop")
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
@@ -193,7 +194,6 @@ class SamplingParams:
 
     def _refuse_unbuilt(self) -> None:
         unbuilt = {
-            "prompt_logprobs": self.prompt_logprobs is not None,
             "logits_processors": bool(self.logits_processors),
             "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
         }
@@ -222,6 +222,7 @@ class SamplingParams:
             "bad_words": bool(self.bad_words),
             "allowed_token_ids": self.allowed_token_ids is not None,
             "structured_outputs": self.structured_outputs is not None,
+            "prompt_logprobs": self.prompt_logprobs is not None,
         }
         for name, is_asked in asked.items():
             if is_asked:

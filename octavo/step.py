@@ -27,6 +27,7 @@ class NewRow:
     seed: int
     adapter_id: int = 0
     num_logprobs: int = -1  # most likely tokens to tell at each position; 0: the sampled one alone, -1: none
+    num_prompt_logprobs: int = -1  # the same of the prompt's tokens
 
 
 @dataclass(slots=True)
@@ -57,10 +58,10 @@ class SchedulerOutput:
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """Log probabilities at one generated position, of the raw distribution (before temperature and penalties)."""
+    """Log probabilities at one position, of the raw distribution (before temperature and penalties)."""
 
     token_logprob: float
-    rank: int  # of the sampled token; 1 is the most likely
+    rank: int  # of the token that is there; 1 is the most likely
     top_ids: list[int]  # the most likely ids, best first (empty when only the sampled one was asked for)
     top_logprobs: list[float]
 
@@ -72,3 +73,5 @@ class ModelRunnerOutput:
     token_ids: list[list[int]]  # new tokens per scheduled row; [] in mid-prefill
     logprobs: list[list[TokenLogprobs] | None]  # one entry per new token where asked for
     foreign_seconds: float = 0.0  # of the step, inside compiled code
+    # by row: of the tokens behind the prompt positions that this step computed, where asked for
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)

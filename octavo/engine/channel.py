@@ -187,6 +187,7 @@ def merge_delta(earlier: RequestDelta, later: RequestDelta) -> None:
     earlier.finish_reason, earlier.stop_reason = later.finish_reason, later.stop_reason
     earlier.cumulative_logprob = later.cumulative_logprob
     earlier.error, earlier.error_kind, earlier.retry_after = later.error, later.error_kind, later.retry_after
+    earlier.prompt_logprobs = earlier.prompt_logprobs or later.prompt_logprobs
     earlier.alone = later.alone
 
 

@@ -218,6 +218,7 @@ class EngineCore:
             cache_salt=message.cache_salt,
             fork_of=message.fork_of if self.config.enable_copy_on_write else None,
             has_grammar=message.grammar is not None,
+            reads_prompt=params.prompt_logprobs is not None and not message.output_token_ids,
             retry_alone=message.runs_alone,
         )
         request.token_ids += message.output_token_ids

@@ -26,6 +26,7 @@ from octavo.text.stream import TextStream
 from octavo.text.tokenizer import Tokenizer, refuse_hopeless
 
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
+MAX_PROMPT_LOGPROBS = 1 << 20  # of one request; they are told in one message
 log = logging.getLogger("octavo.engine")
 Prompt = str | Sequence[int] | Mapping[str, object]
 
@@ -102,12 +103,7 @@ class Frontend:
             raise InvalidValueError(f"{name} needs a tokenizer", param=name)
         bad_ids = self._bad_ids(params.bad_words or ())
         told = replace(params, structured_outputs=None) if grammar else params
-        if params.logprobs is not None and params.logprobs > self._max_logprobs:
-            raise InvalidValueError(
-                f"{params.logprobs} logprobs were asked for; this engine gives at most {self._max_logprobs} "
-                "(max_logprobs)",
-                param="logprobs",
-            )
+        self._check_logprobs(params, len(ids))
         if params.min_tokens > room:
             raise InvalidValueError(f"min_tokens is {params.min_tokens}, but only {room} fit", param="min_tokens")
         if params.beam_width > self._max_num_seqs:
@@ -137,6 +133,8 @@ class Frontend:
                 engine_id = request_id if params.use_beam_search else child_id
                 fork_of = requests[0].request_id if requests else None
                 seed = base_seed + index
+                if requests:  # the prompt is the same: one tells of it
+                    told = replace(told, prompt_logprobs=None)
                 add = AddRequest(engine_id, ids, told, max_tokens, seed, priority, cache_salt, fork_of)
                 add.tenant, add.weight, add.timeout = tenant, weight, timeout
                 add.grammar, add.bad_ids = grammar, bad_ids
@@ -232,6 +230,22 @@ class Frontend:
             self._close(update, now)
         return list(touched.values()), finishes, arrivals
 
+    def _check_logprobs(self, params: SamplingParams, num_prompt: int) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and asked > self._max_logprobs:
+                raise InvalidValueError(
+                    f"{asked} {name} were asked for; this engine gives at most {self._max_logprobs} (max_logprobs)",
+                    param=name,
+                )
+        asked = params.prompt_logprobs
+        if asked is not None and num_prompt * (asked + 1) > MAX_PROMPT_LOGPROBS:
+            raise InvalidValueError(
+                f"{asked} prompt_logprobs of {num_prompt} tokens are more than {MAX_PROMPT_LOGPROBS} "
+                "numbers: ask for fewer of each, or shorten the prompt",
+                param="prompt_logprobs",
+            )
+
     def _bad_ids(self, words: Sequence[str]) -> list[list[int]]:
         """The token sequences that spell a word, at the start of a text and behind a space."""
         found: list[list[int]] = []
@@ -268,6 +282,9 @@ class Frontend:
         group.num_cached_tokens = delta.num_cached_tokens or group.num_cached_tokens
         group.metrics.queue_seconds = delta.queue_time or group.metrics.queue_seconds
         output.token_ids.extend(delta.token_ids)
+        if delta.prompt_logprobs is not None:
+            told = zip(group.prompt_token_ids[1:], delta.prompt_logprobs, strict=True)
+            group.prompt_logprobs = [None, *(self._entries(token, entry) for token, entry in told)]
         if output.logprobs is not None:
             self._add_logprobs(output, delta.token_ids, delta.logprobs or [])
         if delta.cumulative_logprob is not None:
@@ -308,11 +325,15 @@ class Frontend:
     def _add_logprobs(self, output: CompletionOutput, ids: list[int], logprobs: list[TokenLogprobs]) -> None:
         assert output.logprobs is not None
         for token, entry in zip(ids, logprobs, strict=True):
-            chosen = {token: self._logprob(token, entry.token_logprob, entry.rank)}
-            for rank, (other, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
-                chosen.setdefault(other, self._logprob(other, logprob, rank))
-            output.logprobs.append(chosen)
+            output.logprobs.append(self._entries(token, entry))
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + entry.token_logprob
+
+    def _entries(self, token: int, told: TokenLogprobs) -> dict[int, Logprob]:
+        """The token that is there first, then the likeliest ones."""
+        entries = {token: self._logprob(token, told.token_logprob, told.rank)}
+        for rank, (other, logprob) in enumerate(zip(told.top_ids, told.top_logprobs, strict=True), start=1):
+            entries.setdefault(other, self._logprob(other, logprob, rank))
+        return entries
 
     def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
         return Logprob(logprob, rank, self.tokenizer.token_text(token) if self.tokenizer else None)
@@ -344,6 +365,7 @@ class Frontend:
             outputs=outputs,
             finished=False,
             num_cached_tokens=group.num_cached_tokens,
+            prompt_logprobs=group.prompt_logprobs,
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from octavo.messages import AddRequest
-from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.text.stream import TextStream
 
@@ -40,6 +40,7 @@ class Group:
     params: SamplingParams
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     children: list[Child] = field(default_factory=list)
     on_tokens: Callable[[int], None] | None = None  # hears how many came
 

@@ -7,7 +7,7 @@ It receives host arrays and returns host arrays; it knows nothing of requests. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +22,7 @@ Int64 = npt.NDArray[np.int64]
 UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
+CERTAIN = 1e30  # a bias that no logit overcomes
 
 
 @dataclass(slots=True)
@@ -129,7 +130,7 @@ class SamplingInputs:
     seen_counts: Int32  # how often generated; 0 means in the prompt only
     mask_of: Int32 | None = None  # [R]: which of `masks` holds for a row; -1: none. None: no row has one
     masks: UInt32 | None = None  # [M, ceil(vocab / 32)]: bit i of word w allows token 32 w + i; others become -inf
-    rows: Int32 | None = None  # [R]: where the tokens are kept for later steps; None: nowhere
+    rows: Int32 | None = None  # [R]: where the tokens are kept for later steps; -1 and None: nowhere
 
     @classmethod
     def greedy(cls, num_rows: int) -> SamplingInputs:
@@ -152,6 +153,24 @@ class SamplingInputs:
             seen_ids=np.zeros(0, np.int32),
             seen_counts=np.zeros(0, np.int32),
         )
+
+    def followed_by(self, token_ids: Int32, num_logprobs: Int32) -> SamplingInputs:
+        """The same with rows behind them whose token is given, so that its log probability is told."""
+        added = SamplingInputs.greedy(len(token_ids))
+        added.num_logprobs = num_logprobs
+        added.rows = np.full(len(token_ids), -1, np.int32)
+        added.bias_start, added.bias_ids = np.arange(len(token_ids) + 1, dtype=np.int32), token_ids
+        added.bias_values = np.full(len(token_ids), CERTAIN, np.float32)
+        joined = {}
+        for name in ARRAYS:
+            mine, theirs = getattr(self, name), getattr(added, name)
+            if name.endswith("_start"):
+                theirs = theirs[1:] + mine[-1]
+            joined[name] = np.concatenate((mine, theirs))
+        return SamplingInputs(**joined)
+
+
+ARRAYS = tuple(f.name for f in fields(SamplingInputs) if f.name not in ("mask_of", "masks"))
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from octavo.step import NewRow, TokenLogprobs
 
 def new_row(request: Request, block_ids: tuple[list[int], ...], num_logprobs: int) -> NewRow:
     """The whole state of its row, as it is now."""
+    wanted = request.params.prompt_logprobs if request.reads_prompt else None
     return NewRow(
         row=request.row,
         request_id=request.request_id,
@@ -22,25 +23,28 @@ def new_row(request: Request, block_ids: tuple[list[int], ...], num_logprobs: in
         seed=request.seed,
         adapter_id=request.adapter_id,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=-1 if wanted is None else wanted,
     )
 
 
 def append(request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> RequestDelta:
     """Appends new tokens up to the one that ends the Request, if any does: the delta then has a finish reason."""
     token_ids, num_prompt = request.token_ids, request.num_prompt_tokens
+    delta = make_delta(request, tokens, logprobs)
     for count, token in enumerate(tokens, 1):
         token_ids.append(token)
         if token in request.stop_ids and len(token_ids) - num_prompt > request.params.min_tokens:
-            reason = FinishReason.STOP
+            delta.finish_reason = FinishReason.STOP
+            delta.stop_reason = token if token in (request.params.stop_token_ids or ()) else None
         elif len(token_ids) >= request.max_length:
-            reason = FinishReason.LENGTH
+            delta.finish_reason = FinishReason.LENGTH
         else:
             continue
-        delta = make_delta(request, tokens[:count], logprobs[:count] if logprobs else None, reason)
-        if reason is FinishReason.STOP and token in (request.params.stop_token_ids or ()):
-            delta.stop_reason = token
-        return delta
-    return make_delta(request, tokens, logprobs)
+        delta.token_ids, delta.logprobs = tokens[:count], logprobs[:count] if logprobs else None
+        break
+    if request.reads_prompt:
+        delta.prompt_logprobs, request.prompt_logprobs, request.reads_prompt = request.prompt_logprobs, [], False
+    return delta
 
 
 def make_delta(

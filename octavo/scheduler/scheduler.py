@@ -23,11 +23,12 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
 from octavo.scheduler.beams import Beams
+from octavo.scheduler.budget import Budget
 from octavo.scheduler.counts import Counts
 from octavo.scheduler.deltas import append, last_deltas, new_row
 from octavo.scheduler.door import Door, refuse_impossible
 from octavo.scheduler.forks import Forks
-from octavo.scheduler.policies import NO_CAP, FcfsPolicy, Policy
+from octavo.scheduler.policies import FcfsPolicy, Policy
 from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
 
 
@@ -84,8 +85,7 @@ class Scheduler:
         self.kv = kv
         self.max_model_len = max_model_len
         self._headroom = admission_headroom
-        self._budget = max_num_batched_tokens
-        self._max_share = long_prefill_token_threshold or max_num_batched_tokens
+        self._budget = Budget(max_num_batched_tokens, long_prefill_token_threshold)
         self._max_run_ahead = max_run_ahead
         self._max_num_seqs = max_num_seqs
         self._clock = clock
@@ -95,7 +95,6 @@ class Scheduler:
         self.door = Door(max_num_queued_reqs, max_num_queued_tokens)
         self._now = clock()  # read once per call: what a recorded run needs to be replayed
         self.preempted: list[tuple[Request, Request]] = []  # by the last schedule(): who, and for whom
-        self._prefill_left = NO_CAP  # prompt tokens that the policy still allows in this step
         self._running: dict[str, Request] = {}  # in the order of admission
         self._beams = Beams()
         self._forks = Forks()
@@ -196,7 +195,7 @@ class Scheduler:
         output, step = SchedulerOutput(step=self._next_step), _Step()
         self._now = self._clock()
         self.preempted.clear()
-        self._prefill_left = self.policy.prefill_cap(self._running.values())
+        self._budget.begin(self.policy.prefill_cap(self._running.values()))
         if self.suspects:
             self._schedule_suspect(output, step)
             self._fork(output, step, 0)
@@ -228,7 +227,7 @@ class Scheduler:
         charge = self.policy.charge if self.policy.charges else None
         kv_read = 0
         for request in order:
-            if output.num_tokens == self._budget:
+            if output.num_tokens == self._budget.max_tokens:
                 break
             start, num_pending = request.num_computed_tokens, request.num_pending
             if (  # what most rows of most steps are, made short: one more token, into a block that is there
@@ -301,12 +300,13 @@ class Scheduler:
         what the pool cannot hold.
         """
         members = self._beams.members(request)
-        if len(self._free_rows) < len(members) or output.num_tokens == self._budget or not self._prefill_left:
+        budget = self._budget
+        if len(self._free_rows) < len(members) or output.num_tokens == budget.max_tokens or not budget.prefill_left:
             return False
         spare = int(self._headroom * len(self._running))
         starts: list[int] = []
         for member in members:
-            hits = self.kv.lookup(member)
+            hits = [] if member.reads_prompt else self.kv.lookup(member)
             if self.kv.try_allocate(member, member.num_tokens, hits, spare) is None:
                 for other in members[: len(starts)]:
                     self.kv.free(other)
@@ -314,7 +314,7 @@ class Scheduler:
             starts.append(len(hits) * self.kv.block_size)
         if request.first_scheduled_time is None:
             request.num_cached_tokens = starts[0]
-            if self.kv.enable_prefix_caching:
+            if self.kv.enable_prefix_caching and not request.reads_prompt:
                 self._counts.prefix_queries += request.num_tokens
                 self._counts.prefix_hits += starts[0]
         alone = next(iter(self.suspects.values()), None)
@@ -342,12 +342,10 @@ class Scheduler:
         self._send_row(output, request)
 
     def _share(self, output: SchedulerOutput, request: Request) -> int:
-        """How many tokens the Request computes in this step: what it lacks, cut by the budget and the cap."""
+        """How many tokens the Request computes in this step: none while it waits for its last one."""
         if request.num_pending and not self._can_run_ahead(request):
             return 0
-        lacking = len(request.token_ids) + request.num_pending - request.num_computed_tokens
-        share = min(lacking, self._max_share, self._budget - output.num_tokens)
-        return share if lacking <= 1 else min(share, self._prefill_left)
+        return self._budget.share(request, output.num_tokens)
 
     def _can_run_ahead(self, request: Request) -> bool:
         """Whether its next token may be computed before the pending ones are known.
@@ -386,8 +384,7 @@ class Scheduler:
         if samples and request in self._forks:
             self._ready.append(request)
         self._counts.scheduled(request, start, share, samples=samples)
-        if share > 1:
-            self._prefill_left -= share
+        self._budget.take(request, share)
         if self.policy.charges:
             fresh = max(start, request.num_lost_tokens)
             prompt_end = min(max(fresh, num_prompt), end)
@@ -412,6 +409,8 @@ class Scheduler:
         ):
             if request.epoch != item.epoch:
                 continue
+            if request.reads_prompt:
+                request.prompt_logprobs += result.prompt_logprobs.get(item.row, [])
             end = item.start + item.num_tokens
             if end % block_size < item.num_tokens:  # a block became full
                 self.kv.hash_full(request, end)
@@ -487,6 +486,7 @@ class Scheduler:
         request.epoch += 1
         request.num_lost_tokens = max(request.num_lost_tokens, request.num_computed_tokens)
         request.num_computed_tokens = request.num_pending = request.num_slots = 0
+        request.prompt_logprobs = []  # what is computed again is told again
 
     def _end(self, request: Request) -> None:
         """Forgets a Request, with all its beams, wherever it is."""

@@ -32,7 +32,8 @@ def facts(request: Request) -> dict[str, Any]:
     """What a Request is, without its tokens and what only they need: all that decisions depend on."""
     kept: dict[str, Any] = {name: getattr(request, name) for name in Request.__slots__}
     kept |= {name: len(kept[name]) for name in COUNTED}
-    kept |= {"params": request.needs_host_token, "stop_ids": bool(request.stop_ids), "cache_salt": None}
+    kept |= {"params": request.needs_host_token, "stop_ids": bool(request.stop_ids)}
+    kept |= {"cache_salt": None, "prompt_logprobs": []}
     return kept
 
 

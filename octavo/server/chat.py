@@ -12,7 +12,7 @@ from octavo.server.answer import Answer
 from octavo.server.chunks import ChunkWriter
 from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
-from octavo.server.logprobs import LogprobsWriter
+from octavo.server.logprobs import LogprobsWriter, prompt_shape
 from octavo.server.protocol import ChatRequest, NamedTool
 from octavo.server.tools import REQUIRED, Calls, Form, Message, Reasoning, whole_message
 
@@ -31,6 +31,11 @@ class Chat(Generation):
         message = self.messages[number * self.n + output.index]
         return {"message": whole_message(message.feed(output.text, last=True))}
 
+    def top(self) -> dict[str, Any]:
+        """vLLM puts what is told of the prompt here."""
+        told = self.told.get(0) if self.body.prompt_logprobs is not None else None
+        return {} if told is None else {"prompt_logprobs": prompt_shape(told)}
+
     def opening(self, writer: ChunkWriter, number: int) -> list[bytes]:
         """Every choice begins with its role."""
         top = {"prompt_token_ids": self.prompts[number]} if self.body.return_token_ids else {}
@@ -40,7 +45,7 @@ class Chat(Generation):
             for index in range(self.params.n)
         ]
 
-    def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
+    def shape(self, writer: LogprobsWriter, number: int, output: CompletionOutput) -> dict[str, Any]:
         """A list of objects."""
         return writer.chat(output)
 

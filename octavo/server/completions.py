@@ -10,7 +10,7 @@ from octavo.server.answer import Answer
 from octavo.server.chunks import ChunkWriter
 from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
-from octavo.server.logprobs import LogprobsWriter
+from octavo.server.logprobs import LogprobsWriter, prompt_shape
 from octavo.server.protocol import CompletionRequest
 
 DEFAULT_MAX_TOKENS = 16
@@ -21,6 +21,7 @@ class Completion(Generation):
 
     object = chunk_object = "text_completion"
     is_chat = False
+    body: CompletionRequest
     echoes: list[str]
 
     def choice(self, number: int, output: CompletionOutput) -> dict[str, Any]:
@@ -28,6 +29,8 @@ class Completion(Generation):
         choice: dict[str, Any] = {"text": self.echoes[number] + output.text}
         if self.body.return_token_ids:
             choice["prompt_token_ids"] = self.prompts[number]
+        if self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_shape(self.told[number] or ())
         return choice
 
     def chosen(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
@@ -42,12 +45,19 @@ class Completion(Generation):
         if not self.echoes[number] and not self.body.return_token_ids:
             return []
         fields: dict[str, Any] = {"prompt_token_ids": self.prompts[number]} if self.body.return_token_ids else {}
-        first = number * self.n
-        return [writer.choice(index, self.echoes[number], **fields) for index in range(first, first + self.n)]
+        parts = []
+        for index in range(number * self.n, (number + 1) * self.n):
+            if self.writers and self.body.echo:
+                fields["logprobs"] = self.writers[index].lists(self.prompts[number], self.told[number] or ())
+            parts.append(writer.choice(index, self.echoes[number], **fields))
+        return parts
 
-    def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
-        """Four parallel lists."""
-        return writer.completion(output)
+    def shape(self, writer: LogprobsWriter, number: int, output: CompletionOutput) -> dict[str, Any]:
+        """Four parallel lists, which begin with an echoed prompt; in a stream its chunk has told that part."""
+        if not self.body.echo or self.body.stream:
+            return writer.completion(output)
+        ids, logprobs = self.prompts[number], self.told[number] or ()
+        return writer.lists([*ids, *output.token_ids], [*logprobs, *(output.logprobs or ())])
 
 
 async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Answer:
@@ -61,6 +71,8 @@ async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Ans
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
     if body.best_of and not body.use_beam_search:  # ranked by their logprobs
         params = replace(params, n=body.best_of, logprobs=body.logprobs or 0)
+    if body.echo and params.prompt_logprobs is None:
+        params = replace(params, prompt_logprobs=body.logprobs)
     job = Completion(front, caller, body, prompts, params, f"cmpl-{body.request_id or caller.request_id}")
     job.echoes = [_echo(front, prompt) if body.echo else "" for prompt in texts]
     return job.answer()

@@ -187,11 +187,13 @@ class Front:
     def sampling_params(self, body: GenerationRequest, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """SamplingParams of a body; what it leaves out comes from the model's generation_config, then from OpenAI."""
         engine = self.engine
-        if logprobs is not None and logprobs > engine.config.max_logprobs:
-            raise InvalidValueError(
-                f"{logprobs} logprobs were asked for; this server gives at most {engine.config.max_logprobs}",
-                param="top_logprobs" if isinstance(body, ChatRequest) else "logprobs",
-            )
+        name = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
+        for asked, param in ((logprobs, name), (body.prompt_logprobs, "prompt_logprobs")):
+            if asked is not None and asked > engine.config.max_logprobs:
+                raise InvalidValueError(
+                    f"{asked} {param} were asked for; this server gives at most {engine.config.max_logprobs}",
+                    param=param,
+                )
         if body.priority and engine.config.scheduling_policy != "priority":
             raise UnsupportedParameterError(
                 f"this server runs --scheduling-policy {engine.config.scheduling_policy}, which knows no priority: "
@@ -206,6 +208,7 @@ class Front:
             best_of=getattr(body, "best_of", None) if body.use_beam_search else None,
             use_beam_search=body.use_beam_search,
             seed=body.seed,
+            prompt_logprobs=body.prompt_logprobs,
             stop=body.stop,
             stop_token_ids=body.stop_token_ids,
             include_stop_str_in_output=body.include_stop_str_in_output,

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from octavo.outputs import CompletionOutput, RequestOutput
+from octavo.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.server.answer import DONE, Answer, merge
 from octavo.server.chunks import ChunkWriter, Timing, Usage, encode
@@ -54,13 +54,14 @@ class Generation(ABC):
         self.messages: list[Message] | None = None  # by choice, where text is not all there is
         self.is_named = False  # a function that must be called
         self.usage = Usage()
+        self.told: dict[int, list[dict[int, Logprob] | None] | None] = {}  # of each prompt, where asked for
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
-        self._logprobs: list[LogprobsWriter] | None = None
+        self.writers: list[LogprobsWriter] | None = None  # by choice
         if params.logprobs is not None and body.shows_logprobs:
             tokenizer = front.engine.tokenizer
             as_ids = bool(body.return_tokens_as_token_ids)
             unseen = tokenizer.special_ids if tokenizer and params.skip_special_tokens else frozenset()
-            self._logprobs = [
+            self.writers = [
                 LogprobsWriter(tokenizer, params.logprobs, as_ids=as_ids, unseen=unseen)
                 for _ in range(self.num_choices)
             ]
@@ -74,8 +75,12 @@ class Generation(ABC):
         """The chunks that come before the first text to prompt `number`."""
 
     @abstractmethod
-    def shape(self, writer: LogprobsWriter, output: CompletionOutput) -> dict[str, Any]:
-        """The logprobs of an output, as this endpoint shows them."""
+    def shape(self, writer: LogprobsWriter, number: int, output: CompletionOutput) -> dict[str, Any]:
+        """The logprobs of an output to prompt `number`, as this endpoint shows them."""
+
+    def top(self) -> dict[str, Any]:
+        """What a whole answer carries beside its choices."""
+        return {}
 
     def chosen(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
         """Which of the answers to a prompt are shown."""
@@ -104,10 +109,11 @@ class Generation(ABC):
                 usage.add_prompt(output)
                 self.timing.add(output)
                 usage.completion_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+                self.told[number] = output.prompt_logprobs
                 choices += [self._finished(number, answer) for answer in self.chosen(output.outputs)]
         choices.sort(key=lambda choice: choice["index"])
         times = self.timing.as_dict(usage.completion_tokens)
-        end = {"choices": choices, "usage": usage.as_dict(), "metrics": times}
+        end = {"choices": choices, "usage": usage.as_dict(), "metrics": times, **self.top()}
         yield encode({**self._head, "object": self.object, **end})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -119,7 +125,7 @@ class Generation(ABC):
             usage=usage if body.include_usage else None,
             continuous=body.continuous_usage,
         )
-        tells_tokens = self._logprobs is not None or bool(body.return_token_ids)
+        tells_tokens = self.writers is not None or bool(body.return_token_ids)
         begun = [False] * len(self.prompts)
         async with aclosing(self._outputs()) as outputs:
             async for number, output in outputs:
@@ -127,6 +133,7 @@ class Generation(ABC):
                 if not begun[number]:
                     begun[number] = True
                     usage.add_prompt(output)
+                    self.told[number] = output.prompt_logprobs
                     parts = self.opening(writer, number)
                 for answer in output.outputs:
                     usage.completion_tokens += len(answer.token_ids)
@@ -171,8 +178,8 @@ class Generation(ABC):
 
     def _token_fields(self, index: int, answer: CompletionOutput) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if self._logprobs is not None:
-            fields["logprobs"] = self.shape(self._logprobs[index], answer)
+        if self.writers is not None:
+            fields["logprobs"] = self.shape(self.writers[index], index // self.n, answer)
         if self.body.return_token_ids:
             fields["token_ids"] = answer.token_ids
         return fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from octavo.outputs import CompletionOutput, Logprob
@@ -48,15 +49,20 @@ class LogprobsWriter:
         return {"content": content, "refusal": None}
 
     def completion(self, output: CompletionOutput) -> dict[str, Any]:
-        """`choices[].logprobs` of a completion. Offsets count from the start of the answer; a sampled token outside
-        the most likely ones is listed with them, as OpenAI does."""
+        """`choices[].logprobs` of a completion."""
+        return self.lists(output.token_ids, output.logprobs or ())
+
+    def lists(self, token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob] | None]) -> dict[str, Any]:
+        """Four parallel lists. Offsets count from the start of the first; a token outside the most likely ones is
+        listed with them, as OpenAI does; the first token of a prompt has no log probability."""
         shape: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        for token, entries in zip(output.token_ids, output.logprobs or (), strict=True):
-            top = dict([*self._top(entries), (token, entries[token])])
+        for token, entries in zip(token_ids, logprobs, strict=True):
             shape["text_offset"].append(self._offset)
-            shape["token_logprobs"].append(_finite(entries[token]))
             shape["tokens"].append(self._label(token))
-            shape["top_logprobs"].append({self._label(other): _finite(logprob) for other, logprob in top.items()})
+            shape["token_logprobs"].append(entries and _finite(entries[token]))
+            top = dict([*self._top(entries), (token, entries[token])]) if entries else {}
+            labelled = {self._label(other): _finite(logprob) for other, logprob in top.items()}
+            shape["top_logprobs"].append(labelled if entries else None)
             self._offset += self._num_chars(token)
         return shape
 
@@ -83,6 +89,17 @@ class LogprobsWriter:
         if self._tokenizer is None or token in self._unseen:
             return 0
         return len(self._decoder.decode(self._tokenizer.token_bytes(token)))
+
+
+def prompt_shape(logprobs: Iterable[dict[int, Logprob] | None]) -> list[dict[int, dict[str, Any]] | None]:
+    """`prompt_logprobs` as vLLM shows them: by token id, the first token's null."""
+    return [
+        None if entries is None else {token: _vllm(entry) for token, entry in entries.items()} for entries in logprobs
+    ]
+
+
+def _vllm(entry: Logprob) -> dict[str, Any]:
+    return {"logprob": _finite(entry), "rank": entry.rank, "decoded_token": entry.decoded_token}
 
 
 def _finite(logprob: Logprob) -> float:

@@ -39,7 +39,6 @@ BiasKey = Annotated[str, Field(max_length=10, pattern=r"^(0|[1-9][0-9]{0,9})$")]
 BiasValue = Annotated[float, Field(ge=-100, le=100)]
 
 UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
-    "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
     "logits_processors": ([],),
     "kv_transfer_params": (),
@@ -297,6 +296,7 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[dict[BiasKey, BiasValue], Field(max_length=limits.MAX_LOGIT_BIAS)] | None = None
     bad_words: Annotated[list[StopString], Field(max_length=limits.MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=limits.MAX_ALLOWED_IDS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None  # not streamed
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool = True
@@ -343,9 +343,11 @@ class GenerationRequest(Strict):
         return self.structured_outputs.structure() if self.structured_outputs else formatted
 
     @model_validator(mode="after")
-    def _stream_options_with_stream(self) -> GenerationRequest:
+    def _consistent_with_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise InvalidValueError("stream_options is only allowed with stream=true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidValueError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
         return self
 
 
@@ -419,8 +421,6 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedParameterError("echo with logprobs is not supported: leave one out", param="echo")
         num_answers = max(self.n or 1, self.best_of or 1)
         if num_answers > (self.n or 1) and self.stream:
             raise InvalidValueError("best_of above n cannot be streamed: the best is known at the end", param="best_of")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +19,8 @@ class Batch:
     inputs: StepInputs
     sampling: SamplingInputs
     samples: list[bool]  # per scheduled row
-    tokens_of: RowTokens  # R of them, in the order of logits_indices
+    tokens_of: RowTokens  # of the first of the R positions, in the order of logits_indices
+    prompts: list[tuple[int, int]] = field(default_factory=list)  # (row, positions) of the prompts that fill the others
 
 
 def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
@@ -27,6 +28,7 @@ def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     if all(s.num_tokens == 1 and s.samples for s in scheduled):
         return _decode(scheduled, rows)
     does_sample = [s.samples for s in scheduled]
+    told = [s for s in scheduled if s.num_tokens and rows.tells_prompt(s.row, s.start)]
     sampled = [s for s in scheduled if s.samples]
     scheduled = [s for s in scheduled if s.num_tokens]  # a fork computes nothing: it samples from another row's logits
     num_reqs = len(scheduled)
@@ -55,12 +57,25 @@ def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
         block_tables=_tables(rows, row, seq_lens),
         logits_indices=end_of_row[logits_row] - 1,
     )
-    return Batch(
-        inputs,
-        _sampling(rows, sampled_row, sampled_len),
-        does_sample,
-        rows.expect(sampled_row, sampled_len),
-    )
+    batch = Batch(inputs, _sampling(rows, sampled_row, sampled_len), does_sample, rows.expect(sampled_row, sampled_len))
+    if told:
+        _add_prompts(batch, told, rows, query_end=end_of_row)
+    return batch
+
+
+def _add_prompts(batch: Batch, told: list[ScheduledRow], rows: Rows, *, query_end: Int32) -> None:
+    """Adds the positions of prompts whose next token's log probability is wanted, behind those that sample."""
+    indices, tokens, wanted = [], [], []
+    for item in told:
+        end = min(item.start + item.num_tokens, int(rows.num_prompt_tokens[item.row]) - 1)
+        count = end - item.start
+        first = query_end[item.row] - item.num_tokens
+        batch.prompts.append((item.row, count))
+        indices.append(np.arange(first, first + count, dtype=np.int32))
+        tokens.append(rows.token_ids[item.row, item.start + 1 : item.start + 1 + count])
+        wanted.append(np.full(count, rows.num_prompt_logprobs[item.row], np.int32))
+    batch.inputs.logits_indices = np.concatenate((batch.inputs.logits_indices, *indices))
+    batch.sampling = batch.sampling.followed_by(np.concatenate(tokens), np.concatenate(wanted))
 
 
 def _decode(scheduled: list[ScheduledRow], rows: Rows) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,13 @@ class ModelRunner:
 
         def finish() -> ModelRunnerOutput:
             out = wait()
-            self._rows.append(batch.tokens_of, out.token_ids)
-            result = _spread(batch.samples, out.token_ids.tolist(), _logprobs(batch, out))
+            num_sampled = len(batch.tokens_of.rows)
+            tokens, logprobs = out.token_ids[:num_sampled], _logprobs(batch, out)
+            self._rows.append(batch.tokens_of, tokens)
+            result = _spread(batch.samples, tokens.tolist(), logprobs[:num_sampled])
+            for row, count in batch.prompts:
+                result.prompt_logprobs[row] = cast("list[TokenLogprobs]", logprobs[num_sampled : num_sampled + count])
+                num_sampled += count
             result.foreign_seconds = out.foreign_seconds
             return result
 

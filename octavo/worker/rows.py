@@ -59,6 +59,7 @@ class Rows:
         self.repetition_penalty = np.ones(num_rows, np.float32)
         self.presence_penalty = np.zeros(num_rows, np.float32)
         self.frequency_penalty = np.zeros(num_rows, np.float32)
+        self.num_prompt_logprobs = np.full(num_rows, -1, np.int32)
         self._settings: tuple[bytes | None, dict[str, npt.NDArray[Any]]] = (None, {})  # of the rows of the last step
         self._bias: dict[int, RowBias] = {}
         self._seen: dict[int, dict[int, int]] = {}  # row -> token id -> times generated
@@ -80,6 +81,7 @@ class Rows:
         self.min_p[row] = params.min_p
         self.seeds[row] = new.seed & 0xFFFFFFFFFFFFFFFF
         self.num_logprobs[row] = new.num_logprobs
+        self.num_prompt_logprobs[row] = new.num_prompt_logprobs
         self.repetition_penalty[row] = params.repetition_penalty
         self.presence_penalty[row] = params.presence_penalty
         self.frequency_penalty[row] = params.frequency_penalty
@@ -127,6 +129,10 @@ class Rows:
             for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
                 if (seen := self._seen.get(row)) is not None:
                     seen[token] = seen.get(token, 0) + 1
+
+    def tells_prompt(self, row: int, start: int) -> bool:
+        """Whether log probabilities are wanted of prompt tokens behind position `start`."""
+        return bool(self.num_prompt_logprobs[row] >= 0 and start + 1 < self.num_prompt_tokens[row])
 
     def settings(self, rows: Int32) -> dict[str, npt.NDArray[Any]]:
         """Sampling settings of these rows by the names of SamplingInputs; the same arrays from step to step while the

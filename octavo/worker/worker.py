@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from octavo.config import EngineConfig
+from octavo.config import PROMPT_ROWS, EngineConfig
 from octavo.models.decoder import record
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles, ModelSpec
@@ -80,7 +80,7 @@ class Worker:
             weights,
             dtype=computed,
             max_num_tokens=config.max_num_batched_tokens,
-            max_num_logits=config.max_num_seqs,
+            max_num_logits=config.max_num_seqs + PROMPT_ROWS,
             max_num_requests=config.max_num_seqs,
             progress=progress,
         )
@@ -134,7 +134,7 @@ class Worker:
             free_bytes=free_memory() if on_device is None else on_device,
             on_device=on_device is not None,
             weight_bytes=runtime.weight_bytes(program, weights, dtype),
-            arena_bytes=runtime.arena_bytes(program, config.max_num_batched_tokens, config.max_num_seqs),
+            arena_bytes=runtime.arena_bytes(program, config.max_num_batched_tokens, config.max_num_seqs + PROMPT_ROWS),
             block_bytes=runtime.kv_bytes_per_block(program, config.block_size, kv_dtype),
             kv_dtype=kv_dtype,
             block_size=config.block_size,

@@ -22,7 +22,7 @@ class LateRuntime(ReferenceRuntime):
     def __init__(self, depth):
         super().__init__()
         self.max_depth = depth
-        self.row_tokens = np.zeros(64, np.int32)
+        self.row_tokens = np.zeros(65, np.int32)  # the last one is nowhere
         self.num_run_ahead = self.most_in_flight = self.num_steps = 0
         self.failing_step = None
         self.in_flight = deque()

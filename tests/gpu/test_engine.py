@@ -123,6 +123,33 @@ def test_a_small_engine_under_the_interpreter_too(device, files, naive, monkeypa
     core.close()
 
 
+def told(core, prompts):
+    """What is told of each prompt, two of them drawn, while a third one is drawn in the same steps."""
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=float(i), max_tokens=3, ignore_eos=True)
+        params.prompt_logprobs = 2 if i != 1 else None
+        core.handle(AddRequest(str(i), prompt, params, 3, seed=i))
+    deltas = []
+    while core.has_work:
+        deltas += core.step().deltas
+    return {d.request_id: d.prompt_logprobs for d in deltas if d.prompt_logprobs}
+
+
+def test_prompt_logprobs_are_the_reference_s(device, files, monkeypatch):
+    prompts = [[5, 9, 33, 8] * 5, [7] * 3, [11, 12]]
+    expected = told(make_core(files, runtime="reference"), prompts)
+    monkeypatch.setattr(choose_module, "missing", lambda: "")
+    monkeypatch.setattr(worker_module, "create", lambda *_, **__: Watched("float32", device=device))
+    core = make_core(files, max_num_batched_tokens=16, max_num_seqs=4)
+    for request_id, entries in told(core, prompts).items():
+        assert len(entries) == len(expected[request_id]) == len(prompts[int(request_id)]) - 1
+        for ours, theirs in zip(entries, expected[request_id], strict=True):
+            assert (ours.rank, ours.top_ids) == (theirs.rank, theirs.top_ids)
+            assert ours.token_logprob == pytest.approx(theirs.token_logprob, abs=1e-4)
+    assert expected.keys() == {"0", "2"}
+    core.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tokens_equal_the_naive_loop(files, naive, name):

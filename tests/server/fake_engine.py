@@ -128,6 +128,9 @@ class FakeEngine:
         times = RequestMetrics(began, began + 0.1, began + 0.4, queue_seconds=0.05)
         cached = len(prompt) // 16 * 16
         output = RequestOutput(request_id, None, list(prompt), [], False, times, num_cached_tokens=cached)
+        if params.prompt_logprobs is not None:
+            told = [_entries(token, params.prompt_logprobs) for token in output.prompt_token_ids[1:]]
+            output.prompt_logprobs = [None, *told]
         num_tokens = 0
         while any(script.output.finish_reason is None for script in scripts):
             if num_tokens == self.fail_after:
@@ -187,8 +190,13 @@ class _Script:
         return delta
 
     def _logprobs(self, token: int) -> dict[int, Logprob]:
-        """The sampled token at -1, the alternatives (next letters) at -1.5, -2, ..."""
-        entries = {token: Logprob(-1.0, 1)}
-        for rank in range(2, (self.params.logprobs or 0) + 1):
-            entries[(token + rank - 1) % 256] = Logprob(-0.5 - rank / 2, rank)
-        return entries
+        return _entries(token, self.params.logprobs or 0)
+
+
+def _entries(token: int, num_top: int) -> dict[int, Logprob]:
+    """The token itself at -1, the alternatives (next letters) at -1.5, -2, ..."""
+    entries = {token: Logprob(-1.0, 1, chr(token))}
+    for rank in range(2, num_top + 1):
+        other = (token + rank - 1) % 256
+        entries[other] = Logprob(-0.5 - rank / 2, rank, chr(other))
+    return entries

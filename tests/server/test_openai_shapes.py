@@ -121,6 +121,39 @@ def test_completion_logprobs(shared: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs_tells_the_prompt_too(shared: Server, stream: bool) -> None:
+    answer = shared.client.completions.create(
+        model="fake", prompt="ab", max_tokens=2, logprobs=2, echo=True, n=2, stream=stream
+    )
+    texts, told = ["", ""], [[], []]
+    for choice in [c.choices[0] for c in answer] if stream else answer.choices:
+        texts[choice.index] += choice.text
+        told[choice.index].append(choice.logprobs)
+    assert texts == ["abde", "abef"]
+    for parts, text in zip(told, texts, strict=True):
+        parts = [part for part in parts if part]
+        assert [t for part in parts for t in part.tokens] == ["<bos>", *text]
+        assert [p for part in parts for p in part.token_logprobs] == [None, -1.0, -1.0, -1.0, -1.0]
+        assert [o for part in parts for o in part.text_offset] == [0, 0, 1, 2, 3]
+        tops = [t for part in parts for t in part.top_logprobs]
+        assert tops[:2] == [None, {"a": -1.0, "b": -1.5}]
+        assert len(tops) == 5
+
+
+def test_prompt_logprobs_as_vllm_shows_them(shared: Server) -> None:
+    first = {"97": {"logprob": -1.0, "rank": 1, "decoded_token": "a"}}
+    second = {"98": {"logprob": -1.0, "rank": 1, "decoded_token": "b"}}
+    body = {"model": "fake", "prompt": ["ab", "a"], "prompt_logprobs": 0, "max_tokens": 1}
+    answer = shared.http.post("/v1/completions", json=body).json()
+    assert [c["prompt_logprobs"] for c in answer["choices"]] == [[None, first, second], [None, first]]
+    assert answer["choices"][0]["logprobs"] is None
+    answer = shared.http.post("/v1/chat/completions", json={**CHAT, "prompt_logprobs": 1}).json()
+    assert answer["prompt_logprobs"][0] is None
+    assert len(answer["prompt_logprobs"]) == PROMPT_LENGTH
+    assert "prompt_logprobs" not in shared.http.post("/v1/chat/completions", json=CHAT).json()
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_characters_of_several_tokens_arrive_whole(serve, stream: bool) -> None:
     server = serve(FakeEngine(answer="né€".encode()))
     answer = server.client.completions.create(model="fake", prompt="a", stream=stream, logprobs=0)

@@ -28,6 +28,7 @@ ENGINE_ROWS = [
     ("min_p", 0.125, {"min_p": 0.125}),
     ("n", 3, {"n": 3}),
     ("seed", -5, {"seed": -5}),
+    ("prompt_logprobs", 2, {"prompt_logprobs": 2}),
     ("stop", "xyz", {"stops": ["xyz"]}),
     ("stop", ["x", "y"], {"stops": ["x", "y"]}),
     ("stop_token_ids", [5, 6], {"stop_token_ids": [5, 6]}),

@@ -12,7 +12,6 @@ COMPLETION = {"prompt": "ab", "max_tokens": 2}
 PATHS = {"/v1/chat/completions": (CHAT, ChatRequest), "/v1/completions": (COMPLETION, CompletionRequest)}
 
 REFUSED = {
-    "prompt_logprobs": 0,
     "spaces_between_special_tokens": False,
     "logits_processors": ["x"],
     "kv_transfer_params": {},
@@ -126,7 +125,8 @@ def test_other_content_parts(shared: Server, kind: str) -> None:
         ({"min_tokens": 3}, "min_tokens", "invalid_value"),
         ({"logprobs": 21}, "logprobs", "invalid_value"),
         ({"logprobs": 11}, "logprobs", "invalid_value"),  # above this server's max_logprobs
-        ({"logprobs": 1, "echo": True}, "echo", "unsupported_parameter"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "invalid_value"),
+        ({"prompt_logprobs": 11}, "prompt_logprobs", "invalid_value"),
         ({"prompt": []}, "prompt", "invalid_value"),
         ({"prompt": [[]]}, "prompt", "invalid_value"),
         ({"prompt": [-1]}, "prompt[0]", "invalid_value"),

@@ -44,6 +44,7 @@ from octavo.sampling_params import MAX_STOP, RequestOutputKind, SamplingParams
         ("best_of", 129),
         ("length_penalty", 0.5),  # without beam search
         ("early_stopping", True),
+        ("prompt_logprobs", 21),
         ("early_stopping", "always"),
     ],
 )
@@ -56,7 +57,6 @@ def test_out_of_bounds_is_refused_by_name(name, bad):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("prompt_logprobs", 1),
         ("truncate_prompt_tokens", 4),
     ],
 )

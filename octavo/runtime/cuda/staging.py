@@ -170,7 +170,8 @@ def _arrays(inputs: StepInputs, single: Array, tiles: tuple[Array, Array], sampl
 def _sampling_arrays(sampling: SamplingInputs, trash_row: int) -> list[Array]:
     """What the device's sampler reads of each row, as int32."""
     num_rows = len(sampling.temperature)
-    rows = np.full(num_rows, trash_row, np.int32) if sampling.rows is None else sampling.rows
+    rows = np.full(num_rows, -1, np.int32) if sampling.rows is None else sampling.rows
+    rows = np.where(rows < 0, np.int32(trash_row), rows)
     if (sampling.temperature > 0).any():
         keys = noise_keys(sampling.seeds, sampling.positions).view(np.int32)
     else:
