@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 5
+#define OCTAVO_ABI_VERSION 6
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {
@@ -25,6 +25,7 @@ enum OctavoOp : int32_t {
     OCTAVO_ROPE_KV_WRITE = 4,
     OCTAVO_ATTENTION = 5,
     OCTAVO_GATHER_ROWS = 6,
+    OCTAVO_EXPERTS = 7,
 };
 
 enum OctavoActivation : int32_t {
@@ -43,12 +44,13 @@ struct OctavoNode {
     int32_t op;
     int32_t x, y;              // input buffers
     int32_t out, residual_out;  // output buffers
-    int32_t weight, bias, extra;  // extra: position_weight, or k_norm (then weight is q_norm)
+    int32_t weight, bias, extra;  // extra: position_weight, k_norm (then weight is q_norm), or down (weight: gate_up)
     int32_t activation;
     int32_t layer_norm;  // 0: rms, 1: layer
     int32_t kv_layer, num_heads, num_kv_heads, head_dim, window;
     int32_t rope;
     int32_t position_offset;
+    int32_t num_experts, top_k, renormalize, shared;  // shared: input buffer; y has the scores
     float eps, scale, softcap;
 };
 

@@ -104,6 +104,7 @@ void OctavoEngine::check_node(const OctavoNode& node) const {
             vector(node.bias, rows);
             return;
         }
+        case OCTAVO_EXPERTS: return check_experts(node);
         case OCTAVO_ROPE_KV_WRITE:
             kv_layer(node);
             require(!out_rows && width == heads, "out", node);
@@ -124,6 +125,28 @@ void OctavoEngine::check_node(const OctavoNode& node) const {
             return;
         default: refuse("there is no op %d", node.op);
     }
+}
+
+void OctavoEngine::check_experts(const OctavoNode& node) const {
+    const OctavoBuffer &out = buffer(node.out), &scores = buffer(node.y);
+    const int64_t count = node.num_experts;
+    require(count > 0 && count <= 65536 && node.top_k > 0 && node.top_k <= count, "top_k", node);
+    require(node.activation >= OCTAVO_SILU_MUL && node.activation <= OCTAVO_GELU_TANH_MUL, "activation", node);
+    require(scores.logits_rows == out.logits_rows && scores.width == count + (node.shared >= 0), "scores", node);
+    if (node.shared >= 0)
+        require(buffer(node.shared).logits_rows == out.logits_rows && buffer(node.shared).width == out.width, "shared",
+                node);
+    const Weight& pair = matrix(node.weight, -1, buffer(node.x).width);
+    const auto experts = static_cast<size_t>(count), inner = pair.rows / (2 * experts);
+    require(inner > 0 && pair.rows == 2 * experts * inner, "gate and up", node);
+    const Weight& down = matrix(node.extra, count * out.width, static_cast<int64_t>(inner));
+    const auto even = [](const Weight& weight, size_t parts) {
+        return weight.values != nullptr ||
+               (weight.parts.size() == parts && std::all_of(weight.parts.begin(), weight.parts.end(), [&](const auto& p) {
+                    return p.channels == weight.rows / parts;
+                }));
+    };
+    require(even(pair, 2 * experts) && even(down, experts), "parts of experts", node);
 }
 
 void OctavoEngine::check_step(const OctavoStep& s) const {

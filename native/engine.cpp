@@ -44,7 +44,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         slots_.push_back(slot_memory_.back().as<float>());
     }
 
-    size_t scratch = 1, rounded = 0;
+    size_t scratch = 1, rounded = 0, expert_sums = 0;
     for (const OctavoNode* node = p.nodes; node != p.nodes + p.num_nodes; ++node) {
         check_node(*node);
         if (node->op == OCTAVO_EMBEDDING && node->weight >= 0)
@@ -61,6 +61,18 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
             const int64_t rows = buffer(node->x).logits_rows ? max_logits_ : max_tokens_;
             rounded = std::max(rounded, round_up(static_cast<size_t>(rows), kRoundedRows) * kernels.row_bytes(depth));
         }
+        if (node->op == OCTAVO_EXPERTS) {
+            const ExpertSizes sizes = expert_sizes(*node);
+            expert_sums = std::max(expert_sums, sizes.places * (sizes.inner + sizes.out) * sizeof(float));
+            for (const int32_t id : {node->weight, node->extra}) {
+                const Weight& weight = weights_[static_cast<size_t>(id)];
+                rounded = std::max(rounded, sizes.places * expert_row_bytes(weight));
+                if (weight.values != nullptr) continue;
+                const PackedKernels& kernels = kernels_of(weight);
+                const size_t needed = kernels.scratch(round_up(weight.cols, kernels.block_depth)) / sizeof(float) + 1;
+                scratch = std::max({scratch, needed, kRoundedRows * weight.cols});
+            }
+        }
         if (node->op == OCTAVO_ATTENTION) {
             const KVCache& cache = kv_layer(*node).cache;
             const size_t rows = std::max(kQueryRows, static_cast<size_t>(node->num_heads / node->num_kv_heads));
@@ -72,6 +84,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
     }
     if (!buffer(logits_).logits_rows) refuse("logits must have one row per sampled position");
     rounded_ = Mapping(rounded, true);
+    expert_sums_ = Mapping(expert_sums, true);
     nodes_.assign(p.nodes, p.nodes + p.num_nodes);
     sampler_scratch_.resize(pool_.num_threads());
     for (size_t thread = 0; thread < pool_.num_threads(); ++thread) {
@@ -105,6 +118,7 @@ void OctavoEngine::run(const OctavoNode& node, const OctavoStep& step) {
         case OCTAVO_EMBEDDING: return embedding(node, step);
         case OCTAVO_NORM: return norm(node, rows);
         case OCTAVO_LINEAR: return linear(node, rows);
+        case OCTAVO_EXPERTS: return experts(node, rows);
         case OCTAVO_ROPE_KV_WRITE: return rope_kv_write(node, step);
         case OCTAVO_ATTENTION: return attention(node, step);
         case OCTAVO_GATHER_ROWS: return gather_rows(node, step);

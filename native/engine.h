@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "abi.h"
@@ -45,6 +46,21 @@ private:
     struct LinearTask {
         size_t part, first_group, last_group;
     };
+    struct ExpertSizes {
+        size_t count, top_k, width, inner, out;
+        size_t places;  // rows that a pass has room for
+    };
+    // One expert of one row, and where the row lies among those of the expert.
+    struct ExpertChoice {
+        size_t expert, place;
+        float share;
+    };
+    // The rows of one expert, places that follow each other.
+    struct ExpertRows {
+        size_t expert, place, count;
+
+        size_t end_place() const { return octavo::round_up(place + count, octavo::kRoundedRows); }
+    };
     struct Layer {
         OctavoKVLayer layer;
         octavo::KVCache cache;
@@ -67,6 +83,7 @@ private:
 
     // check.cpp: everything that could make a kernel leave its memory is refused here.
     void check_node(const OctavoNode& node) const;
+    void check_experts(const OctavoNode& node) const;
     void check_step(const OctavoStep& step) const;
     void check_rows(const OctavoStep& step) const;
     void check_sampling(const OctavoStep& step) const;
@@ -87,6 +104,16 @@ private:
     const octavo::PackedKernels& kernels_of(const Weight& weight) const {
         return weight.is_int8() ? *kernels_.int8 : *kernels_.packed;
     }
+    void experts(const OctavoNode& node, size_t rows);
+    ExpertSizes expert_sizes(const OctavoNode& node) const;
+    size_t expert_row_bytes(const Weight& weight) const;
+    void choose_experts(const OctavoNode& node, const ExpertSizes& sizes, size_t rows);
+    static void choose_for_row(const float* scores, size_t count, std::span<ExpertChoice> chosen, bool renormalize);
+    void begin_expert_sum(const OctavoNode& node, const ExpertSizes& sizes, size_t row, float* out) const;
+    template <class Gather>
+    void round_for_experts(const Weight& weight, std::span<const ExpertRows> pass, const Gather& gather);
+    void expert_product(const Weight& weight, std::span<const ExpertRows> pass, size_t channels, int activation,
+                        float* out);
     void pack_int8(const Weight& weight, size_t part, const octavo::StoredType& type, const uint8_t* data);
     void pack_floats(const Weight& weight, size_t first_row, size_t num_rows, const octavo::StoredType& type,
                      const uint8_t* data);
@@ -126,7 +153,12 @@ private:
     std::vector<octavo::Mapping> scratch_;  // one per thread
     std::vector<octavo::SamplerScratch> sampler_scratch_;
     std::vector<LinearTask> linear_tasks_;
-    octavo::Mapping rounded_;  // activations of a packed Linear
+    octavo::Mapping rounded_;  // inputs of a packed Linear, or of experts
+    octavo::Mapping expert_sums_;
+    std::vector<ExpertChoice> expert_choices_;  // [rows][top_k]
+    std::vector<ExpertRows> expert_rows_, expert_tiles_;
+    std::vector<size_t> expert_counts_, expert_sources_;  // of each expert; the row at each place
+    std::vector<LinearTask> expert_tasks_;
     std::vector<AttentionPlan> plans_;
     std::vector<float> states_;
     uint64_t step_number_ = 0;

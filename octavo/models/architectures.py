@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from octavo.errors import UnsupportedModelError
 from octavo.models.hf_config import Fields
 from octavo.program.ops import Activation
+
+MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Architecture:
     roots: tuple[str, ...]  # prefixes of tensor names, tried in order
     tensors: Mapping[str, str | Stored]  # canonical -> stored, outside layers
     layer: str  # prefix of layer N below the root
-    layer_tensors: Mapping[str, str | Stored]
+    layer_tensors: Mapping[str, str | Stored]  # {} in a name: the number of the expert
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -61,7 +63,11 @@ class Architecture:
         if not part.startswith("layers."):
             return self._entry(self.tensors, part, "")
         _, index, name = part.split(".", 2)
-        return self._entry(self.layer_tensors, name, self.layer.format(index))
+        if not name.startswith("experts."):
+            return self._entry(self.layer_tensors, name, self.layer.format(index))
+        _, expert, name = name.split(".", 2)
+        entry = self._entry(self.layer_tensors, f"experts.{name}", self.layer.format(index))
+        return replace(entry, name=entry.name.format(expert))
 
     @staticmethod
     def _entry(table: Mapping[str, str | Stored], name: str, prefix: str) -> Stored:
@@ -92,6 +98,22 @@ _GEMMA_LAYER = _LLAMA_LAYER | {
     "attn_post_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
+}
+_MIXTRAL_LAYER = _LLAMA_LAYER | {
+    "router": "block_sparse_moe.gate",
+    "experts.gate": "block_sparse_moe.experts.{}.w1",
+    "experts.up": "block_sparse_moe.experts.{}.w3",
+    "experts.down": "block_sparse_moe.experts.{}.w2",
+}
+_QWEN_MOE_LAYER = _LLAMA_LAYER | {
+    "router": "mlp.gate",
+    "experts.gate": "mlp.experts.{}.gate_proj",
+    "experts.up": "mlp.experts.{}.up_proj",
+    "experts.down": "mlp.experts.{}.down_proj",
+    "shared_gate": "mlp.shared_expert_gate",
+    "shared.gate": "mlp.shared_expert.gate_proj",
+    "shared.up": "mlp.shared_expert.up_proj",
+    "shared.down": "mlp.shared_expert.down_proj",
 }
 _GPT2_TENSORS = {"embed": "wte.weight", "position_embed": "wpe.weight", "final_norm": "ln_f"}
 _GPT2_LAYER: Mapping[str, str | Stored] = {
@@ -125,6 +147,38 @@ _OPT_LAYER = {
 
 def _llama_extras(config: Fields, hidden_size: int) -> dict[str, Any]:
     return {"mlp_bias": config.boolean("mlp_bias", False)}
+
+
+def _mixtral_extras(config: Fields, hidden_size: int) -> dict[str, Any]:
+    return {
+        **_expert_counts(config),
+        "expert_size": config.integer("intermediate_size"),
+        "renormalize_experts": True,
+    }
+
+
+def _qwen3_moe_extras(config: Fields, hidden_size: int) -> dict[str, Any]:
+    step, dense = config.integer("decoder_sparse_step", 1), config.indices("mlp_only_layers")
+    layers = range(config.integer("num_hidden_layers"))
+    return {
+        **_expert_counts(config),
+        "expert_size": config.integer("moe_intermediate_size"),
+        "renormalize_experts": config.boolean("norm_topk_prob", False),
+        "dense_layers": tuple(index for index in layers if (index + 1) % step or index in dense),
+    }
+
+
+def _qwen2_moe_extras(config: Fields, hidden_size: int) -> dict[str, Any]:
+    return {
+        **_qwen3_moe_extras(config, hidden_size),
+        "shared_expert_size": config.integer("shared_expert_intermediate_size"),
+        "qkv_bias": config.boolean("qkv_bias", True),
+    }
+
+
+def _expert_counts(config: Fields) -> dict[str, int]:
+    count = config.integer("num_local_experts" if config.has("num_local_experts") else "num_experts", high=MAX_EXPERTS)
+    return {"num_experts": count, "num_experts_per_token": config.integer("num_experts_per_tok", high=count)}
 
 
 def _gemma3_extras(config: Fields, hidden_size: int) -> dict[str, Any]:
@@ -188,6 +242,41 @@ ARCHITECTURES = (
         flags={"qk_norm": True},
         bias_key="attention_bias",
         windows="upper",
+    ),
+    Architecture(
+        name="mixtral",
+        model_types=("mixtral",),
+        roots=("model.", ""),
+        tensors=_LLAMA_TENSORS,
+        layer="layers.{}.",
+        layer_tensors=_MIXTRAL_LAYER,
+        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "hidden_act": "silu", "rope_theta": 1e6},
+        extras=_mixtral_extras,
+        windows="all",
+    ),
+    Architecture(
+        name="qwen2moe",
+        model_types=("qwen2_moe",),
+        roots=("model.", ""),
+        tensors=_LLAMA_TENSORS,
+        layer="layers.{}.",
+        layer_tensors=_QWEN_MOE_LAYER,
+        defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu"},
+        extras=_qwen2_moe_extras,
+        windows="upper",
+    ),
+    Architecture(
+        name="qwen3moe",
+        model_types=("qwen3_moe",),
+        roots=("model.", ""),
+        tensors=_LLAMA_TENSORS,
+        layer="layers.{}.",
+        layer_tensors=_QWEN_MOE_LAYER,
+        defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu"},
+        only={"use_sliding_window": False},
+        flags={"qk_norm": True},
+        extras=_qwen3_moe_extras,
+        bias_key="attention_bias",
     ),
     Architecture(
         name="gemma3",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from octavo.models.spec import LayerSpec, ModelSpec
 from octavo.program.ops import (
     Activation,
@@ -9,6 +11,7 @@ from octavo.program.ops import (
     Attention,
     Buffer,
     Embedding,
+    Experts,
     GatherRows,
     Linear,
     Norm,
@@ -47,7 +50,7 @@ class _Decoder:
         for index, layer in enumerate(spec.layers):
             is_last = index == spec.num_layers - 1
             stream, update = self._attention_block(f"layers.{index}", layer, stream, update, is_last=is_last)
-            stream, update = self._mlp_block(f"layers.{index}", stream, update)
+            stream, update = self._mlp_block(f"layers.{index}", index, stream, update)
         hidden = self._last_states(stream, update)
         return self._build.finish(
             hidden=hidden,
@@ -127,16 +130,48 @@ class _Decoder:
         )
         return self._leave(f"{label}.attn", stream, out)
 
-    def _mlp_block(self, label: str, stream: Buffer, update: Buffer | None) -> tuple[Buffer, Buffer | None]:
+    def _mlp_block(self, label: str, index: int, stream: Buffer, update: Buffer | None) -> tuple[Buffer, Buffer | None]:
         spec = self._spec
         x, stream = self._enter(f"{label}.mlp_norm", stream, update)
+        is_dense = not spec.num_experts or index in spec.dense_layers
+        out = self._mlp(label, x, spec.intermediate_size) if is_dense else self._experts(label, x)
+        return self._leave(f"{label}.mlp", stream, out)
+
+    def _mlp(self, label: str, x: Buffer, size: int) -> Buffer:
+        spec = self._spec
         names = ("gate", "up") if spec.activation.endswith("_mul") else ("up",)
-        rows = {f"{label}.{name}": spec.intermediate_size for name in names}
+        rows = {f"{label}.{name}": size for name in names}
         inner = self._stacked_linear(
             f"{label}.{'_'.join(names)}", x, rows, has_bias=spec.mlp_bias, activation=spec.activation
         )
-        out = self._stacked_linear(f"{label}.down", inner, {f"{label}.down": spec.hidden_size}, has_bias=spec.mlp_bias)
-        return self._leave(f"{label}.mlp", stream, out)
+        return self._stacked_linear(f"{label}.down", inner, {f"{label}.down": spec.hidden_size}, has_bias=spec.mlp_bias)
+
+    def _experts(self, label: str, x: Buffer) -> Buffer:
+        """Routed experts, and the shared one where there is one."""
+        spec, count = self._spec, self._spec.num_experts
+        shared = self._mlp(f"{label}.shared", x, spec.shared_expert_size) if spec.shared_expert_size else None
+        routers = {f"{label}.router": count} | ({f"{label}.shared_gate": 1} if shared else {})
+        scores = self._stacked_linear(f"{label}.router", x, routers, has_bias=False, role="router")
+        experts = [f"{label}.experts.{e}" for e in range(count)]
+        pairs = {f"{expert}.{name}": spec.expert_size for expert in experts for name in ("gate", "up")}
+        downs = {f"{expert}.down": spec.hidden_size for expert in experts}
+        out = Buffer(f"{label}.experts", x.rows, spec.hidden_size)
+        self._build.add(
+            Experts(
+                f"{label}.experts",
+                x,
+                scores,
+                gate_up=_stack(f"{label}.experts.gate_up", pairs, spec.hidden_size),
+                down=_stack(f"{label}.experts.down", downs, spec.expert_size),
+                out=out,
+                num_experts=count,
+                top_k=spec.num_experts_per_token,
+                renormalize=spec.renormalize_experts,
+                activation=spec.activation,
+                shared=shared,
+            )
+        )
+        return out
 
     def _enter(self, norm: str, stream: Buffer, update: Buffer | None) -> tuple[Buffer, Buffer]:
         """What a block reads, and the stream with the last update added."""
@@ -183,12 +218,18 @@ class _Decoder:
         return out
 
     def _stacked_linear(
-        self, label: str, x: Buffer, rows: dict[str, int], *, has_bias: bool, activation: Activation = "none"
+        self,
+        label: str,
+        x: Buffer,
+        rows: dict[str, int],
+        *,
+        has_bias: bool,
+        activation: Activation = "none",
+        role: Literal["linear", "router"] = "linear",
     ) -> Buffer:
         """One product for matrices that read the same input; `rows` maps each layer-qualified name to its rows."""
-        total = sum(rows.values())
-        counts = tuple(rows.values())
-        weight = Weight(f"{label}.weight", tuple(f"{n}.weight" for n in rows), counts, (total, x.width), "linear")
+        weight = _stack(label, rows, x.width, role)
+        total, counts = weight.shape[0], weight.part_rows
         bias = Weight(f"{label}.bias", tuple(f"{n}.bias" for n in rows), counts, (total,), "vector")
         out = Buffer(label, x.rows, total // 2 if activation.endswith("_mul") else total)
         self._build.add(Linear(label, x, weight, out, bias if has_bias else None, activation))
@@ -210,6 +251,11 @@ class _Decoder:
         out = Buffer(label, Rows.LOGITS, x.width)
         self._build.add(GatherRows(label, x, out))
         return out
+
+
+def _stack(label: str, rows: dict[str, int], cols: int, role: Literal["linear", "router"] = "linear") -> Weight:
+    counts = tuple(rows.values())
+    return Weight(f"{label}.weight", tuple(f"{n}.weight" for n in rows), counts, (sum(counts), cols), role)
 
 
 def _vector(name: str, size: int) -> Weight:

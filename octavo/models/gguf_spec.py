@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from octavo.errors import ConfigError, ModelFileError, UnsupportedModelError
+from octavo.models.architectures import MAX_EXPERTS
 from octavo.models.gguf_file import FLOAT_TYPES, GGUFFile
 from octavo.models.hf_config import Fields
 from octavo.models.hf_spec import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MIN_THETA
@@ -40,6 +41,7 @@ class GGUFArchitecture:
     windows: bool = False  # attention.sliding_window counts
     period: int = 0  # every period-th layer is global and the others have a RoPE base of their own
     flags: Mapping[str, Any] = field(default_factory=dict)
+    renormalizes_experts: bool = True  # no key says
 
 
 GGUF_ARCHITECTURES = {
@@ -48,6 +50,8 @@ GGUF_ARCHITECTURES = {
         GGUFArchitecture(name="llama", permuted=True, windows=True, flags={"activation": "silu_mul"}),
         GGUFArchitecture(name="qwen2", flags={"activation": "silu_mul"}),
         GGUFArchitecture(name="qwen3", flags={"activation": "silu_mul", "qk_norm": True}),
+        GGUFArchitecture(name="qwen2moe", flags={"activation": "silu_mul"}, renormalizes_experts=False),
+        GGUFArchitecture(name="qwen3moe", flags={"activation": "silu_mul", "qk_norm": True}),
         GGUFArchitecture(
             name="gemma3",
             windows=True,
@@ -132,11 +136,23 @@ class _SpecReader:
             bos_token_id=next(iter(self._fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)), None),
             eos_token_ids=self._eos_token_ids(vocab_size),
             **row.flags,
+            **self._experts(),
         )
 
+    def _experts(self) -> dict[str, Any]:
+        count = self._integer("expert_count", 0, low=0, high=MAX_EXPERTS)
+        if not count:
+            return {}
+        shared = self._file.tensors.get("blk.0.ffn_up_shexp.weight")
+        return {
+            "num_experts": count,
+            "num_experts_per_token": self._integer("expert_used_count", high=count),
+            "expert_size": self._integer("expert_feed_forward_length", self._integer("feed_forward_length")),
+            "shared_expert_size": shared.shape[0] if shared else 0,
+            "renormalize_experts": self._row.renormalizes_experts,
+        }
+
     def _refuse_unbuilt(self) -> None:
-        if self._integer("expert_count", 0, low=0):
-            raise UnsupportedModelError(f"{self._file.path}: {self._row.name} with experts (MoE) is not supported")
         prefix = f"{self._row.name}.rope.scaling."
         for key in self._file.metadata:
             if key.startswith(prefix) and key.removeprefix(prefix) not in _SCALING_KEYS:

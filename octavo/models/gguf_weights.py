@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +39,25 @@ _LAYER_TENSORS = {
     "up": "ffn_up",
     "down": "ffn_down",
     "mlp_post_norm": "post_ffw_norm",
+    "router": "ffn_gate_inp",
+    "shared_gate": "ffn_gate_inp_shexp",
+    "shared.gate": "ffn_gate_shexp",
+    "shared.up": "ffn_up_shexp",
+    "shared.down": "ffn_down_shexp",
+    "experts.gate": "ffn_gate_exps",
+    "experts.up": "ffn_up_exps",
+    "experts.down": "ffn_down_exps",
 }
 _FUSED = ("q", "k", "v")  # in this order in attn_qkv
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor of the file; `piece` is the third of attn_qkv, `heads` > 0 asks for rows in half-split order."""
+    """A tensor of the file, or one of `pieces` equal parts of its rows; `heads` > 0: rows in half-split order."""
 
     name: str
-    piece: int | None = None
+    piece: int = 0
+    pieces: int = 1  # 3 of attn_qkv; as many as there are experts where one tensor holds all
     heads: int = 0
 
 
@@ -64,22 +74,24 @@ class GGUFWeights:
         self._permuted_heads = (
             {"q": spec.num_heads, "k": spec.num_kv_heads} if gguf_architecture_of(self._file).permuted else {}
         )
+        self._num_experts = spec.num_experts
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for weight, part in weight_parts(record(spec)):
-            rows = weight.part_rows[weight.parts.index(part)]
-            self._check(part, (rows, *weight.shape[1:]))
+            self._shapes[part] = (weight.part_rows[weight.parts.index(part)], *weight.shape[1:])
+            self._check(part, self._shapes[part])
 
     def get(self, part: str) -> Tensor:
         """The tensor with this canonical name, [out, in], q and k rows in half-split order."""
         stored = self._stored(part)
         tensor = self._file.tensors[stored.name]
         data = self._file.data(stored.name)
-        rows = tensor.shape[0]
-        if stored.piece is not None:
-            rows //= len(_FUSED)
-            data = data[stored.piece * rows : (stored.piece + 1) * rows]
+        shape = self._shapes[part]
+        rows = shape[0]
+        data = data.reshape(stored.pieces * rows, *(-1 for _ in shape[1:]))
+        data = data[stored.piece * rows : (stored.piece + 1) * rows]
         if stored.heads:
             data = data[half_split_rows(rows, stored.heads)]
-        return Tensor(stored.name, tensor.type, (rows, *tensor.shape[1:]), np.require(data, requirements=("C", "A")))
+        return Tensor(stored.name, tensor.type, shape, np.require(data, requirements=("C", "A")))
 
     def type_of(self, part: str) -> str:
         """Its stored type name, without reading it."""
@@ -88,12 +100,17 @@ class GGUFWeights:
     def _stored(self, part: str) -> _Stored:
         if part in _TENSORS:
             return self._found(part, _Stored(_TENSORS[part]))
-        _, index, name, kind = part.split(".")
+        _, index, name = part.split(".", 2)
+        name, _, kind = name.rpartition(".")
         fused = f"blk.{index}.attn_qkv.{kind}"
         if name in _FUSED and fused in self._file.tensors:
-            return _Stored(fused, piece=_FUSED.index(name))
+            return _Stored(fused, _FUSED.index(name), len(_FUSED))
+        piece, pieces = 0, 1
+        if name.startswith("experts."):
+            _, expert, matrix = name.split(".")
+            name, piece, pieces = f"experts.{matrix}", int(expert), self._num_experts
         stored = f"blk.{index}.{_LAYER_TENSORS[name]}.{kind}"
-        return self._found(part, _Stored(stored, heads=self._permuted_heads.get(name, 0)))
+        return self._found(part, _Stored(stored, piece, pieces, self._permuted_heads.get(name, 0)))
 
     def _found(self, part: str, stored: _Stored) -> _Stored:
         if stored.name not in self._file.tensors:
@@ -103,11 +120,12 @@ class GGUFWeights:
     def _check(self, part: str, expected: tuple[int, ...]) -> None:
         stored = self._stored(part)
         tensor = self._file.tensors[stored.name]
-        rows = expected[0] if stored.piece is None else expected[0] * len(_FUSED)
-        if tensor.shape != (rows, *expected[1:]):
+        whole = (expected[0] * stored.pieces, *expected[1:])
+        found = tensor.shape if len(whole) == 1 else (math.prod(tensor.shape[:-1]), tensor.shape[-1])  # experts: 3-D
+        if found != whole:
             raise ModelFileError(
                 f"tensor {tensor.name} in {self._file.path} has shape {list(tensor.shape)}, "
-                f"but the file's metadata makes it {[rows, *expected[1:]]}"
+                f"but the file's metadata makes it {list(whole)}"
             )
         if tensor.type not in WEIGHT_TYPES:
             raise UnsupportedModelError(

@@ -104,6 +104,14 @@ class Fields:
             raise self.wrong(name, "a list of positive numbers")
         return tuple(float(v) for v in value)
 
+    def indices(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers from 0 on; empty when absent."""
+        value = self.raw(name)
+        numbers = [] if value is None else value
+        if not isinstance(numbers, list) or not all(type(v) is int and 0 <= v < MAX_SIZE for v in numbers):
+            raise self.wrong(name, "a list of numbers from 0 on")
+        return tuple(numbers)
+
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
         """A token id or a list of them; empty when absent. Ids outside the vocabulary (-1 is common) can never come
         out and are left out."""

@@ -9,5 +9,8 @@
     layers.N.{q,k,v,o}.{weight,bias}        layers.N.{q_norm,k_norm}.weight
     layers.N.{gate,up,down}.{weight,bias}   (`up` and `down` alone where the MLP is not gated)
 
+    layers.N.router.weight                  layers.N.experts.E.{gate,up,down}.weight
+    layers.N.shared_gate.weight [1, hidden] layers.N.shared.{gate,up,down}.weight
+
 Matrices are [out, in]. A checkpoint that stores q, k and v (or gate and up) as one tensor is split by its source.
 """

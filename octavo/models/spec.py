@@ -67,6 +67,13 @@ class ModelSpec:
     position_offset: int = 0  # OPT: 2
     tie_word_embeddings: bool = False
 
+    num_experts: int = 0  # 0: every MLP is dense
+    num_experts_per_token: int = 0
+    expert_size: int = 0  # inner width of one expert
+    shared_expert_size: int = 0  # of the expert that all tokens go through; 0: none
+    renormalize_experts: bool = False  # the shares of the chosen experts sum to one
+    dense_layers: tuple[int, ...] = ()  # layers without experts
+
     stored_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "quantized"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -35,14 +35,20 @@ class Weight:
 
     `parts` are canonical tensor names (models/weights.py maps a checkpoint's names to them); parts may differ in
     stored type, so a runtime packs each part by itself. `shape` is that of the stack: [out, in] for a matrix.
-    `role` says how a runtime may treat it: only "linear" and "embedding" weights are ever kept in a narrow type.
+    `role` says how a runtime may treat it: only "linear" and "embedding" weights are ever kept in a narrow type. A
+    router is a matrix whose products decide, so that roundings there would choose other experts.
     """
 
     name: str
     parts: tuple[str, ...]
     part_rows: tuple[int, ...]
     shape: tuple[int, ...]
-    role: Literal["linear", "embedding", "vector"]
+    role: Literal["linear", "embedding", "vector", "router"]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every runtime keeps it as float32, and computes with it in float32."""
+        return self.role in ("vector", "router")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,6 +205,40 @@ class Linear(Op):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Experts(Op):
+    """out[t] = sum over the `top_k` experts e of t of share[t, e] * MLP_e(x[t])  (+ sigmoid(gate[t]) * shared[t]).
+
+    MLP_e(x) = act(gate_e x) * (up_e x) through down_e, a gated activation as in Linear. The experts of t are those of
+    its largest scores, of equal ones the first. share = softmax of the scores over all experts or, with
+    `renormalize`, over the chosen ones. The sum goes over the experts in order.
+    `shared` is what an expert of all tokens gave, and the last column of `scores` its gate.
+    Sources: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral); Qwen2-MoE for the shared expert.
+    """
+
+    x: Buffer
+    scores: Buffer  # [rows, num_experts], or [rows, num_experts + 1] with `shared`
+    gate_up: Weight  # [num_experts * 2 * inner, in]: of each expert gate over up, one part each
+    down: Weight  # [num_experts * out, inner]: one part for each expert
+    out: Buffer
+    num_experts: int
+    top_k: int
+    renormalize: bool
+    activation: Activation = "silu_mul"
+    shared: Buffer | None = None
+
+    def operations(self, sizes: Sizes) -> int:
+        weights = sum(w.shape[0] * w.shape[1] for w in self.weights)
+        return 2 * rows_of(self.x, sizes) * self.top_k * weights // self.num_experts
+
+    def bytes_moved(
+        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
+    ) -> int:
+        missed = (1 - self.top_k / self.num_experts) ** rows_of(self.x, sizes)  # of tokens that choose at random
+        buffers = sum(b.width * rows_of(b, sizes) for b in self.inputs + self.outputs)
+        return int(buffers * act_bytes + (1 - missed) * sum(weight_bytes(w) for w in self.weights))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RopeKVWrite(Op):
     """Splits qkv into heads, norms and rotates q and k, writes k and v to the KV cache, returns q.
 
@@ -279,4 +319,4 @@ class GatherRows(Op):
         return int(2 * sizes.num_logits * self.out.width * act_bytes)  # only the rows that are kept are read
 
 
-AnyOp = Embedding | Norm | Add | Linear | RopeKVWrite | Attention | GatherRows
+AnyOp = Embedding | Norm | Add | Linear | Experts | RopeKVWrite | Attention | GatherRows

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from octavo.program.ops import AnyOp, Attention, Linear, Norm, Sizes, Weight, WeightBytes, rows_of
+from octavo.program.ops import AnyOp, Attention, Experts, Linear, Norm, Sizes, Weight, WeightBytes, rows_of
 from octavo.program.program import Program
 
 _HEADER = ("node", "op", "out", "weight", "weight bytes", "moved", "operations", "ops/byte")
@@ -96,6 +96,8 @@ def op_name(node: AnyOp) -> str:
     if isinstance(node, Linear):
         notes += [node.activation] if node.activation != "none" else []
         notes += ["+bias"] if node.bias else []
+    elif isinstance(node, Experts):
+        notes += [f"{node.top_k} of {node.num_experts}", *(["+shared"] if node.shared else [])]
     elif isinstance(node, Attention):
         notes += [f"window {node.window}"] if node.window else []
     elif isinstance(node, Norm):

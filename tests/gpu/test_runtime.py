@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from octavo.errors import MemoryPlanError, UnsupportedError  # noqa: E402
-from octavo.program.ops import Add, Embedding, Linear, Norm  # noqa: E402
+from octavo.program.ops import Add, Embedding, Experts, Linear, Norm  # noqa: E402
 from octavo.runtime.base import SamplingInputs  # noqa: E402
 from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
 from octavo.runtime.cuda.kernels import sampling as sampling_kernels  # noqa: E402
@@ -141,6 +141,16 @@ def test_fp8_cache_in_a_decoder(device):
     assert 2 * halved == runtime.kv_bytes_per_block(decoder_program(), 16, "bfloat16")
     with pytest.raises(UnsupportedError, match="int8"):
         runtime.kv_bytes_per_block(decoder_program(), 16, "int8")
+
+
+def test_experts_are_refused_before_anything_is_packed(device):
+    def body(build, x):
+        weight = matrix("never read", 4, 8)
+        build.add(Experts("layers.0.experts", x, x, weight, weight, x, 1, 1, renormalize=False))
+        return x
+
+    with pytest.raises(UnsupportedError, match=r"layers.0.experts: .* take --runtime native"):
+        load(CudaRuntime("float32", device=device), row_program(8, body), weights=object())
 
 
 @pytest.mark.parametrize(("capability", "is_refused"), [((8, 0), True), ((8, 9), False), ((9, 0), False)])

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from octavo.models.spec import ModelFiles
 
-ARCHES = {"mistral": "llama"}  # written in Llama's form
+ARCHES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
@@ -59,7 +59,7 @@ def convert(files: ModelFiles, path: Path, *, quantize: gguf.GGMLQuantizationTyp
     num_layers = metadata["block_count"]
     names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), num_layers)
     heads = {"q_proj": metadata["attention.head_count"], "k_proj": metadata.get("attention.head_count_kv")}
-    for hf_name, tensor in load_file(files.path / "model.safetensors").items():
+    for hf_name, tensor in _stack_experts(load_file(files.path / "model.safetensors")).items():
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert name is not None, hf_name
         if arch == "gpt2" and tensor.ndim == 2 and any(part in name for part in CONV1D):
@@ -69,11 +69,26 @@ def convert(files: ModelFiles, path: Path, *, quantize: gguf.GGMLQuantizationTyp
         if arch == "llama":
             for part, count in heads.items():
                 tensor = permute(tensor, count) if f"{part}." in hf_name else tensor
-        if quantize is not None and tensor.ndim == 2:
+        if "shared_expert_gate" in hf_name:
+            tensor = tensor.reshape(-1)
+        if quantize is not None and tensor.ndim >= 2 and "ffn_gate_inp" not in name:
             out.add_tensor(name, gguf.quantize(tensor, quantize), raw_dtype=quantize)
         else:
             out.add_tensor(name, tensor)
     return finish(out, path)
+
+
+def _stack_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of each layer's experts as one, under a name without the expert's number."""
+    out: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        before, found, after = name.partition(".experts.")
+        number, _, matrix = after.partition(".")
+        if found:
+            out.setdefault(f"{before}.experts.{matrix}", {})[int(number)] = tensor
+        else:
+            out[name] = tensor
+    return {k: np.stack([v[i] for i in range(len(v))]) if isinstance(v, dict) else v for k, v in out.items()}
 
 
 def permute(tensor: np.ndarray, heads: int) -> np.ndarray:
@@ -93,6 +108,9 @@ def _metadata(config: dict[str, Any]) -> dict[str, Any]:
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
+        "expert_count": config.get("num_local_experts", config.get("num_experts")),
+        "expert_used_count": config.get("num_experts_per_tok"),
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": head_dim,

@@ -35,6 +35,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen2moe-windows": (
+        "qwen2moe",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3moe-sparse": (
+        "qwen3moe",
+        {"decoder_sparse_step": 2, "norm_topk_prob": False, "num_experts_per_tok": 1, "attention_bias": True},
+    ),
     "gemma3-untied": ("gemma3", {"tie_word_embeddings": False, "attention_bias": True}),
     "gpt2-relu": ("gpt2", {"activation_function": "relu", "n_inner": 56}),
     "gpt2-gelu": ("gpt2", {"activation_function": "gelu"}),

@@ -21,6 +21,12 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
 }
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 
 
 def read(folder: Path, *, max_model_len: int | None = None, **changes: Any) -> ModelSpec:
@@ -53,6 +59,12 @@ def test_sparse_gemma3_gets_its_own_defaults(tmp_path: Path) -> None:
     assert far.inv_freq[64] == pytest.approx(1_000_000**-0.5 / 8, rel=1e-6)
     assert spec.embedding_scale == pytest.approx(2560**0.5)
     assert spec.tie_word_embeddings
+
+
+def test_layers_without_experts(tmp_path: Path) -> None:
+    spec = read(tmp_path, **MOE, num_hidden_layers=7, decoder_sparse_step=3, mlp_only_layers=[5, 99])
+    assert spec.dense_layers == (0, 1, 3, 4, 5, 6)
+    assert (spec.num_experts, spec.num_experts_per_token, spec.expert_size) == (8, 2, 24)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
@@ -129,6 +141,11 @@ def test_dynamic_rope_changes_only_when_more_is_asked_for(tmp_path: Path) -> Non
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id"),
         ({"model_type": ...}, "model_type must be the architecture's name"),
         ({"text_config": 3}, "text_config must be an object"),
+        ({"model_type": "mixtral"}, "num_experts is missing"),
+        ({**MOE, "num_local_experts": 2000}, "num_local_experts must be an integer from 1 to 1024"),
+        ({**MOE, "num_experts_per_tok": 9}, "num_experts_per_tok must be an integer from 1 to 8"),
+        ({**MOE, "mlp_only_layers": [-1]}, "mlp_only_layers must be a list of numbers"),
+        ({**MOE, "moe_intermediate_size": ...}, "moe_intermediate_size is missing"),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -143,6 +160,7 @@ def test_wrong_values_are_named(tmp_path: Path, changes: dict[str, Any], message
         ({"hidden_act": "xielu"}, "activation 'xielu' is not known for llama; known ones: silu"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "RoPE kind 'spiral' is not known; known kinds: default, linear"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised checkpoints \(awq\) are not supported"),
+        ({**MOE, "use_sliding_window": True}, "qwen3moe with use_sliding_window=True is not supported"),
         ({"model_type": "opt", "ffn_dim": 64, "enable_bias": False}, "opt with enable_bias=False"),
     ],
 )

@@ -40,6 +40,29 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**_COMMON, "sliding_window": 7, "head_dim": 16}),
     "qwen2": ("Qwen2", {**_COMMON, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {**_COMMON, "head_dim": 20, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {**_COMMON, "sliding_window": 7, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2moe": (
+        "Qwen2Moe",
+        {
+            **_COMMON,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 28,
+            "shared_expert_intermediate_size": 44,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {
+            **_COMMON,
+            "head_dim": 20,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {

@@ -9,7 +9,7 @@ import pytest
 
 from octavo.models.decoder import record
 from octavo.models.reader import read_spec
-from octavo.program.ops import Sizes, Weight
+from octavo.program.ops import Experts, Sizes, Weight
 from octavo.program.printer import cost_of, describe
 from octavo.program.program import Program
 from tests.model.tiny import make_tiny
@@ -35,6 +35,18 @@ def test_operations_of_a_decoder_by_hand(program: Program) -> None:
     small = sum(n.operations(SIZES) for n in program.nodes if type(n).__name__ not in ("Linear", "Attention"))
     assert cost_of(program.nodes, SIZES, float_bytes).operations == expected + small
     assert small < 0.05 * expected
+
+
+def test_experts_count_what_is_chosen(tmp_path: Path) -> None:
+    program = record(read_spec(make_tiny("qwen2moe", tmp_path)))
+    node = next(n for n in program.nodes if isinstance(n, Experts))
+    held = sum(float_bytes(w) for w in node.weights)
+    assert (held, node.operations(Sizes(5, 5, 50))) == (4 * 7 * 3 * 48 * 28, 2 * 5 * 3 * 3 * 48 * 28)
+    moved = [node.bytes_moved(Sizes(n, n, 50), float_bytes, 4, act_bytes=0) for n in (0, 1, 2, 1000)]
+    assert moved == [0, held * 3 // 7, int(held * (1 - (4 / 7) ** 2)), held]
+    text = describe(program, SIZES, float_bytes)
+    assert "Experts 3 of 7 +shared" in text
+    assert "layers.1.gate_up" in text, "a dense layer between"
 
 
 def test_bytes_count_weights_once_and_kv_as_attended(program: Program) -> None:

@@ -8,13 +8,14 @@ from types import ModuleType
 
 import torch
 
-from octavo.errors import UnsupportedModelError
+from octavo.errors import UnsupportedError, UnsupportedModelError
 from octavo.program.ops import (
     Add,
     AnyOp,
     Attention,
     Buffer,
     Embedding,
+    Experts,
     GatherRows,
     Linear,
     Norm,
@@ -125,6 +126,8 @@ class Launches:
                 return self._add(node)
             case Linear():
                 return self._linear(node)
+            case Experts():
+                raise no_experts(node)
             case RopeKVWrite():
                 return self._rope_kv_write(node)
             case Attention():
@@ -272,6 +275,11 @@ class Launches:
                 attention.prefill_attention(inputs, node, group, q, keys, values, out)
 
         return launch
+
+
+def no_experts(node: Experts) -> UnsupportedError:
+    """The refusal of a mixture of experts."""
+    return UnsupportedError(f"{node.label}: the cuda runtime has no experts (MoE) yet: take --runtime native")
 
 
 def _is_gelu(node: Linear) -> bool:

@@ -20,8 +20,8 @@ _DRAWN_ON_HOST = 1 << 20  # elements; random tensors up to here are the same num
 
 
 def storage_type(weight: Weight, dtype: torch.dtype) -> torch.dtype:
-    """How a weight is kept: vectors are always float32."""
-    return torch.float32 if weight.role == "vector" else dtype
+    """How a weight is kept: vectors and routers are always float32."""
+    return torch.float32 if weight.is_exact else dtype
 
 
 def packed_bytes(weight: Weight, dtype: torch.dtype) -> int:

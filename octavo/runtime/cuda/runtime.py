@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from octavo.errors import MemoryPlanError, StepError, UnsupportedError
-from octavo.program.ops import Attention
+from octavo.program.ops import Attention, Experts
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
@@ -28,7 +28,7 @@ from octavo.runtime.cuda.graphs import (
     most_mixed_tokens,
 )
 from octavo.runtime.cuda.kernels.attention import queries_per_tile
-from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches
+from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_experts
 from octavo.runtime.cuda.launching import only_compiling, quick_launches
 from octavo.runtime.cuda.packing import pack, packed_bytes
 from octavo.runtime.cuda.results import Results
@@ -100,11 +100,14 @@ class CudaRuntime:
         """Puts the weights on the device, reserves every buffer of the largest step, prepares the launches.
 
         Raises:
-            UnsupportedError: a dtype other than the one this runtime was made for.
+            UnsupportedError: a dtype other than the one this runtime was made for; a mixture of experts.
             MemoryPlanError: the device has no room.
             ModelFileError: a tensor of an unexpected shape.
         """
         self._check_dtype(dtype)
+        for node in program.nodes:
+            if isinstance(node, Experts):
+                raise no_experts(node)
         self._program = program
         self._limits = (max_num_tokens, max_num_logits, max_num_requests)
         num_weights = sum(math.prod(weight.shape) for weight in program.weights)

@@ -11,12 +11,13 @@ from typing import NoReturn
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
 LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
 
-OP_CODES = {"Embedding": 0, "Norm": 1, "Add": 2, "Linear": 3, "RopeKVWrite": 4, "Attention": 5, "GatherRows": 6}
+_OPS = ("Embedding", "Norm", "Add", "Linear", "RopeKVWrite", "Attention", "GatherRows", "Experts")
+OP_CODES = {name: code for code, name in enumerate(_OPS)}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_mul": 4, "gelu_tanh_mul": 5}
 DTYPES = ("float32", "bfloat16", "quantized", "int8")
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -35,6 +36,7 @@ class Node(ctypes.Structure):
         *((name, c_int32) for name in ("op", "x", "y", "out", "residual_out", "weight", "bias", "extra")),
         *((name, c_int32) for name in ("activation", "layer_norm", "kv_layer", "num_heads", "num_kv_heads")),
         *((name, c_int32) for name in ("head_dim", "window", "rope", "position_offset")),
+        *((name, c_int32) for name in ("num_experts", "top_k", "renormalize", "shared")),
         *((name, c_float) for name in ("eps", "scale", "softcap")),
     ]
 

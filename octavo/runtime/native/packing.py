@@ -67,7 +67,7 @@ class Packer:
         return ids
 
     def _is_packed(self, weight: Weight) -> bool:
-        return self._dtype != "float32" and weight.role != "vector"
+        return self._dtype != "float32" and not weight.is_exact
 
     def _bytes(self, weight: Weight) -> int:
         if not self._is_packed(weight):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import StepError, UnsupportedError
-from octavo.program.ops import Linear, Rows, Sizes
+from octavo.program.ops import Experts, Linear, Rows, Sizes
 from octavo.program.profile import Limits as MachineLimits
 from octavo.program.profile import Profile
 from octavo.program.program import Program
@@ -22,6 +22,7 @@ from octavo.runtime.native.packing import Packer
 from octavo.runtime.native.table import Limits, Tables, build_tables
 
 _FLOAT_BYTES = 4
+_ROUNDED_ROWS = 16  # rows whose inputs a Linear lays out together (kRoundedRows there)
 _SLOTS_OF_PIECE = 16  # slots of the KV cache that lie together (kGroup in native/kernels.h)
 
 # What the library takes each array for; checked before any pointer is handed over.
@@ -109,11 +110,19 @@ class NativeRuntime:
         return sum(Packer(self._library, program, weights, dtype).bytes().values())
 
     def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
-        """Activations of the largest step in float32, and the widest input of a Linear as packed weights want it."""
+        """Activations of the largest step in float32, those inside experts too, and the widest input of a Linear as
+        packed weights want it."""
         rows = {Rows.TOKENS: max_num_tokens, Rows.LOGITS: max_num_logits}
-        inputs = [node.x for node in program.nodes if isinstance(node, Linear)]
-        rounded = max((rows[x.rows] * x.width for x in inputs), default=0) * _rounded_bytes(self.level)
-        return program.plan_buffers().elements(max_num_tokens, max_num_logits) * _FLOAT_BYTES + rounded
+        inputs = [rows[node.x.rows] * node.x.width for node in program.nodes if isinstance(node, Linear)]
+        sums = []
+        for node in program.nodes:
+            if isinstance(node, Experts):
+                places, inner = _expert_places(node, rows[node.x.rows]), node.down.shape[1]
+                inputs.append(places * max(node.x.width, inner))
+                sums.append(places * (inner + node.out.width))
+        rounded = max(inputs, default=0) * _rounded_bytes(self.level)
+        elements = program.plan_buffers().elements(max_num_tokens, max_num_logits) + max(sums, default=0)
+        return elements * _FLOAT_BYTES + rounded
 
     def free_bytes(self, utilization: float) -> None:
         """Everything lies in the host's memory."""
@@ -275,6 +284,12 @@ class NativeRuntime:
         if self._placed.get(name) is not array or array.shape != shape:
             setattr(step, name, _checked(name, array, dtype, shape))
             self._placed[name] = array
+
+
+def _expert_places(node: Experts, num_rows: int) -> int:
+    """Rows that a pass over experts has room for (native/experts.cpp)."""
+    padded = -(-num_rows // _ROUNDED_ROWS) + min(node.num_experts, num_rows * node.top_k)
+    return padded * _ROUNDED_ROWS
 
 
 def _rounded_bytes(level: str) -> int:

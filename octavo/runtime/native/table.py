@@ -12,6 +12,7 @@ from octavo.program.ops import (
     Attention,
     Buffer,
     Embedding,
+    Experts,
     GatherRows,
     Linear,
     Norm,
@@ -113,7 +114,7 @@ class _Translator:
         return _ABSENT if weight is None else self.weights[weight.parts]
 
     def entry(self, op: AnyOp, out: Buffer, **values: float) -> Node:
-        ids = dict.fromkeys(("x", "y", "residual_out", "weight", "bias", "extra", "rope"), _ABSENT)
+        ids = dict.fromkeys(("x", "y", "residual_out", "weight", "bias", "extra", "rope", "shared"), _ABSENT)
         return Node(**(ids | {"op": OP_CODES[type(op).__name__], "out": self.buffer(out), "scale": 1.0} | values))
 
     def node(self, node: AnyOp) -> Node:
@@ -152,6 +153,8 @@ class _Translator:
                     scale=node.scale,
                     softcap=node.softcap,
                 )
+            case Experts():
+                return self._experts(node)
             case RopeKVWrite():
                 return self.entry(
                     node,
@@ -175,6 +178,21 @@ class _Translator:
                 )
             case GatherRows():
                 return self.entry(node, node.out, x=self.buffer(node.x))
+
+    def _experts(self, node: Experts) -> Node:
+        return self.entry(
+            node,
+            node.out,
+            x=self.buffer(node.x),
+            y=self.buffer(node.scores),
+            shared=self.buffer(node.shared),
+            weight=self.weight(node.gate_up),
+            extra=self.weight(node.down),
+            activation=ACTIVATIONS[node.activation],
+            num_experts=node.num_experts,
+            top_k=node.top_k,
+            renormalize=int(node.renormalize),
+        )
 
 
 def _heads(node: RopeKVWrite | Attention) -> dict[str, int]:

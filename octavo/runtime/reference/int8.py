@@ -37,11 +37,12 @@ class Int8Matrix:
         values: Float32 = rotate(self.codes[ids].astype(np.float32))[..., : self.width] * self.scales[ids][:, None]
         return values
 
-    def linear(self, x: Float32) -> Float32:
-        """x [rows, width], rounded, times the transposed matrix: [rows, channels]."""
+    def linear(self, x: Float32, channels: slice = slice(None)) -> Float32:
+        """x [rows, width], rounded, times the transposed matrix, or some of its rows: [rows, channels]."""
         codes, scales = quantise(rotate(x))
-        sums = (codes.astype(np.float64) @ self.codes.T.astype(np.float64)).astype(np.float32)  # exact, then rounded
-        out: Float32 = sums * (scales[:, None] * self.scales)
+        weights = self.codes[channels].T.astype(np.float64)
+        sums = (codes.astype(np.float64) @ weights).astype(np.float32)  # exact, then rounded
+        out: Float32 = sums * (scales[:, None] * self.scales[channels])
         return out
 
 

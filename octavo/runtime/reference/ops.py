@@ -57,10 +57,25 @@ def activate(x: Float32, activation: Activation) -> Float32:
             return gelu_tanh(gate) * up
 
 
-def silu(x: Float32) -> Float32:
-    """x * sigmoid(x), as x * (1 + tanh(x / 2)) / 2, which cannot overflow."""
-    out: Float32 = x * (np.float32(0.5) * (1 + np.tanh(np.float32(0.5) * x)))
+def route(scores: Float32, top_k: int, renormalize: bool) -> Float32:
+    """The share of each expert in each row's sum, [rows, experts]: zero but for the `top_k` largest scores."""
+    chosen = np.argsort(-scores, axis=-1, kind="stable")[:, :top_k]  # of equal ones the first
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares = np.zeros_like(scores)
+    np.put_along_axis(shares, chosen, np.take_along_axis(weights, chosen, axis=-1), axis=-1)
+    out: Float32 = shares / (shares if renormalize else weights).sum(axis=-1, keepdims=True)
     return out
+
+
+def sigmoid(x: Float32) -> Float32:
+    """1 / (1 + exp(-x)), as (1 + tanh(x / 2)) / 2, which cannot overflow."""
+    out: Float32 = np.float32(0.5) * (1 + np.tanh(np.float32(0.5) * x))
+    return out
+
+
+def silu(x: Float32) -> Float32:
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
 
 
 def gelu(x: Float32) -> Float32:

@@ -13,6 +13,7 @@ from octavo.program.ops import (
     Attention,
     Buffer,
     Embedding,
+    Experts,
     GatherRows,
     Linear,
     Norm,
@@ -83,7 +84,7 @@ class ReferenceRuntime:
         plan: BufferPlan = program.plan_buffers()
         self._slot_of = dict(zip(program.buffers, plan.slot_of, strict=True))
         for done, weight in enumerate(program.weights, start=1):
-            if dtype == "int8" and weight.role != "vector":
+            if dtype == "int8" and not weight.is_exact:
                 self._int8[weight.parts] = Int8Matrix.of(stack(weight, weights, "float32"))
             else:
                 self._weights[weight.parts] = stack(weight, weights, dtype)
@@ -97,7 +98,7 @@ class ReferenceRuntime:
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
         """Everything but int8 is kept as float32, whatever `dtype` its values were rounded to."""
-        return sum(_kept_bytes(w.shape, dtype == "int8" and w.role != "vector") for w in program.weights)
+        return sum(_kept_bytes(w.shape, dtype == "int8" and not w.is_exact) for w in program.weights)
 
     def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
         """Activations of the largest step, in float32."""
@@ -190,6 +191,8 @@ class ReferenceRuntime:
                     self._product(self._read(node.x), node.weight), self._optional(node.bias), node.scale
                 )
                 self._write(node.out, ops.softcap(ops.activate(product, node.activation), node.softcap))
+            case Experts():
+                self._experts(node)
             case RopeKVWrite():
                 self._rope_kv_write(node, inputs)
             case Attention():
@@ -209,12 +212,27 @@ class ReferenceRuntime:
         matrix = self._int8.get(weight.parts)
         return self._weight(weight)[ids] if matrix is None else matrix.rows(ids)
 
-    def _product(self, x: Float32, weight: Weight) -> Float32:
-        """x times the transposed matrix, in the arithmetic of the loaded dtype."""
+    def _product(self, x: Float32, weight: Weight, channels: slice = slice(None)) -> Float32:
+        """x times the transposed matrix, or some of its rows, in the arithmetic of the loaded dtype."""
         matrix = self._int8.get(weight.parts)
         if matrix is not None:
-            return matrix.linear(x)
-        return (round_to_bfloat16(x) if self._rounds else x) @ self._weight(weight).T
+            return matrix.linear(x, channels)
+        rounds = self._rounds and not weight.is_exact
+        return (round_to_bfloat16(x) if rounds else x) @ self._weight(weight)[channels].T
+
+    def _experts(self, node: Experts) -> None:
+        x, scores = self._read(node.x), self._read(node.scores)
+        shares = ops.route(scores[:, : node.num_experts], node.top_k, node.renormalize)
+        out = np.zeros((len(x), node.out.width), dtype=np.float32)
+        if node.shared is not None:
+            out += ops.sigmoid(scores[:, node.num_experts :]) * self._read(node.shared)
+        pair = node.gate_up.shape[0] // node.num_experts
+        for e in np.flatnonzero(shares.any(axis=0)).tolist():
+            rows = np.flatnonzero(shares[:, e])
+            inner = ops.activate(self._product(x[rows], node.gate_up, slice(e * pair, (e + 1) * pair)), node.activation)
+            down = slice(e * node.out.width, (e + 1) * node.out.width)
+            out[rows] += shares[rows, e, None] * self._product(inner, node.down, down)
+        self._write(node.out, out)
 
     def _norm(self, node: Norm) -> None:
         x = self._read(node.x)

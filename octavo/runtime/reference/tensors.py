@@ -43,6 +43,6 @@ def stack(weight: Weight, source: WeightSource, dtype: str) -> Float32:
             raise ModelFileError(f"tensor {tensor.name} has shape {tensor.shape}, but {part} must be {expected}")
         arrays.append(to_float32(tensor))
     values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    if dtype != "float32" and weight.role != "vector":
+    if dtype != "float32" and not weight.is_exact:
         values = round_to_bfloat16(values)
     return np.ascontiguousarray(values)
