@@ -87,7 +87,7 @@ def hit_share(prompts: list[Prompt], num_blocks: int, policy: str) -> float:
                 break
             kv.forget(alive.popleft())
         kv.hash_full(request, request.num_tokens)
-        hits, asked = hits + len(found) * BLOCK_SIZE, asked + request.num_tokens
+        hits, asked = hits + len(found[0]) * BLOCK_SIZE, asked + request.num_tokens
         alive.append(request)
         if len(alive) > ALIVE:
             kv.forget(alive.popleft())

@@ -68,7 +68,9 @@ struct OctavoRope {
 };
 
 struct OctavoKVLayer {
-    int32_t num_kv_heads, head_dim, group;
+    int32_t num_kv_heads, head_dim;
+    int32_t group;  // whose block table it follows
+    int32_t place;  // layers of one place share memory: they are of different groups
 };
 
 struct OctavoProgram {

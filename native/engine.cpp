@@ -21,12 +21,20 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
     logits_ = p.logits;
     for (int32_t i = 0; i < p.num_kv_layers; ++i) {
         const OctavoKVLayer& layer = p.kv_layers[i];
-        if (layer.num_kv_heads <= 0 || layer.head_dim <= 0 || layer.group < 0 || layer.group >= num_groups_)
+        if (layer.num_kv_heads <= 0 || layer.head_dim <= 0 || layer.group < 0 || layer.group >= num_groups_ ||
+            layer.place < 0 || layer.place >= p.num_kv_layers)
             refuse("KV layer %d is inconsistent", i);
         if (static_cast<size_t>(layer.head_dim) > kMaxHeadDim)
             refuse("KV layer %d has heads of %d; at most %zu", i, layer.head_dim, kMaxHeadDim);
         const size_t heads = static_cast<size_t>(layer.num_kv_heads), dim = static_cast<size_t>(layer.head_dim);
         layers_.push_back({layer, kv_layout(OCTAVO_KV_FLOAT32, heads, dim)});
+        const auto first = std::find_if(places_.begin(), places_.end(), [&](size_t other) {
+            return layers_[other].layer.place == layer.place;
+        });
+        if (first == places_.end())
+            places_.push_back(layers_.size() - 1);
+        else if (layers_[*first].cache.num_kv_heads != heads || layers_[*first].cache.head_dim != dim)
+            refuse("KV layer %d does not fit into its place", i);
     }
     vocab_ = max_positions_ = INT32_MAX;
     for (const OctavoRope& rope : ropes_) max_positions_ = std::min(max_positions_, rope.max_positions);

@@ -148,6 +148,7 @@ private:
     std::vector<OctavoBuffer> buffers_;
     std::vector<OctavoRope> ropes_;
     std::vector<Layer> layers_;
+    std::vector<size_t> places_;  // the first layer of each
     std::vector<octavo::Mapping> slot_memory_;
     std::vector<float*> slots_;
     std::vector<octavo::Mapping> scratch_;  // one per thread

@@ -36,16 +36,20 @@ void OctavoEngine::allocate_kv(int64_t num_blocks, int64_t block_size, int32_t k
     if (kv_type < OCTAVO_KV_FLOAT32 || kv_type > OCTAVO_KV_INT8) refuse("there is no KV type %d", kv_type);
     const size_t groups = (static_cast<size_t>(num_blocks * block_size) + kGroup - 1) / kGroup;
     size_t bytes = 0;
-    std::vector<size_t> starts;
-    for (Layer& layer : layers_) {
-        layer.cache = kv_layout(kv_type, layer.cache.num_kv_heads, layer.cache.head_dim);
-        const size_t row = layer.cache.num_kv_heads * layer.cache.piece_bytes;
+    std::vector<size_t> starts(layers_.size());  // by place
+    for (const size_t first : places_) {
+        const Layer& layer = layers_[first];
+        const KVCache cache = kv_layout(kv_type, layer.cache.num_kv_heads, layer.cache.head_dim);
+        const size_t row = cache.num_kv_heads * cache.piece_bytes;
         if (row > (SIZE_MAX / 2 - bytes) / groups) throw Error{OCTAVO_OUT_OF_MEMORY, "cannot reserve so large a KV pool"};
-        starts.push_back(bytes);
+        starts[static_cast<size_t>(layer.layer.place)] = bytes;
         bytes += round_up(groups * row, 4096);
     }
     kv_ = Mapping(bytes, false);
-    for (size_t i = 0; i < layers_.size(); ++i) layers_[i].cache.data = kv_.as<uint8_t>() + starts[i];
+    for (Layer& layer : layers_) {
+        layer.cache = kv_layout(kv_type, layer.cache.num_kv_heads, layer.cache.head_dim);
+        layer.cache.data = kv_.as<uint8_t>() + starts[static_cast<size_t>(layer.layer.place)];
+    }
     num_blocks_ = num_blocks;
     block_size_ = block_size;
 }
@@ -54,8 +58,8 @@ void OctavoEngine::copy_blocks(const int64_t* pairs, int64_t num_pairs) {
     for (int64_t i = 0; i < 2 * num_pairs; ++i)
         if (pairs[i] < 0 || pairs[i] >= num_blocks_) refuse("there is no block %lld", (long long)pairs[i]);
     const size_t size = static_cast<size_t>(block_size_);
-    for (const Layer& layer : layers_) {
-        const KVCache& c = layer.cache;
+    for (const size_t first : places_) {
+        const KVCache& c = layers_[first].cache;
         for (int64_t i = 0; i < num_pairs; ++i) {
             for (size_t offset = 0; offset < size; ++offset) {
                 const size_t from = static_cast<size_t>(pairs[2 * i]) * size + offset;

@@ -56,6 +56,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_copy_on_write: bool = True  # n answers fork one prefill; off, each is a request that may hit the cache
     prefix_eviction_policy: EvictionPolicy = "lru"  # which cached prefix goes first
+    disable_hybrid_kv_cache_manager: bool = False  # windows then keep what they no longer see
     prefix_caching_hash_key: str | None = None  # default: random per engine
     admission_headroom: float = 1.0  # blocks per running request that an admission leaves free
     scheduling_policy: SchedulingPolicy = "fcfs"
@@ -142,6 +143,11 @@ class EngineConfig:
             if name not in known:
                 raise UnsupportedError(f"unknown engine argument {name!r}; known: {', '.join(sorted(known))}")
         return cls(**kwargs)
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens of one request in a step."""
+        return min(self.max_num_batched_tokens, self.long_prefill_token_threshold or self.max_num_batched_tokens)
 
     def threads(self) -> int:
         """Threads for the native runtime: what was asked, else the cores this process may use."""

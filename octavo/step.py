@@ -11,6 +11,14 @@ from dataclasses import dataclass, field
 from octavo.sampling_params import SamplingParams
 
 
+def most_blocks(num_tokens: int, block_size: int, windows: tuple[int, ...], step_tokens: int) -> int:
+    """Blocks that a Request of so many tokens holds at most, over all KV groups: where a group has a window (0: none),
+    what the tokens of one step, at most `step_tokens`, see."""
+    whole = -(-num_tokens // block_size)
+    seen = [-(-(window - 1 + step_tokens) // block_size) + 1 if window else whole for window in windows]
+    return sum(min(whole, blocks) for blocks in seen)
+
+
 @dataclass(slots=True)
 class NewRow:
     """The whole state of a row, sent when its Request is admitted or comes back after a preemption."""

@@ -139,7 +139,7 @@ def run_shape(shape: str, only: list[str], repetitions: int) -> None:
         rate = 0.8 * max(rates, default=10_000.0) / works["G1"].num_out * len(works["G1"].requests)
         guarded(f"{shape} G6", lambda: poisson(llm, shape, works["G1"], rate, result))
     if "sync" in only:
-        llm.core._depth, llm.core.scheduler._max_run_ahead = 1, 0
+        llm.core._depth, llm.core.scheduler._budget.max_run_ahead = 1, 0
         for name in ("G2", "G1"):
             work = replace(works[name], name=f"{works[name].name}, one step in flight")
             guarded(f"{shape} {name} sync", lambda w=work, n=name: time_work(llm, shape, w, counts.get(n, 1)))

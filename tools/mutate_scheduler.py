@@ -27,7 +27,7 @@ from lab.machine import describe_machine  # noqa: E402
 
 STEPS = 20_000  # of random walks, at most, per bug
 OUTPUT = ROOT / "lab" / "results" / "mutations-scheduler.json"
-SCHEDULER, DOOR, DELTAS = (f"octavo/scheduler/{name}.py" for name in ("scheduler", "door", "deltas"))
+SCHEDULER, BUDGET, DOOR, DELTAS = (f"octavo/scheduler/{name}.py" for name in ("scheduler", "budget", "door", "deltas"))
 POOL, MANAGER = (f"octavo/kvcache/{name}.py" for name in ("block_pool", "manager"))
 
 
@@ -62,9 +62,7 @@ BUGS = (
         "len(token_ids) - num_prompt > request.params.min_tokens",
         "True",
     ),
-    Bug(
-        "run-ahead passes max_tokens", SCHEDULER, "< request.max_tokens", "<= request.max_tokens", "def _can_run_ahead"
-    ),
+    Bug("run-ahead passes max_tokens", BUDGET, "< request.max_tokens", "<= request.max_tokens", "def can_run_ahead"),
     Bug("who fails alone is tried for ever", SCHEDULER, "if request.retry_alone:", "if False:", "def fail"),
     Bug("an abort frees what others share", POOL, "self._ref_counts[block] -= 1", "self._ref_counts[block] = 0"),
     Bug("a hit stays evictable", POOL, "del self._cached[block]", "pass", "def touch"),

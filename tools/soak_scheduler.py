@@ -22,7 +22,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
 
-from test_scheduler_machine import POLICIES, SchedulerMachine  # noqa: E402
+from test_scheduler_machine import POLICIES, WINDOWS, SchedulerMachine  # noqa: E402
 
 from lab.machine import describe_machine  # noqa: E402
 from octavo.kvcache.eviction import EVICTIONS  # noqa: E402
@@ -67,6 +67,7 @@ class Walk(SchedulerMachine):
             eviction=draw.choice(list(EVICTIONS)),
             max_queued=draw.choice([0, 0, 0, 1, 5]),
             record_bytes=draw.choice([0, 0, 4_000, 1 << 20]),
+            windows=draw.choice(WINDOWS),
         )
         self.counts["engines"] += 1
         self.counts[f"engines: {policy}"] += 1

@@ -73,6 +73,9 @@ FLAGS: dict[str, Flag] = {
     "prefix_eviction_policy": Flag(
         "Memory", "Which cached prefix goes first: the least recently used, or the least often used, with ageing."
     ),
+    "disable_hybrid_kv_cache_manager": Flag(
+        "Memory", "Keep one block table for all layers: sliding windows keep the KV that they no longer see."
+    ),
     "prefix_caching_hash_key": Flag("Memory", "Key of the prefix hash; default: random for each engine.", "TEXT"),
     "gpu_memory_utilization": Flag("Memory", "Share of a GPU's memory to use; read on a GPU only."),
     "max_num_seqs": Flag("Scheduler", "Requests that run at once.", is_size=True),

@@ -74,7 +74,7 @@ def _batches(core: EngineCore) -> Iterator[list[AddRequest]]:
     """Ever other numbers of requests and lengths, drawn evenly on a logarithmic scale from one to what fits."""
     draw = random.Random(0)
     config, spec = core.config, core.info.spec
-    num_slots = core.info.plan.num_blocks * config.block_size
+    num_slots = core.info.plan.num_tokens
     longest = max(1, min(LONGEST, spec.max_model_len - NUM_NEW, num_slots - NUM_NEW))
     number = 0
     sizes = [(1, 1), (config.max_num_seqs, min(16, longest)), (1, longest)]  # the corners first

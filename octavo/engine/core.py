@@ -92,7 +92,8 @@ class EngineCore:
         kv = KVCacheManager(
             num_blocks=info.plan.num_blocks,
             block_size=config.block_size,
-            num_groups=info.num_kv_groups,
+            windows=info.kv_windows,
+            step_tokens=config.max_step_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
             hash_key=key.encode() if key is not None else secrets.token_bytes(32),
             eviction=EVICTIONS[config.prefix_eviction_policy](),
@@ -117,7 +118,7 @@ class EngineCore:
         plan = self.info.plan
         return EngineReady(
             num_blocks=plan.num_blocks,
-            block_size=plan.block_size,
+            block_size=self.config.block_size,
             max_model_len=self.info.spec.max_model_len,
             weight_bytes=plan.weight_bytes,
             kv_bytes=plan.kv_bytes,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
-from octavo.errors import ConfigError, UnsupportedError
+from octavo.errors import ConfigError
 from octavo.kvcache.block_hash import BlockHasher
 from octavo.kvcache.block_pool import BlockPool
 from octavo.kvcache.eviction import Eviction
 from octavo.request import Request
+from octavo.step import most_blocks
+
+GONE = -1  # in a table: a block that no token to come sees; it was given back
+Hits = tuple[list[int], ...]  # per KV group, the blocks of a known prefix; GONE where nothing will be read
 
 
 @dataclass(slots=True)
@@ -18,44 +23,53 @@ class _Table:
     """One Request's blocks. The digests outlive a preemption: each full block is hashed once."""
 
     root: bytes
-    block_ids: list[int] = field(default_factory=list)  # position p lies in block_ids[p // block_size]
+    block_ids: tuple[list[int], ...]  # per KV group: position p lies in [p // block_size]
+    num_gone: list[int]  # per KV group: leading blocks that are GONE
     digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as needed yet
-    num_hashed: int = 0  # leading blocks of block_ids that were offered to the pool under their digest
-    borrowed: int | None = None  # the block behind block_ids: its first positions are shared, so it is copied on write
+    num_hashed: int = 0  # leading blocks that were offered to the pool under their digest
+    # per KV group, the block behind block_ids, whose first positions are shared, so it is copied on write; or nothing
+    borrowed: list[int] = field(default_factory=list)
 
 
 class KVCacheManager:
     """Block tables of all Requests. A Request needs add() before anything else and forget() in the end.
 
+    Layers whose tokens see equally far back are a KV group, or several of one size (Program.with_kv_groups). Each group
+    has a table of its own over the one pool. A group with a window gives back what no token to come sees, and to hit a
+    prefix it needs only what the next token sees.
+
     Args:
         num_blocks: size of the pool.
         block_size: token positions per block.
-        num_groups: KV groups of the model; one table each.
+        windows: per KV group, how many positions a token sees, itself included; 0 for all.
+        step_tokens: most tokens of a Request in a step. What a window needs is allocated no further ahead.
         enable_prefix_caching: off, no block is ever hashed or hit.
         hash_key: secret key of the prefix hash; random when None.
         eviction: which cached prefix goes first; the least recently used by default.
 
     Raises:
         ConfigError: an empty pool.
-        UnsupportedError: more than one KV group.
     """
 
     def __init__(
         self,
         num_blocks: int,
         block_size: int,
-        num_groups: int = 1,
+        windows: tuple[int, ...] = (0,),
+        step_tokens: int = 1 << 30,
         enable_prefix_caching: bool = True,
         hash_key: bytes | None = None,
         eviction: Eviction | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"the KV pool needs at least one block of one token, not {num_blocks} of {block_size}")
-        if num_groups != 1:
-            raise UnsupportedError(f"the model has {num_groups} KV groups; tables for more than one are not built")
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = BlockPool(num_blocks, eviction)
+        self._windows = windows
+        self._has_windows = any(windows)
+        self._is_plain = windows == (0,)
+        self._step_tokens = step_tokens
         self._hasher = BlockHasher(block_size, hash_key if hash_key is not None else secrets.token_bytes(32))
         self.on_digest: Callable[[Request, int, bytes], None] | None = None  # told each block's digest, once known
         self._tables: dict[str, _Table] = {}
@@ -63,64 +77,111 @@ class KVCacheManager:
 
     def add(self, request: Request) -> None:
         """Begins an empty table."""
-        self._tables[request.request_id] = _Table(self._hasher.root(request.cache_salt, request.adapter_id))
+        root = self._hasher.root(request.cache_salt, request.adapter_id)
+        self._tables[request.request_id] = _Table(root, tuple([] for _ in self._windows), [0] * len(self._windows))
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold this many positions."""
-        return -(-num_tokens // self.block_size)
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks that a Request of so many tokens holds at most."""
+        return most_blocks(num_tokens, self.block_size, self._windows, self._step_tokens)
 
     def block_ids(self, request: Request) -> tuple[list[int], ...]:
-        """The Request's table (a copy), per KV group."""
-        return (list(self._tables[request.request_id].block_ids),)
+        """The Request's table (a copy), per KV group. In the place of a block that is gone stands one that is not: a
+        kernel may touch it, though it counts nowhere."""
+        table = self._tables[request.request_id]
+        return tuple(
+            [*[ids[gone] if gone < len(ids) else 0] * gone, *ids[gone:]]
+            for ids, gone in zip(table.block_ids, table.num_gone, strict=True)
+        )
 
     def num_slots(self, request: Request) -> int:
-        """Positions that the Request's blocks hold."""
-        return len(self._tables[request.request_id].block_ids) * self.block_size
+        """Positions that the Request's blocks hold, from the first on."""
+        return min(map(len, self._tables[request.request_id].block_ids)) * self.block_size
 
-    def lookup(self, request: Request) -> list[int]:
-        """The cached blocks of the longest known prefix. It never covers the last token: its logits are needed."""
-        hits: list[int] = []
-        if self.enable_prefix_caching:
-            table = self._tables[request.request_id]
-            for index in range((request.num_tokens - 1) // self.block_size):
-                block = self.pool.holder(self._digest(request, table, index))
-                if block is None:
+    def lookup(self, request: Request) -> Hits:
+        """The cached blocks of the longest known prefix, per KV group. It never covers the last token, whose logits
+        are needed, nor anything where those of the prompt are."""
+        if not self.enable_prefix_caching or request.reads_prompt:
+            return tuple([] for _ in self._windows)
+        table = self._tables[request.request_id]
+        num_blocks = (request.num_tokens - 1) // self.block_size
+        found: list[list[int]] = []
+        for group, window in enumerate(self._windows):
+            blocks: list[int] = []
+            for index in range(num_blocks):
+                digest = self._digest(request, table, index)
+                block = self.pool.holder(_key(digest, group) if group else digest)
+                if block is None and not window:
+                    num_blocks = index
                     break
-                hits.append(block)
-        return hits
+                blocks.append(GONE if block is None else block)
+            found.append(blocks)
+        if self._has_windows:
+            num_blocks = self._longest_seen(found, num_blocks)
+            for blocks, window in zip(found, self._windows, strict=True):
+                gone = self._first_seen(num_blocks * self.block_size, window)
+                blocks[:gone] = [GONE] * gone
+        return tuple(blocks[:num_blocks] for blocks in found)
 
     def try_allocate(
-        self, request: Request, num_tokens: int, hits: Sequence[int] = (), spare: int = 0
-    ) -> list[int] | None:
-        """Makes the table long enough for positions 0 to `num_tokens`, beginning with `hits` when it is empty.
+        self, request: Request, num_tokens: int, hits: Hits = (), spare: int = 0
+    ) -> tuple[list[int], ...] | None:
+        """Makes the tables long enough for positions 0 to `num_tokens` (those of windows for the next step only),
+        beginning with `hits` when they are empty.
 
-        Returns the blocks added after the hits; None, with nothing changed, when the pool cannot give them and keep
-        `spare` more. A borrowed block becomes a copy of it, which take_copies() tells; who borrows it last keeps it as
-        it is.
+        Returns the blocks added after the hits, per KV group, or () for none; None, with nothing taken, when the pool
+        cannot give them and keep `spare` more. A borrowed block becomes a copy of it, which take_copies() tells; who
+        borrows it last keeps it as it is.
         """
-        table = self._tables[request.request_id]
-        missing = -(-num_tokens // self.block_size) - len(table.block_ids) - len(hits)
-        if missing <= 0 and not hits:
-            return []
-        borrowed = table.borrowed
-        keeps = borrowed is not None and self.pool.is_private(borrowed)
-        num_idle_hits = sum(1 for block in hits if self.pool.ref_count(block) == 0)
-        if missing - keeps + spare > self.pool.num_available - num_idle_hits:
+        table, pool = self._tables[request.request_id], self.pool
+        if self._is_plain and not hits and not table.borrowed:  # what most calls are, made short
+            [ids] = table.block_ids
+            num_new = -(-num_tokens // self.block_size) - len(ids)
+            if num_new <= 0:
+                return ()
+            if num_new + spare > pool.num_available:
+                return None
+            new = pool.allocate(num_new)
+            ids += new
+            return (new,)
+        num_hits = len(hits[0]) if hits else 0
+        start = request.num_computed_tokens + num_hits * self.block_size
+        if self._has_windows:
+            self._give_back(table, start)
+        missing = []
+        for ids, window in zip(table.block_ids, self._windows, strict=True):
+            end = min(num_tokens, start + self._step_tokens) if window else num_tokens
+            missing.append(max(0, -(-end // self.block_size) - len(ids) - num_hits))
+        num_new = sum(missing)
+        if not num_new and not num_hits:
+            return ()
+        keeps = [pool.is_private(block) for block in table.borrowed]
+        num_new -= sum(keeps)
+        num_idle_hits = sum(1 for blocks in hits for block in blocks if block != GONE and not pool.ref_count(block))
+        if num_new + spare > pool.num_available - num_idle_hits:
             return None
-        if hits:
-            self.pool.touch(hits)
-            table.block_ids.extend(hits)
-            table.num_hashed = len(hits)
-        blocks = self.pool.allocate(missing - keeps)
-        if borrowed is not None:
-            table.borrowed = None
-            if keeps:
-                blocks.insert(0, borrowed)
+        for group, blocks in enumerate(hits):
+            table.num_gone[group] = gone = self._first_seen(start, self._windows[group])
+            pool.touch(blocks[gone:])
+            table.block_ids[group].extend(blocks)
+            table.num_hashed = num_hits
+        added = self._take_borrowed(table, keeps)
+        for ids, new, count in zip(table.block_ids, added, missing, strict=True):
+            new += pool.allocate(count - len(new))
+            ids += new
+        return added
+
+    def _take_borrowed(self, table: _Table, keeps: list[bool]) -> tuple[list[int], ...]:
+        """Blocks for what was borrowed, per KV group: itself, or a new one that it is to be copied to."""
+        added: tuple[list[int], ...] = tuple([] for _ in table.block_ids)
+        for blocks, borrowed, keep in zip(added, table.borrowed, keeps, strict=False):
+            if keep:
+                blocks.append(borrowed)
             else:
+                blocks += self.pool.allocate(1)
                 self._copies.append((borrowed, blocks[0]))
                 self.pool.free([borrowed])
-        table.block_ids.extend(blocks)
-        return blocks
+        table.borrowed = []
+        return added
 
     def fork(self, parent: Request, child: Request, num_tokens: int) -> None:
         """Gives `child`, whose table is empty, the KV of the parent's first `num_tokens` positions; they are equal.
@@ -129,15 +190,17 @@ class KVCacheManager:
         """
         source, table = self._tables[parent.request_id], self._tables[child.request_id]
         num_full = num_tokens // self.block_size
-        table.block_ids = source.block_ids[:num_full]
+        table.block_ids = tuple(ids[:num_full] for ids in source.block_ids)
+        table.num_gone = list(source.num_gone)
         table.digests = source.digests[:num_full]
         table.num_hashed = min(source.num_hashed, num_full)
-        self.pool.touch(table.block_ids)
+        for ids, gone in zip(table.block_ids, table.num_gone, strict=True):
+            self.pool.touch(ids[gone:])
         if num_tokens % self.block_size:
-            is_owner = num_full < len(source.block_ids)
-            table.borrowed = source.block_ids[num_full] if is_owner else source.borrowed
-            assert table.borrowed is not None, f"{parent.request_id} does not hold {num_tokens} positions"
-            self.pool.touch([table.borrowed])
+            is_owner = num_full < len(source.block_ids[0])
+            table.borrowed = [ids[num_full] for ids in source.block_ids] if is_owner else list(source.borrowed)
+            assert table.borrowed, f"{parent.request_id} does not hold {num_tokens} positions"
+            self.pool.touch(table.borrowed)
 
     def take_copies(self) -> list[tuple[int, int]]:
         """Block copies (from, to) to make before anything else is written, since the last call."""
@@ -147,15 +210,17 @@ class KVCacheManager:
     def hash_full(self, request: Request, num_tokens: int) -> list[tuple[int, bytes]]:
         """Makes the full blocks among the first `num_tokens` positions findable; their ids must be final.
 
-        Returns what became findable, for unhash(): (block, digest).
+        Returns what became findable, for unhash(): (block, key).
         """
         hashed: list[tuple[int, bytes]] = []
         if self.enable_prefix_caching:
             table = self._tables[request.request_id]
             for index in range(table.num_hashed, num_tokens // self.block_size):
-                block, digest = table.block_ids[index], self._digest(request, table, index)
-                if self.pool.hash(block, digest):
-                    hashed.append((block, digest))
+                digest = self._digest(request, table, index)
+                for group, ids in enumerate(table.block_ids):
+                    key = _key(digest, group) if group else digest
+                    if ids[index] != GONE and self.pool.hash(ids[index], key):
+                        hashed.append((ids[index], key))
                 table.num_hashed = index + 1
         return hashed
 
@@ -170,21 +235,58 @@ class KVCacheManager:
 
     def unhash(self, hashed: list[tuple[int, bytes]]) -> None:
         """Takes hash_full() back, where the block was not evicted meanwhile: the step that fills it failed."""
-        for block, digest in hashed:
-            if self.pool.digest(block) == digest:
+        for block, key in hashed:
+            if self.pool.digest(block) == key:
                 self.pool.unhash(block)
 
     def free(self, request: Request) -> None:
         """Gives the Request's blocks back; what is hashed can still be hit, also by itself when it resumes."""
         table = self._tables[request.request_id]
-        self.pool.free(table.block_ids if table.borrowed is None else [*table.block_ids, table.borrowed])
-        table.block_ids, table.borrowed = [], None
+        if len(table.block_ids) == 1:
+            held = table.block_ids[0][table.num_gone[0] :]
+        else:  # tails of all groups are evicted before heads of any
+            held = [
+                block for level in zip_longest(*table.block_ids, fillvalue=GONE) for block in level if block != GONE
+            ]
+        self.pool.free(held + table.borrowed)
+        table.block_ids, table.num_gone = tuple([] for _ in self._windows), [0] * len(self._windows)
+        table.borrowed = []
         table.num_hashed = 0
 
     def forget(self, request: Request) -> None:
         """Gives the blocks back and drops the table: the Request has ended."""
         self.free(request)
         del self._tables[request.request_id]
+
+    def _first_seen(self, position: int, window: int) -> int:
+        """The first block that the token at this position sees."""
+        return max(0, position - window + 1) // self.block_size if window else 0
+
+    def _give_back(self, table: _Table, start: int) -> None:
+        """Frees what no token from position `start` on sees."""
+        for group, window in enumerate(self._windows):
+            ids, gone = table.block_ids[group], table.num_gone[group]
+            end = min(self._first_seen(start, window), len(ids))
+            if end > gone:
+                self.pool.free(ids[gone:end])
+                ids[gone:end] = [GONE] * (end - gone)
+                table.num_gone[group] = end
+
+    def _longest_seen(self, found: list[list[int]], num_blocks: int) -> int:
+        """The longest prefix, of at most so many blocks, of which each group has all that the next token sees."""
+        runs: list[tuple[list[int], int]] = []  # how many known blocks in a row end in front of each, and the window
+        for blocks, window in zip(found, self._windows, strict=True):
+            if window:
+                run = [0]
+                for block in blocks:
+                    run.append(0 if block == GONE else run[-1] + 1)
+                runs.append((run, window))
+        while any(
+            run[num_blocks] < num_blocks - self._first_seen(num_blocks * self.block_size, window)
+            for run, window in runs
+        ):
+            num_blocks -= 1
+        return num_blocks
 
     def _digest(self, request: Request, table: _Table, index: int) -> bytes:
         digests = table.digests
@@ -195,3 +297,8 @@ class KVCacheManager:
             if self.on_digest is not None:
                 self.on_digest(request, len(digests) - 1, digests[-1])
         return digests[index]
+
+
+def _key(digest: bytes, group: int) -> bytes:
+    """Under which the block of a KV group is found; of the first group, by the digest itself."""
+    return digest + bytes((group,))

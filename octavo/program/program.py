@@ -6,20 +6,26 @@ the roofline and the memory plan.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octavo.program.ops import AnyOp, Buffer, Rows, Weight
+
+MAX_KV_GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """The KV cache of one attention layer. `group`: which block table it follows (global 0; windows later)."""
+    """The KV cache of one attention layer. Layers of one group follow one block table; those of different groups that
+    have the same `place` share memory, since a block belongs to one group at a time."""
 
     num_kv_heads: int
     head_dim: int
     group: int = 0
-    window: int = 0
+    window: int = 0  # positions that a token sees, itself included; 0: all
+    place: int = 0
 
     @property
     def width(self) -> int:
@@ -72,9 +78,49 @@ class Program:
         """Block tables a request needs."""
         return 1 + max((layer.group for layer in self.kv_layers), default=0)
 
+    @property
+    def kv_windows(self) -> tuple[int, ...]:
+        """What the widest layer of each KV group sees; 0: everything."""
+        widest = [0] * self.num_kv_groups
+        for layer in self.kv_layers:
+            widest[layer.group] = max(widest[layer.group], layer.window or self.max_model_len)
+        return tuple(window if window < self.max_model_len else 0 for window in widest)
+
+    @property
+    def kv_places(self) -> tuple[KVLayer, ...]:
+        """What memory a block needs: one layer for each place, in their order."""
+        layers = {layer.place: layer for layer in self.kv_layers}
+        return tuple(layers[place] for place in sorted(layers))
+
     def kv_elements_per_block(self, block_size: int) -> int:
-        """Elements of K and V in one block, over all layers."""
-        return block_size * sum(layer.width for layer in self.kv_layers)
+        """Elements of K and V in one block, over all places."""
+        return block_size * sum(layer.width for layer in self.kv_places)
+
+    def with_kv_groups(self) -> Program:
+        """The same program, with a block table for each kind of window, so that windows keep no more than they see.
+
+        Every group has the same number of places, the last of a kind perhaps fewer layers: as many as waste the fewest
+        with at most MAX_KV_GROUPS groups. A window as long as the context is none.
+        """
+        windows = [layer.window if layer.window < self.max_model_len else 0 for layer in self.kv_layers]
+        if not windows or len({(layer.num_kv_heads, layer.head_dim) for layer in self.kv_layers}) > 1:
+            return self
+        counts = Counter(windows)
+        shapes = [(size, sum(-(-n // size) for n in counts.values())) for size in range(1, len(windows) + 1)]
+        size = min(
+            (shape for shape in shapes if shape[1] <= max(MAX_KV_GROUPS, len(counts))),
+            key=lambda shape: (math.prod(shape), shape[1]),
+        )[0]
+        next_of, first_free = {}, 0
+        for window in sorted(counts):  # those that see everything first: they bound what can be hit
+            next_of[window] = first_free * size
+            first_free += -(-counts[window] // size)
+        layers = []
+        for layer, window in zip(self.kv_layers, windows, strict=True):
+            group, place = divmod(next_of[window], size)
+            next_of[window] += 1
+            layers.append(replace(layer, group=group, window=window, place=place))
+        return replace(self, kv_layers=tuple(layers))
 
     def plan_buffers(self) -> BufferPlan:
         """Folds buffers whose lives do not overlap into slots (greedy, first fit by kind of row).
@@ -147,7 +193,7 @@ class ProgramBuilder:
 
     def kv_layer(self, layer: KVLayer) -> int:
         """Declares the KV cache of one attention layer and returns its index."""
-        self._kv_layers.append(layer)
+        self._kv_layers.append(replace(layer, place=len(self._kv_layers)))
         return len(self._kv_layers) - 1
 
     def __iter__(self) -> Iterator[AnyOp]:

@@ -16,7 +16,7 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta
 from octavo.request import FinishReason, Request, answer_id
 from octavo.scheduler.deltas import make_delta
-from octavo.step import TokenLogprobs
+from octavo.step import SchedulerOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -104,6 +104,13 @@ class Beams:
         """A member lost its row: all of them will tell again."""
         if request in self:
             self._searches[request.request_id].forget_round()
+
+    def keep(self, victim: Request, output: SchedulerOutput, order: list[Request]) -> bool:
+        """Whether a Request must not be preempted, because of another of its beams: in this step already, or oldest."""
+        if victim not in self:
+            return False
+        in_step = {item.request_id for item in output.scheduled}
+        return any(m.request_id in in_step or m in order[:1] for m in self.members(victim))
 
     def drop(self, request: Request) -> None:
         """Forgets an ended search."""

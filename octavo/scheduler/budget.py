@@ -1,4 +1,4 @@
-"""What a step may still hold."""
+"""What a step may still hold, and how far its Requests may run ahead."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from octavo.request import Request
 class Budget:
     """Tokens of a step and of one Request in it, prompt tokens that the policy allows, prompt positions told of."""
 
-    def __init__(self, max_tokens: int, max_share: int) -> None:
+    def __init__(self, max_tokens: int, max_share: int, max_run_ahead: int, max_model_len: int) -> None:
         self.max_tokens = max_tokens
+        self.max_run_ahead = max_run_ahead
         self._max_share = max_share or max_tokens
+        self._max_model_len = max_model_len
         self.prefill_left = self._rows_left = 0
 
     def begin(self, prefill_cap: int) -> None:
@@ -19,12 +21,29 @@ class Budget:
         self.prefill_left, self._rows_left = prefill_cap, PROMPT_ROWS
 
     def share(self, request: Request, num_taken: int) -> int:
-        """How many tokens the Request computes, beside `num_taken` of others: what it lacks, cut."""
+        """How many tokens the Request computes, beside `num_taken` of others: what it lacks, cut; none while it waits
+        for its last one."""
+        if request.num_pending and not self.can_run_ahead(request):
+            return 0
         lacking = len(request.token_ids) + request.num_pending - request.num_computed_tokens
         share = min(lacking, self._max_share, self.max_tokens - num_taken)
         if request.reads_prompt:
             share = min(share, self._rows_left)
         return share if lacking <= 1 else min(share, self.prefill_left)
+
+    def can_run_ahead(self, request: Request) -> bool:
+        """Whether its next token may be computed before the pending ones are known.
+
+        Not where they use up its length. Where one of them may be a stop token, a single one is the limit: what was
+        computed behind it is thrown away.
+        """
+        most = min(self.max_run_ahead, 1) if request.stop_ids else self.max_run_ahead
+        return (
+            request.num_pending <= most
+            and not request.needs_host_token
+            and request.num_output_tokens + request.num_pending < request.max_tokens
+            and len(request.token_ids) + request.num_pending < self._max_model_len
+        )
 
     def take(self, request: Request, share: int) -> None:
         """It does."""

@@ -86,7 +86,7 @@ def refuse_impossible(request: Request, kv: KVCacheManager, max_model_len: int, 
     if width > max_num_seqs:
         raise InvalidValueError(f"{width} beams were asked for; at most {max_num_seqs} fit (max_num_seqs)", param="n")
     longest = min(num_prompt + request.max_tokens, max_model_len) - 1  # the last token's KV is never needed
-    needed, total = width * kv.blocks_for(longest), kv.pool.num_blocks
+    needed, total = width * kv.most_blocks(longest), kv.pool.num_blocks
     if needed > total:
         beams = f", in {width} beams," if width > 1 else ""
         raise ContextLengthError(

@@ -85,8 +85,7 @@ class Scheduler:
         self.kv = kv
         self.max_model_len = max_model_len
         self._headroom = admission_headroom
-        self._budget = Budget(max_num_batched_tokens, long_prefill_token_threshold)
-        self._max_run_ahead = max_run_ahead
+        self._budget = Budget(max_num_batched_tokens, long_prefill_token_threshold, max_run_ahead, max_model_len)
         self._max_num_seqs = max_num_seqs
         self._clock = clock
         self._free_rows = list(range(max_num_seqs))  # a heap: the lowest is taken first
@@ -214,7 +213,10 @@ class Scheduler:
             return
         request = next(iter(self.suspects.values()))
         if request.status is RequestStatus.RUNNING:
-            self._schedule_row(output, step, request, self._share(output, request), [])
+            share = self._budget.share(request, output.num_tokens)
+            order = [request, *(other for other in self._visit_order() if other is not request)]
+            if (blocks := self._allocate(output, request, request.num_computed_tokens + share, order)) is not None:
+                self._schedule_row(output, step, request, share, blocks)
         elif not self._try_admit(output, step, self._beams.leader(request)):
             self._schedule_running(output, step)  # no row or blocks yet: those that hold them go on, and end
 
@@ -233,7 +235,7 @@ class Scheduler:
             if (  # what most rows of most steps are, made short: one more token, into a block that is there
                 request.plain_from <= start < request.num_slots
                 and start + 1 == len(request.token_ids) + num_pending
-                and (not num_pending or self._can_run_ahead(request))
+                and (not num_pending or self._budget.can_run_ahead(request))
             ):
                 output.scheduled.append(ScheduledRow(request.row, request.request_id, request.epoch, start, 1, True))
                 step.requests.append(request)
@@ -244,19 +246,27 @@ class Scheduler:
                 if charge is not None:
                     charge(request, 0, 1)
                 continue
-            share = self._share(output, request)
+            share = self._budget.share(request, output.num_tokens)
             if not share or request.status is not RequestStatus.RUNNING:  # preempted with another of its beams
                 continue
-            while (blocks := self.kv.try_allocate(request, start + share)) is None and not request.num_pending:
-                victim = order.pop()
-                if not self._is_kept(victim, output, order):
-                    self._preempt(self._beams.leader(victim), request)
-                if victim is request or request.status is not RequestStatus.RUNNING:
-                    break
-            if blocks is not None:
-                request.num_slots = self.kv.num_slots(request)
+            if (blocks := self._allocate(output, request, start + share, order)) is not None:
                 self._schedule_row(output, step, request, share, blocks)
         self._counts.num_kv_read += kv_read
+
+    def _allocate(
+        self, output: SchedulerOutput, request: Request, end: int, order: list[Request]
+    ) -> tuple[list[int], ...] | None:
+        """Blocks for a running Request up to position `end`, at the cost of the last in `order`; None where it has to
+        wait, or went itself."""
+        while (blocks := self.kv.try_allocate(request, end)) is None and not request.num_pending:
+            victim = order.pop()
+            if not self._beams.keep(victim, output, order):
+                self._preempt(self._beams.leader(victim), request)
+            if victim is request or request.status is not RequestStatus.RUNNING:
+                return None
+        if blocks:
+            request.num_slots = self.kv.num_slots(request)
+        return blocks
 
     def _visit_order(self) -> list[Request]:
         """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
@@ -286,7 +296,7 @@ class Scheduler:
                 self.kv.fork(parent, child, num_tokens)
                 child.num_cached_tokens = parent.num_cached_tokens
                 self._start(output, child, num_tokens)
-                self._schedule_row(output, step, child, 0, [])
+                self._schedule_row(output, step, child, 0, ())
                 output.scheduled[-1].fork_of = parent.row
             self._counts.num_forked += len(children[:limit])
             for child in children[limit:]:
@@ -306,12 +316,12 @@ class Scheduler:
         spare = int(self._headroom * len(self._running))
         starts: list[int] = []
         for member in members:
-            hits = [] if member.reads_prompt else self.kv.lookup(member)
+            hits = self.kv.lookup(member)
             if self.kv.try_allocate(member, member.num_tokens, hits, spare) is None:
                 for other in members[: len(starts)]:
                     self.kv.free(other)
                 return False
-            starts.append(len(hits) * self.kv.block_size)
+            starts.append(len(hits[0]) * self.kv.block_size)
         if request.first_scheduled_time is None:
             request.num_cached_tokens = starts[0]
             if self.kv.enable_prefix_caching and not request.reads_prompt:
@@ -320,9 +330,9 @@ class Scheduler:
         alone = next(iter(self.suspects.values()), None)
         for member, start in zip(members, starts, strict=True):
             self._start(output, member, start)
-            share = self._share(output, member)
+            share = self._budget.share(member, output.num_tokens)
             if share and alone in (None, member):
-                self._schedule_row(output, step, member, share, [])
+                self._schedule_row(output, step, member, share, ())
         return True
 
     def _start(self, output: SchedulerOutput, request: Request, num_computed_tokens: int) -> None:
@@ -341,28 +351,8 @@ class Scheduler:
         self._running[request.request_id] = request
         self._send_row(output, request)
 
-    def _share(self, output: SchedulerOutput, request: Request) -> int:
-        """How many tokens the Request computes in this step: none while it waits for its last one."""
-        if request.num_pending and not self._can_run_ahead(request):
-            return 0
-        return self._budget.share(request, output.num_tokens)
-
-    def _can_run_ahead(self, request: Request) -> bool:
-        """Whether its next token may be computed before the pending ones are known.
-
-        Not where they use up its length. Where one of them may be a stop token, a single one is the limit: what was
-        computed behind it is thrown away.
-        """
-        most = min(self._max_run_ahead, 1) if request.stop_ids else self._max_run_ahead
-        return (
-            request.num_pending <= most
-            and not request.needs_host_token
-            and request.num_output_tokens + request.num_pending < request.max_tokens
-            and len(request.token_ids) + request.num_pending < self.max_model_len
-        )
-
     def _schedule_row(
-        self, output: SchedulerOutput, step: _Step, request: Request, share: int, blocks: list[int]
+        self, output: SchedulerOutput, step: _Step, request: Request, share: int, blocks: tuple[list[int], ...]
     ) -> None:
         """Puts a running Request's share, with the blocks it needed, into the step."""
         start = request.num_computed_tokens
@@ -373,7 +363,7 @@ class Scheduler:
         if request.has_moved:
             self._send_row(output, request)
         elif blocks:
-            row.new_block_ids = (blocks,)
+            row.new_block_ids = blocks
         output.scheduled.append(row)
         output.num_tokens += share
         step.requests.append(request)
@@ -514,13 +504,6 @@ class Scheduler:
         return last_deltas(request, reason, error, kind)
 
     # ---------------------------------------------------------------------------------------------------- beams
-
-    def _is_kept(self, victim: Request, output: SchedulerOutput, order: list[Request]) -> bool:
-        """Whether a Request must not be preempted, because of another of its beams: in this step already, or oldest."""
-        if victim not in self._beams:
-            return False
-        in_step = {item.request_id for item in output.scheduled}
-        return any(m.request_id in in_step or m in order[:1] for m in self._beams.members(victim))
 
     def _grow(self, request: Request, logprobs: list[TokenLogprobs] | None) -> list[RequestDelta]:
         """Takes what a beam told; at the end of a round all of them move on, or the search ends."""

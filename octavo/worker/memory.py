@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from octavo.errors import ConfigError, MemoryPlanError
+from octavo.step import most_blocks
 
 CPU_KV_SHARE = 0.4  # of the free memory, unless --kv-cache-memory-bytes says otherwise
 MIB = 1 << 20
 _WHAT_IS_LEFT = "what --gpu-memory-utilization leaves"
+
+
+@dataclass(frozen=True, slots=True)
+class Appetite:
+    """What a request takes of the pool."""
+
+    block_size: int
+    windows: tuple[int, ...] = (0,)  # per KV group (Program.kv_windows)
+    step_tokens: int = 1 << 30
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Most blocks that a request of so many tokens holds."""
+        return most_blocks(num_tokens, self.block_size, self.windows, self.step_tokens)
+
+    def longest(self, num_blocks: int, wanted: int) -> int:
+        """The most tokens, up to `wanted`, of a request that so many blocks hold."""
+        if self.windows == (0,):
+            return min(wanted, num_blocks * self.block_size)
+        return bisect_right(range(1, wanted + 1), num_blocks, key=self.blocks_for)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +42,7 @@ class MemoryPlan:
     arena_bytes: int
     block_bytes: int
     num_blocks: int
-    block_size: int
+    appetite: Appetite
     kv_dtype: str
     max_model_len: int
     reason: str  # why the pool has this size
@@ -34,8 +55,8 @@ class MemoryPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Token positions in the pool."""
-        return self.num_blocks * self.block_size
+        """Tokens of requests of the model length that fill the pool."""
+        return self.num_blocks * self.max_model_len // self.appetite.blocks_for(self.max_model_len)
 
     def measured(self, free_bytes: int) -> MemoryPlan:
         """The plan after the largest step ran with the weights loaded, when so much of the device may go to KV.
@@ -46,7 +67,7 @@ class MemoryPlan:
         if self.reason != _WHAT_IS_LEFT:
             return taken
         num_blocks = free_bytes // self.block_bytes
-        if num_blocks < blocks_for(self.max_model_len, self.block_size):
+        if num_blocks < self.appetite.blocks_for(self.max_model_len):
             raise MemoryPlanError(
                 f"after weights and the largest step {free_bytes / MIB:,.0f} MiB are left for KV: too little for one "
                 f"request of {self.max_model_len:,} tokens. Lower --max-model-len or --max-num-batched-tokens"
@@ -55,7 +76,7 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The plan as lined-up text."""
-        per_request = blocks_for(self.max_model_len, self.block_size)
+        per_request = self.appetite.blocks_for(self.max_model_len)
         whose = "of the GPU, within --gpu-memory-utilization" if self.on_device else "of this machine or its cgroup"
         rows = [
             ("memory free", self.free_bytes, f"{whose}, before loading"),
@@ -64,7 +85,7 @@ class MemoryPlan:
             (
                 "KV cache",
                 self.kv_bytes,
-                f"{self.num_blocks:,} blocks of {self.block_size} tokens, {self.kv_dtype}; {self.reason}",
+                f"{self.num_blocks:,} blocks of {self.appetite.block_size} tokens, {self.kv_dtype}; {self.reason}",
             ),
         ]
         lines = [f"  {name:<12} {size / MIB:>10,.1f} MiB  {note}" for name, size, note in rows]
@@ -75,11 +96,6 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-num_tokens // block_size)
-
-
 def plan_memory(
     *,
     free_bytes: int,
@@ -87,7 +103,7 @@ def plan_memory(
     weight_bytes: int,
     arena_bytes: int,
     block_bytes: int,
-    block_size: int,
+    appetite: Appetite,
     kv_dtype: str,
     max_num_seqs: int,
     wanted_len: int,
@@ -110,7 +126,7 @@ def plan_memory(
             f"activations, but only {free_bytes / MIB:,.0f} MiB are free: take a smaller model, --dtype bfloat16, or "
             "free memory"
         )
-    most_useful = max_num_seqs * blocks_for(wanted_len, block_size)
+    most_useful = max_num_seqs * appetite.blocks_for(wanted_len)
     if num_blocks_override is not None:
         num_blocks, reason = num_blocks_override, "--num-gpu-blocks-override"
     elif kv_cache_memory_bytes is not None:
@@ -128,9 +144,9 @@ def plan_memory(
             f"{num_blocks:,} KV blocks take {num_blocks * block_bytes / MIB:,.0f} MiB, but {left / MIB:,.0f} MiB are "
             f"left after the weights: ask for at most {left // MIB} MiB"
         )
-    fitting_len = num_blocks * block_size
-    blocks_wanted = blocks_for(wanted_len, block_size)
-    if fitting_len < wanted_len and (len_is_fixed or num_blocks < 1):
+    fitting_len = appetite.longest(num_blocks, wanted_len)
+    blocks_wanted = appetite.blocks_for(wanted_len)
+    if fitting_len < wanted_len and (len_is_fixed or fitting_len < 1):
         raise MemoryPlanError(
             f"one request of max_model_len={wanted_len:,} tokens needs {blocks_wanted:,} KV blocks "
             f"({blocks_wanted * block_bytes / MIB:,.1f} MiB), but the pool has {num_blocks:,} "
@@ -143,9 +159,9 @@ def plan_memory(
         arena_bytes=arena_bytes,
         block_bytes=block_bytes,
         num_blocks=num_blocks,
-        block_size=block_size,
+        appetite=appetite,
         kv_dtype=kv_dtype,
-        max_model_len=min(wanted_len, fitting_len),
+        max_model_len=fitting_len,
         reason=reason,
         on_device=on_device,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from octavo.runtime.choose import choose, choose_kv, create
 from octavo.runtime.half import HalfWeights
 from octavo.sampling_params import SamplingParams
 from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput
-from octavo.worker.memory import MemoryPlan, free_memory, plan_memory
+from octavo.worker.memory import Appetite, MemoryPlan, free_memory, plan_memory
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.rows import Rows
 
@@ -33,7 +33,7 @@ class WorkerInfo:
     plan: MemoryPlan
     runtime: str
     dtype: str
-    num_kv_groups: int
+    kv_windows: tuple[int, ...] = (0,)  # per KV group, how far a token sees; 0: everything
     max_depth: int = 1  # steps that may be in flight
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
 
@@ -69,11 +69,15 @@ class Worker:
             computed, weights = "float32", HalfWeights(weights)
         computed = config.quantization or computed
         program = record(spec)
+        windows: tuple[int, ...] = (0,)
+        if not config.disable_hybrid_kv_cache_manager:
+            program = program.with_kv_groups()
+            windows = program.kv_windows
         kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
-        plan = self._plan(spec, program, runtime, weights, computed, kv_dtype)
+        plan = self._plan(spec, program, windows, runtime, weights, computed, kv_dtype)
         if plan.max_model_len < spec.max_model_len:  # RoPE is fixed for the length that is really served
             spec = read_spec(self._files, max_model_len=plan.max_model_len)
-            program = record(spec)
+            program = replace(record(spec), kv_layers=program.kv_layers)  # the groups that were planned with
         clock.ends("files")
         report = runtime.load(
             program,
@@ -95,9 +99,7 @@ class Worker:
         clock.ends("kv cache")
         self._warm_up(program.num_kv_groups)
         clock.ends("warm-up")
-        return WorkerInfo(
-            spec, plan, report.description, dtype, program.num_kv_groups, runtime.max_depth, clock.seconds
-        )
+        return WorkerInfo(spec, plan, report.description, dtype, windows, runtime.max_depth, clock.seconds)
 
     @property
     def num_foreign_calls(self) -> int:
@@ -126,7 +128,14 @@ class Worker:
             self._runtime.close()
 
     def _plan(
-        self, spec: ModelSpec, program: Program, runtime: Runtime, weights: WeightSource, dtype: str, kv_dtype: str
+        self,
+        spec: ModelSpec,
+        program: Program,
+        windows: tuple[int, ...],
+        runtime: Runtime,
+        weights: WeightSource,
+        dtype: str,
+        kv_dtype: str,
     ) -> MemoryPlan:
         config = self._config
         on_device = runtime.free_bytes(config.gpu_memory_utilization)
@@ -137,7 +146,7 @@ class Worker:
             arena_bytes=runtime.arena_bytes(program, config.max_num_batched_tokens, config.max_num_seqs + PROMPT_ROWS),
             block_bytes=runtime.kv_bytes_per_block(program, config.block_size, kv_dtype),
             kv_dtype=kv_dtype,
-            block_size=config.block_size,
+            appetite=Appetite(config.block_size, windows, config.max_step_tokens),
             max_num_seqs=config.max_num_seqs,
             wanted_len=spec.max_model_len,
             len_is_fixed=config.max_model_len is not None,

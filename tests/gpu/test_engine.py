@@ -162,6 +162,50 @@ def test_tokens_equal_the_naive_loop(files, naive, name):
     core.close()
 
 
+WINDOWED = {
+    **{k: v for k, v in TINY.items() if k not in ("architectures", "model_type", "rope_theta")},
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "sliding_window": 18,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("windowed")
+    (folder / "config.json").write_text(json.dumps(WINDOWED))
+    files = ModelFiles("windowed", "hf", folder)
+    return files, NaiveLoop(ReferenceRuntime(), files, load_format="dummy")
+
+
+def test_windows_give_blocks_back_under_the_interpreter_too(device, windowed, monkeypatch):
+    files, naive = windowed
+    monkeypatch.setattr(choose_module, "missing", lambda: "")
+    monkeypatch.setattr(worker_module, "create", lambda *_, **__: Watched("float32", device=device))
+    core = make_core(files, max_num_batched_tokens=32, max_num_seqs=2, block_size=8)
+    assert core.info.kv_windows == (0, 18, 18)
+    prompts = [[5, 9, 33] * 13]
+    assert run(core, prompts, 2) == [naive.generate(p, 2) for p in prompts]
+    core.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SETTINGS)
+def test_windows_give_blocks_back_and_change_no_token(windowed, name):
+    files, naive = windowed
+    sizes = {"num_gpu_blocks_override": 48, "max_model_len": 120} if name == "small pool" else {}
+    core = make_core(files, **{"num_gpu_blocks_override": 400, **SETTINGS[name], "block_size": 8, **sizes})
+    prompts = prompts_with_shared_prefixes()
+    assert run(core, prompts, 20) == [naive.generate(p, 20) for p in prompts]
+    if name in EVENTS:
+        assert core.log.total(EVENTS[name]) > 0
+    assert (runtime_of(core).num_replays == 0) == name.startswith("eager")
+    core.close()
+
+
 @pytest.mark.gpu
 def test_sampled_tokens_do_not_depend_on_batch_mates(files):
     core = make_core(files, enable_prefix_caching=False)

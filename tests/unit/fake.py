@@ -109,17 +109,23 @@ class _Row:
     request_id: str
     epoch: int
     token_ids: list[int]
-    table: list[int]
+    tables: list[list[int]]  # per KV group
     num_computed: int
     num_logprobs: int
 
 
+def kv_in(group: int, value: int) -> int:
+    """What a KV group keeps of a position: a mistake between groups shows."""
+    return value ^ (group << 50)
+
+
 class FakeExecutor:
     """Executes steps in the order they are published; results wait in a queue. A step with a `guilty` Request fails
-    half-way, and so does every step behind it in the queue."""
+    half-way, and so does every step behind it in the queue. Each KV group attends to its window only (0: to all)."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, windows: tuple[int, ...] = (0,)) -> None:
         self.block_size = block_size
+        self.windows = windows
         self.slots = [GARBAGE] * (num_blocks * block_size)
         self.guilty: set[str] = set()
         self.fail_next = False
@@ -148,13 +154,13 @@ class FakeExecutor:
         self.results.append((output, self._lose(output.scheduled) if fails else self._read(output.scheduled)))
 
     def _admit(self, new: NewRow) -> None:
-        held = len(new.block_ids[0]) * self.block_size
+        held = min(map(len, new.block_ids)) * self.block_size
         assert held > new.num_computed_tokens - self.block_size, "only a borrowed block may be missing"
         self._rows[new.row] = _Row(
             new.request_id,
             new.epoch,
             list(new.token_ids),
-            list(new.block_ids[0]),
+            [list(ids) for ids in new.block_ids],
             new.num_computed_tokens,
             new.num_logprobs,
         )
@@ -162,13 +168,14 @@ class FakeExecutor:
     def _extend(self, item: ScheduledRow) -> None:
         row = self._rows[item.row]
         assert (row.request_id, row.epoch) == (item.request_id, item.epoch), "a row was given away under its Request"
-        row.table.extend(item.new_block_ids[0])
+        for table, ids in zip(row.tables, item.new_block_ids, strict=bool(any(item.new_block_ids))):
+            table.extend(ids)
         assert item.start == row.num_computed, f"{item} does not begin where the row stands ({row.num_computed})"
         assert item.samples == (item.start + item.num_tokens == len(row.token_ids))
         row.num_computed += item.num_tokens
 
-    def _slot(self, row: _Row, position: int) -> int:
-        return row.table[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, row: _Row, group: int, position: int) -> int:
+        return row.tables[group][position // self.block_size] * self.block_size + position % self.block_size
 
     def _write(self, scheduled: list[ScheduledRow], *, garbage: bool) -> None:
         written: set[int] = set()
@@ -176,10 +183,11 @@ class FakeExecutor:
             row = self._rows[item.row]
             values = kv_of(row.token_ids)
             for position in range(item.start, item.start + item.num_tokens):
-                slot = self._slot(row, position)
-                assert slot not in written, f"two Requests write slot {slot} in one step"
-                written.add(slot)
-                self.slots[slot] = GARBAGE if garbage else values[position]
+                for group in range(len(self.windows)):
+                    slot = self._slot(row, group, position)
+                    assert slot not in written, f"two Requests write slot {slot} in one step"
+                    written.add(slot)
+                    self.slots[slot] = GARBAGE if garbage else kv_in(group, values[position])
 
     def _lose(self, scheduled: list[ScheduledRow]) -> None:
         """A failed step leaves garbage where its tokens belong, and later steps in flight compute on from that."""
@@ -194,8 +202,13 @@ class FakeExecutor:
             end = item.start + item.num_tokens
             assert (item.fork_of >= 0) == (item.num_tokens == 0)
             read = row if item.fork_of < 0 else self._rows[item.fork_of]  # a fork samples from another row's logits
-            seen = [self.slots[self._slot(read, position)] for position in range(end)]
-            assert seen == kv_of(row.token_ids)[:end], f"{item.request_id} attends to KV that is not its own prefix"
+            values = kv_of(row.token_ids)[:end]
+            for group, window in enumerate(self.windows):
+                first = max(0, item.start + (item.num_tokens > 0) - window) if window else 0
+                seen = [self.slots[self._slot(read, group, position)] for position in range(first, end)]
+                own = [kv_in(group, value) for value in values[first:]]
+                assert seen == own, f"{item.request_id} attends to KV that is not its own prefix"
+            seen = values
             token = next_token(seen[-1])
             if item.samples:
                 row.token_ids.append(token)

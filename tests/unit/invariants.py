@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from octavo.kvcache.manager import KVCacheManager
+from octavo.kvcache.manager import GONE, KVCacheManager
 
 
 def check_kv(kv: KVCacheManager, live: set[str]) -> None:
@@ -12,11 +12,14 @@ def check_kv(kv: KVCacheManager, live: set[str]) -> None:
     the tables."""
     pool, tables = kv.pool, kv._tables
     assert set(tables) == live
+    refs: Counter[int] = Counter()
     for table in tables.values():
-        assert len(set(table.block_ids)) == len(table.block_ids), "a block twice in one table"
-        assert table.borrowed not in table.block_ids
-    refs = Counter(block for table in tables.values() for block in table.block_ids)
-    refs.update(table.borrowed for table in tables.values() if table.borrowed is not None)
+        for ids, gone in zip(table.block_ids, table.num_gone, strict=True):
+            assert ids[:gone] == [GONE] * gone
+        held = [block for ids, gone in zip(table.block_ids, table.num_gone, strict=True) for block in ids[gone:]]
+        assert GONE not in held
+        assert len({*held, *table.borrowed}) == len(held) + len(table.borrowed), "a block twice in one Request's tables"
+        refs.update(held + table.borrowed)
     assert {b: pool.ref_count(b) for b in range(pool.num_blocks) if pool.ref_count(b)} == dict(refs)
     free, cached = pool._free, pool._cached
     assert len(set(free)) == len(free)

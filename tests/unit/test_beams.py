@@ -50,7 +50,7 @@ class Walk:
         self.random = draw = random.Random(seed)
         self.block_size, self.rows = draw.randrange(1, 5), draw.randrange(3, 9)
         num_blocks = draw.randrange(8, 40)
-        self.kv = KVCacheManager(num_blocks, self.block_size, 1, draw.random() < 0.6, b"key")
+        self.kv = KVCacheManager(num_blocks, self.block_size, (0,), 1 << 30, draw.random() < 0.6, b"key")
         self.scheduler = Scheduler(
             self.kv, max_num_seqs=self.rows, max_num_batched_tokens=self.rows + draw.randrange(12), max_model_len=40,
             max_run_ahead=draw.randrange(2),
@@ -133,7 +133,7 @@ def test_random_walks_give_the_naive_answers() -> None:
 
 def test_a_beam_that_always_fails_ends_the_whole_search_and_nobody_else() -> None:
     walk = Walk(1)
-    walk.kv = KVCacheManager(64, 4, 1, True, b"key")
+    walk.kv = KVCacheManager(64, 4, hash_key=b"key")
     walk.scheduler = Scheduler(walk.kv, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=40)
     walk.executor, walk.depth = FakeExecutor(64, 4), 1
     walk.scheduler.add(beam_request("b", [1, 2, 3], 3, 8, frozenset()))

@@ -3,7 +3,7 @@
 import pytest
 
 from octavo.errors import MemoryPlanError
-from octavo.worker.memory import MIB, free_memory, plan_memory
+from octavo.worker.memory import MIB, Appetite, free_memory, plan_memory
 
 
 def plan(**changes):
@@ -12,7 +12,7 @@ def plan(**changes):
         "weight_bytes": 200 * MIB,
         "arena_bytes": 0,
         "block_bytes": MIB,
-        "block_size": 16,
+        "appetite": Appetite(16),
         "kv_dtype": "bfloat16",
         "max_num_seqs": 4,
         "wanted_len": 160,

@@ -33,7 +33,7 @@ class Engine:
         max_num_queued_reqs: int = 0,
         max_num_queued_tokens: int = 0,
     ) -> None:
-        self.kv = KVCacheManager(num_blocks, block_size, 1, enable_prefix_caching, b"key")
+        self.kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching, hash_key=b"key")
         self.now = 0.0
         self.scheduler = Scheduler(
             self.kv,

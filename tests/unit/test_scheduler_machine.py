@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.strategies as st
-from fake import FakeExecutor, kv_of, make_request, naive
+from fake import FakeExecutor, kv_in, kv_of, make_request, naive
 from hypothesis import settings
 from hypothesis.stateful import (
     Bundle,
@@ -27,7 +27,7 @@ from invariants import check_kv
 from octavo.errors import ContextLengthError, QueueFullError, TimeLimitError
 from octavo.kvcache.block_hash import BlockHasher
 from octavo.kvcache.eviction import EVICTIONS
-from octavo.kvcache.manager import KVCacheManager
+from octavo.kvcache.manager import GONE, KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import Request, RequestStatus
 from octavo.scheduler.cost import CostModel
@@ -39,6 +39,7 @@ from octavo.scheduler.slo import SloPolicy
 from octavo.simulate.replay import Replay
 
 KEY = b"machine"
+WINDOWS = [(0,), (0,), (0, 3), (0, 1, 6), (2,), (0, 5, 5, 40), (7, 7)]  # per KV group
 STOP_IDS = frozenset({3})
 STEP_COST = CostModel(fixed=1.0, per_token=0.5, per_row=0.1, per_position=0.01, per_pair=0.01)
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -69,6 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(list(EVICTIONS)),
         max_queued=st.sampled_from([0, 0, 0, 1, 5]),
         record_bytes=st.sampled_from([0, 0, 4_000, 1 << 20]),
+        windows=st.sampled_from(WINDOWS),
     )
     def start(
         self,
@@ -86,13 +88,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         eviction: str,
         max_queued: int,
         record_bytes: int,
+        windows: tuple[int, ...],
     ) -> None:
-        self.kv = KVCacheManager(
-            num_blocks, block_size, enable_prefix_caching=caching, hash_key=KEY, eviction=EVICTIONS[eviction]()
-        )
+        num_blocks *= len(windows)
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_seqs + extra_budget
         self.threshold = threshold
+        self.kv = KVCacheManager(
+            num_blocks,
+            block_size,
+            windows,
+            min(threshold or self.budget, self.budget),
+            enable_prefix_caching=caching,
+            hash_key=KEY,
+            eviction=EVICTIONS[eviction](),
+        )
         self.max_model_len = max_model_len = max(2, num_blocks * block_size + 1 + spare_len)
         self.depth = depth
         self.now = 0.0
@@ -112,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_queued = max_queued
         if isinstance(self.scheduler, RecordingScheduler) and self.recording:
             self.scheduler.record(Ring(self.recording, record_bytes), {"block_size": block_size})
-        self.executor = FakeExecutor(num_blocks, block_size)
+        self.executor = FakeExecutor(num_blocks, block_size, windows)
         self.num_updates = 0
         self.live: dict[str, Request] = {}
         self.received: dict[str, list[int]] = {}
@@ -177,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add_one(self, request: Request) -> None:
         name, prompt, max_tokens = request.request_id, request.prompt_token_ids, request.max_tokens
         positions = min(len(prompt) + max_tokens, self.max_model_len) - 1
-        fits = -(-positions // self.kv.block_size) <= self.kv.pool.num_blocks
+        fits = self.kv.most_blocks(positions) <= self.kv.pool.num_blocks
         try:
             self.scheduler.add(request)
         except ContextLengthError:
@@ -202,7 +212,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         values = kv_of(token_ids)
         for start in range(0, len(token_ids) - size + 1, size):
             digest = hasher.digest(digest, token_ids[start : start + size])
-            self.meaning[digest] = values[start : start + size]
+            for group in range(len(self.executor.windows)):
+                own = [kv_in(group, value) for value in values[start : start + size]]
+                self.meaning[digest + bytes([group][:group])] = own
 
     @rule(name=ids)
     def abort(self, name: str) -> None:
@@ -322,6 +334,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every block is in one place, and reference counts equal the tables."""
         assert set(self.live) == set(self.scheduler._requests)
         check_kv(self.kv, set(self.live))
+        for request in self.live.values():
+            ids = [block for table in self.kv._tables[request.request_id].block_ids for block in table if block != GONE]
+            most = max(request.num_tokens + request.num_pending, request.num_computed_tokens)
+            assert len(ids) <= self.kv.most_blocks(most), "a window keeps more than it sees"
 
     @invariant()
     def pending_tokens_are_in_flight(self) -> None:

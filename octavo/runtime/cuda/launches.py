@@ -236,7 +236,7 @@ class Launches:
 
     def _rope_kv_write(self, node: RopeKVWrite) -> Launch:
         qkv, out = self._arena.view(node.qkv), self._arena.view(node.out)
-        group, layer, kv = self._program.kv_layers[node.kv_layer].group, node.kv_layer, self._kv
+        layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         table = None if node.rope is None else self._rope(node.rope)
         q_norm, k_norm = self._weight(node.q_norm), self._weight(node.k_norm)
         if (q_norm is None) != (k_norm is None):
@@ -244,8 +244,8 @@ class Launches:
         norms, chained = None if q_norm is None or k_norm is None else (q_norm, k_norm), self._chained
 
         def launch(step: DeviceStep) -> None:
-            slots = step.slots_of(group)
-            keys, values = kv.keys[layer], kv.values[layer]
+            slots = step.slots_of(layer.group)
+            keys, values = kv.keys[layer.place], kv.values[layer.place]
             rope.rope_kv_write(
                 step.num_tokens, node, qkv, step.positions, slots, table, norms, out, keys, values, chained=chained
             )
@@ -261,18 +261,18 @@ class Launches:
 
     def _attention(self, node: Attention) -> Launch:
         q, out = self._arena.view(node.q), self._arena.view(node.out)
-        group, layer, kv = self._program.kv_layers[node.kv_layer].group, node.kv_layer, self._kv
+        layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         partials, chained, operators = self._partials, self._chained, self._operators
 
         def launch(step: DeviceStep) -> None:
-            inputs, keys, values = step.attention, kv.keys[layer], kv.values[layer]
+            inputs, keys, values = step.attention, kv.keys[layer.place], kv.values[layer.place]
             if inputs.num_decodes:
                 decode = attention.decode_attention
                 if operators is not None and operators.can_decode(node, keys.shape[2], keys.element_size()):
                     decode = operators.decode_attention
-                decode(inputs, node, group, q, keys, values, out, partials, chained=chained)
+                decode(inputs, node, layer.group, q, keys, values, out, partials, chained=chained)
             if inputs.num_tiles:
-                attention.prefill_attention(inputs, node, group, q, keys, values, out)
+                attention.prefill_attention(inputs, node, layer.group, q, keys, values, out)
 
         return launch
 

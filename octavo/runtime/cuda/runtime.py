@@ -280,7 +280,7 @@ class CudaRuntime:
         program, kv_type = self._loaded(), self._kv_type(dtype)
         max_tokens, max_logits, max_requests = self._limits
         self._null_block, self._block_size = num_blocks, block_size
-        for layer in program.kv_layers:
+        for layer in program.kv_places:
             shape = (num_blocks + 1, layer.num_kv_heads, block_size, layer.head_dim)
             for pool in (self._kv.keys, self._kv.values):
                 pool.append(torch.empty(shape, dtype=kv_type, device=self._device))
@@ -329,7 +329,7 @@ class CudaRuntime:
     def _shape(self, inputs: StepInputs) -> Shape | None:
         """What the step is padded to for a graph; None where it has to be launched piece by piece."""
         num_tokens, num_requests = len(inputs.token_ids), len(inputs.seq_lens)
-        if self._loaded().num_kv_groups > 1 or not num_requests or len(inputs.logits_indices) > num_requests:
+        if not num_requests or len(inputs.logits_indices) > num_requests:
             return None
         all_sample = num_requests == num_tokens == len(inputs.logits_indices)
         if all_sample and (inputs.logits_indices == inputs.query_start_loc[:-1]).all():  # in their order

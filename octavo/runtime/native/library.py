@@ -56,7 +56,7 @@ class RopeTable(ctypes.Structure):
 class KVLayerEntry(ctypes.Structure):
     """OctavoKVLayer."""
 
-    _fields_ = [("num_kv_heads", c_int32), ("head_dim", c_int32), ("group", c_int32)]
+    _fields_ = [("num_kv_heads", c_int32), ("head_dim", c_int32), ("group", c_int32), ("place", c_int32)]
 
 
 class ProgramTable(ctypes.Structure):

@@ -130,7 +130,7 @@ class NativeRuntime:
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers, with the padding of V and the scales of int8."""
         code = _kv_code(dtype)
-        pieces: int = sum(self._library.octavo_kv_bytes(code, kv.num_kv_heads, kv.head_dim) for kv in program.kv_layers)
+        pieces: int = sum(self._library.octavo_kv_bytes(code, kv.num_kv_heads, kv.head_dim) for kv in program.kv_places)
         return pieces * block_size // _SLOTS_OF_PIECE
 
     def rehearse(self, block_size: int, dtype: str = "float32") -> None:

@@ -72,7 +72,7 @@ def build_tables(program: Program, weight_ids: dict[tuple[str, ...], int], limit
         RopeTable(cos=cos.ctypes.data, sin=sin.ctypes.data, max_positions=len(cos), half=cos.shape[1])
         for cos, sin in ropes
     ]
-    layers = [KVLayerEntry(kv.num_kv_heads, kv.head_dim, kv.group) for kv in program.kv_layers]
+    layers = [KVLayerEntry(kv.num_kv_heads, kv.head_dim, kv.group, kv.place) for kv in program.kv_layers]
     table = ProgramTable(
         nodes=(Node * len(nodes))(*nodes),
         buffers=(BufferEntry * len(buffers))(*buffers),

@@ -52,7 +52,7 @@ class ReferenceRuntime:
         self.max_depth = 1
         self._weights: dict[tuple[str, ...], Float32] = {}  # by parts: a tied weight is there once
         self._int8: dict[tuple[str, ...], Int8Matrix] = {}  # the others, with dtype int8
-        self._keys: list[Float32] = []  # per KV layer: [slots, KV heads, head_dim]
+        self._keys: list[Float32] = []  # per place: [slots, KV heads, head_dim]
         self._values: list[Float32] = []
         self._block_size = 0
         self._round_kv = KV_ROUNDING["float32"]
@@ -121,7 +121,7 @@ class ReferenceRuntime:
         self._round_kv = KV_ROUNDING[dtype]
         self._rounds_attention = dtype != "float32"
         self._block_size = block_size
-        shapes = [(num_blocks * block_size, kv.num_kv_heads, kv.head_dim) for kv in self._program.kv_layers]
+        shapes = [(num_blocks * block_size, kv.num_kv_heads, kv.head_dim) for kv in self._program.kv_places]
         self._keys = [np.zeros(shape, dtype=np.float32) for shape in shapes]
         self._values = [np.zeros(shape, dtype=np.float32) for shape in shapes]
 
@@ -257,19 +257,20 @@ class ReferenceRuntime:
         if node.rope is not None:
             q = ops.rotate(q, inputs.positions, node.rope)
             k = ops.rotate(k, inputs.positions, node.rope)
-        slots = inputs.slots[self._program.kv_layers[node.kv_layer].group]
-        self._keys[node.kv_layer][slots] = self._round_kv(k)
-        self._values[node.kv_layer][slots] = self._round_kv(v)
+        layer = self._program.kv_layers[node.kv_layer]
+        slots = inputs.slots[layer.group]
+        self._keys[layer.place][slots] = self._round_kv(k)
+        self._values[layer.place][slots] = self._round_kv(v)
         self._write(node.out, q.reshape(num_tokens, -1))
 
     def _attention(self, node: Attention, inputs: StepInputs) -> None:
-        q = self._read(node.q)
+        q, layer = self._read(node.q), self._program.kv_layers[node.kv_layer]
         mixed = ops.attention(
             q.reshape(len(q), node.num_heads, node.head_dim),
-            self._keys[node.kv_layer],
-            self._values[node.kv_layer],
+            self._keys[layer.place],
+            self._values[layer.place],
             inputs,
-            group=self._program.kv_layers[node.kv_layer].group,
+            group=layer.group,
             block_size=self._block_size,
             scale=node.scale,
             window=node.window,
