@@ -276,7 +276,7 @@ class EngineCore:
         self._pending.extend(deltas)
         for request_id, reason in self._rules.take(deltas):
             if self.scheduler.abort(request_id):
-                self._pending.append(_failed(request_id, reason))
+                self._pending.append(_failed(request_id, str(reason), type(reason).__name__))
         self.log.append(record)
         return [record]
 

@@ -49,7 +49,7 @@ class Rules:
     def mask(self) -> Mask:
         """What the next token may be.
 
-        Raises StepError when the grammar ran into one of its limits.
+        Raises InvalidValueError: nothing at all, or the grammar ran into one of its limits.
         """
         if self._matcher is None:
             mask = self._static.copy()
@@ -57,10 +57,14 @@ class Rules:
             words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)  # may be one more than needed
             mask = words[: len(self._static)] & self._static
             if self._matcher.is_error():
-                raise StepError(f"the grammar became too complex: {self._matcher.get_error():.200}")
+                raise InvalidValueError(f"the grammar became too complex: {self._matcher.get_error():.200}")
         for word in self._bad:
             if len(word) == 1 or self._tail[-(len(word) - 1) :] == word[:-1]:
                 mask[word[-1] >> 5] &= ~np.uint32(1 << (word[-1] & 31))
+        if not mask.any():
+            raise InvalidValueError(
+                "the grammar, allowed_token_ids and bad_words together leave no token to go on with"
+            )
         return mask
 
     def take(self, tokens: list[int]) -> None:
@@ -89,7 +93,7 @@ class RuleBook:
         self._thread: ThreadPoolExecutor | None = None
         self._rules: dict[str, Rules] = {}
         self._opening: dict[str, tuple[AddRequest, Future[Rules]]] = {}
-        self._failed: list[tuple[str, str]] = []
+        self._failed: list[tuple[str, Exception]] = []
 
     @property
     def is_opening(self) -> bool:
@@ -128,10 +132,10 @@ class RuleBook:
                 try:
                     masks[item.row] = rules.mask()
                 except Exception as error:
-                    self._failed.append((item.request_id, str(_told(item.request_id, error))))
+                    self._failed.append((item.request_id, _told(item.request_id, error)))
         return masks
 
-    def take(self, deltas: Iterable[RequestDelta]) -> list[tuple[str, str]]:
+    def take(self, deltas: Iterable[RequestDelta]) -> list[tuple[str, Exception]]:
         """Hears what a step brought; returns the Requests that cannot go on, and why."""
         for delta in deltas if self._rules else ():
             rules = self._rules.get(delta.request_id)
@@ -139,7 +143,7 @@ class RuleBook:
                 try:
                     rules.take(delta.token_ids)
                 except Exception as error:
-                    self._failed.append((delta.request_id, str(_told(delta.request_id, error))))
+                    self._failed.append((delta.request_id, _told(delta.request_id, error)))
         failed, self._failed = self._failed, []
         return failed
 

@@ -15,7 +15,7 @@ from octavo.engine.core import EngineCore
 from octavo.engine.frontend import _error
 from octavo.engine.grammar import to_grammar
 from octavo.engine.rules import RuleBook, Rules
-from octavo.errors import StepError
+from octavo.errors import InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests, AddRequest
 from octavo.models.spec import ModelFiles
@@ -176,6 +176,22 @@ def test_a_grammar_that_cannot_be_built_ends_its_request_alone(files) -> None:
     assert (reasons["1"], len(tokens["1"])) == ("length", 5)
     assert reasons["2"] == "error"
     assert "needs a tokenizer" in errors["2"]
+
+
+def test_rules_that_leave_nothing_end_their_request_by_its_own_fault(files) -> None:
+    """A grammar that is complete allows nothing but the end, which the list leaves out; a list of one banned word."""
+    core = ruled(files)
+    a, b = ord("a") - 29, ord("b") - 29
+    ask(core, 1, kind="regex", spec="[ab]{2}", allowed_token_ids=[a, b])
+    ask(core, 2, bad=["a"], allowed_token_ids=[a])
+    ask(core, 3, max_tokens=5, ignore_eos=True)
+    ends = {}
+    while core.has_work:
+        ends |= {delta.request_id: delta for delta in core.step().deltas if delta.finish_reason}
+    assert ends["3"].finish_reason == "length"
+    for number in "12":
+        error = _error(ends[number])
+        assert (type(error), "leave no token" in str(error)) == (InvalidValueError, True)
 
 
 @pytest.mark.parametrize("where", ["_matcher", "mask", "take"])
