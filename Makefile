@@ -1,4 +1,4 @@
-# Verbs: make setup | serve | test | check | bench | clean | help. Each does the set-up it needs; CI runs the same ones.
+# Verbs: make setup | serve | test | check | bench | fuzz | clean | help. Each does the set-up it needs; CI runs the same ones.
 .DEFAULT_GOAL := help
 SHELL := bash
 VENV := .venv
@@ -10,7 +10,7 @@ export MAKECMDGOALS
 NATIVE := $(shell find native -type f -not -name '*.md') octavo/runtime/native/build.py
 INPUTS := pyproject.toml $(wildcard setup.py MANIFEST.in) $(NATIVE) tools/setup.sh
 
-.PHONY: setup serve test check bench soak-scheduler clean help
+.PHONY: setup serve test check bench soak-scheduler fuzz clean help
 
 setup: $(VENV)/.installed  ## make .venv and install Octavo into it
 
@@ -33,6 +33,9 @@ bench: $(VENV)/.installed  ## the CPU workloads over HTTP, as a table and lab/re
 
 soak-scheduler: $(VENV)/.installed-dev  ## a million random steps of scheduler and KV cache (ARGS="--steps N --seed N --resume")
 	@$(RUN)/python tools/soak_scheduler.py $(ARGS)
+
+fuzz: $(VENV)/.installed-dev  ## 100,000 mutated requests to a real server (ARGS="--requests N --seed N --first N")
+	@$(RUN)/python tools/fuzz_server.py $(ARGS)
 
 clean:  ## remove .venv and everything built (the model cache stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
