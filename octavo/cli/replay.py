@@ -120,8 +120,9 @@ def _say_what_if(run: Replay, changes: str) -> None:
     other, changed = _setting(run, known | asked)
     fits = [min(m.max_model_len, m.num_blocks * c.block_size) for m, c in ((machine, config), (other, changed))]
     trace, num_left_out = clipped(run.trace(), min(fits))
+    num_left_out += sum(request.params.use_beam_search for request in run.requests.values())
     if num_left_out:
-        say(f"{num_left_out} requests that do not fit were left out", style="yellow")
+        say(f"{num_left_out} requests that do not fit, or are beam searches, were left out", style="yellow")
     if not trace:
         raise ConfigError("no request of the recording fits")
     outcomes = {"as it was": simulate(trace, machine, config), "what if": simulate(trace, other, changed)}

@@ -8,13 +8,15 @@ The file is a ring of two halves, FILE and FILE.1. Each begins with a state (sna
 A row that goes on by one token in its old block is not written: most are like that. Lines, by their "e":
 
     state  the scheduler as it is, the rows of steps in flight, who is who ("numbers": request id -> number)
-    add    a Request, its number "r"; "refused": what was raised
+    add    a Request, its number "r", the next ones for its further beams; "refused": what was raised
     abort, finish, expire    of number "r"
     step   "t" the clock, "n" the step; "new" rows admitted: [row, number, computed, runs of blocks]; "rows" that do not
            just go on: [row, start, tokens, samples, row forked from, runs of added blocks]; "crc" of all rows in their
            order; "pre": [number, number of the one it made way for]; "copy": block copies
     done   "t", "n": update() took the step's result; "tokens": [place, how many] where that is not one per sampling
-           row, "stop": [place, tokens kept]. fail: fail() did
+           row, "stop": [place, tokens kept]; "beams": of each round of a beam search that ended, [parent of each beam,
+           by its place among the living before], none when the search is over, and the new number that the first beam
+           which was forked gets: what it says has another past than what it said before. fail: fail() did
 
 Any line may tell digests that became known: "h": [number, block, digest].
 """
@@ -44,6 +46,7 @@ log = logging.getLogger("octavo.scheduler")
 FORMAT = "octavo-record-1"
 HALF_IN_STATES = 2  # a half of the ring is at least so many times its state: as much of it are steps
 _USUAL = {f.name: f.default for f in fields(Request) if f.default is not MISSING} | {"params": False, "stop_ids": False}
+_USUAL |= {"prompt_logprobs": [], "num_beams": 0}
 
 
 class Ring(LeftOut):
@@ -104,14 +107,10 @@ class Ring(LeftOut):
         except OSError as error:
             self._give_up(error)
 
-    def end(self) -> None:
-        """Ends the recording; the files stay until close()."""
-        self.flush()
-        self._shut()
-
     def close(self) -> None:
         """The engine ends well."""
-        self.end()
+        self.flush()
+        self._shut()
         if not self._keep:
             self.path.unlink(missing_ok=True)
             self.older.unlink(missing_ok=True)
@@ -174,27 +173,24 @@ class RecordingScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._real_clock, self._clock = self._clock, self._held
         self._time = 0.0
-        self._ring: Ring | None = None  # that is written to
-        self._file: Ring | None = None  # that was begun
+        self._ring: Ring | None = None
         self._settings: dict[str, Any] = {}
         self._describer = Describer()
         self._count = 0
         self._hashed: list[list[Any]] = []
+        self._rounds: list[list[Any]] = []
 
     def record(self, ring: Ring, settings: dict[str, Any]) -> None:
         """Begins the recording; `settings` are written down for a replay under other ones."""
-        self._ring = self._file = ring
+        self._ring = ring
         self._settings = settings
-        self.kv.on_digest = self._learn
+        self.kv.on_digest, self._beams.on_round = self._learn, self._learn_round
         self._write_state(ring)
 
     def add(self, request: Request) -> None:
         self._tick()
         if self._ring is None:
             return super().add(request)
-        if request.params.use_beam_search:
-            super().add(request)  # a refusal changes nothing, and need not be told
-            return self._end_early(self._ring)
         numbers = self._describer.numbers
         event = {"e": "add", "t": self._time, "r": self._count, "request": _unusual(facts(request))}
         parent = self._requests.get(request.fork_of or "")
@@ -206,22 +202,18 @@ class RecordingScheduler(Scheduler):
             event["refused"] = type(error).__name__
             raise
         else:
-            numbers[request.request_id] = self._count
+            for number, member in enumerate(self._beams.members(request), self._count):
+                numbers[member.request_id] = number
             if "like" not in event:
                 self.kv.digest_all(request)
         finally:
-            self._count += 1
+            self._count += request.params.beam_width
             self._write(event)
 
-    def _end_early(self, ring: Ring) -> None:
-        log.warning("beam search decides by log probabilities, which are not recorded: the recording ends here")
-        ring.end()
-        self._ring = self.kv.on_digest = None
-
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._ring = self._file = self.kv.on_digest = None
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = self.kv.on_digest = self._beams.on_round = None
 
     def abort(self, request_id: str) -> list[RequestDelta]:
         self._write({"e": "abort", "r": self._describer.numbers.get(request_id, -1)})
@@ -256,7 +248,10 @@ class RecordingScheduler(Scheduler):
         self._tick()
         deltas = super().update(output, result)
         if self._ring is not None:
-            self._write({"e": "done", "t": self._time, **_result(output, result, deltas)})
+            event = {"e": "done", "t": self._time, **_result(output, result, deltas)}
+            if self._rounds:
+                event["beams"], self._rounds = self._rounds, []
+            self._write(event)
             self._describer.flying.pop(output.step, None)
         return deltas
 
@@ -266,8 +261,9 @@ class RecordingScheduler(Scheduler):
         return super().fail(output, error)
 
     def _end(self, request: Request) -> None:
+        for member in self._beams.members(request):
+            self._describer.numbers.pop(member.request_id, None)
         super()._end(request)
-        self._describer.numbers.pop(request.request_id, None)
 
     def _tick(self) -> None:
         self._time = self._real_clock()
@@ -277,6 +273,12 @@ class RecordingScheduler(Scheduler):
 
     def _learn(self, request: Request, index: int, digest: bytes) -> None:
         self._hashed.append([self._describer.numbers[request.request_id], index, digest.hex()])
+
+    def _learn_round(self, first: Request, parents: list[int] | None, forked: list[Request]) -> None:
+        self._rounds.append([parents, self._count])
+        for member in forked:
+            self._describer.numbers[member.request_id] = self._count
+            self._count += 1
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._ring is not None:
@@ -298,7 +300,8 @@ def _result(output: SchedulerOutput, result: ModelRunnerOutput, deltas: list[Req
     pairs = enumerate(zip(output.scheduled, result.token_ids, strict=True))
     if others := [[place, len(tokens)] for place, (item, tokens) in pairs if len(tokens) != item.samples]:
         event["tokens"] = others
-    if stopped := {d.request_id: len(d.token_ids) for d in deltas if d.finish_reason == FinishReason.STOP}:
+    ended = (d for d in deltas if d.finish_reason == FinishReason.STOP and d.cumulative_logprob is None)
+    if stopped := {d.request_id: len(d.token_ids) for d in ended}:
         places = enumerate(output.scheduled)
         event["stop"] = [[p, stopped[item.request_id]] for p, item in places if item.request_id in stopped]
     return event

@@ -1,8 +1,8 @@
 """The whole state of a scheduler as plain JSON, and back: what a recording begins with.
 
 Walks the objects of the counting half, whatever their fields are: shared objects stay shared, dictionaries keep their
-order. Of token ids only their number is kept, so no prompt can be read from it. Clocks, and the prefix hasher with its
-secret key, are left out: who restores a state brings its own.
+order. Of token ids only their number is kept, so no prompt can be read from it. Clocks, the prefix hasher with its
+secret key, and log probabilities are left out: who restores a state brings its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from octavo.kvcache.block_hash import BlockHasher
 from octavo.request import Request
+from octavo.step import TokenLogprobs
 
 ROOMS = ("octavo.scheduler.", "octavo.kvcache.", "octavo.request")
 COUNTED = ("prompt_token_ids", "token_ids")
@@ -32,8 +33,9 @@ def facts(request: Request) -> dict[str, Any]:
     """What a Request is, without its tokens and what only they need: all that decisions depend on."""
     kept: dict[str, Any] = {name: getattr(request, name) for name in Request.__slots__}
     kept |= {name: len(kept[name]) for name in COUNTED}
+    params = request.params
     kept |= {"params": request.needs_host_token, "stop_ids": bool(request.stop_ids)}
-    kept |= {"cache_salt": None, "prompt_logprobs": []}
+    kept |= {"cache_salt": None, "prompt_logprobs": [], "num_beams": params.beam_width if params.use_beam_search else 0}
     return kept
 
 
@@ -51,7 +53,7 @@ class _Freezer:
             return {"bytes": value.hex()}
         if isinstance(value, tuple):
             return {"tuple": [self.freeze(item) for item in value]}
-        if isinstance(value, LeftOut | BlockHasher) or callable(value):
+        if isinstance(value, LeftOut | BlockHasher | TokenLogprobs) or callable(value):
             return {"left out": True}
         if id(value) in self._numbers:
             return {"same": self._numbers[id(value)]}

@@ -1,13 +1,15 @@
 """Runs a recording again: the real scheduler, no model, the same decisions bit for bit, or the first that differs.
 
 Token ids are not in a recording, and not needed: every full block gets ids of its own by its digest, so what was equal
-is equal, and the hasher answers with the recorded digests.
+is equal, and the hasher answers with the recorded digests. Log probabilities are not needed either: beams go on as the
+recording says.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,19 @@ from typing import Any
 
 from octavo.errors import ConfigError, RequestError
 from octavo.kvcache.block_hash import BlockHasher
-from octavo.messages import StepRecord
+from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.beams import Beam, Choice, Judge, beam_id
 from octavo.scheduler.cost import CostModel, StepWork, fit, typical
 from octavo.scheduler.recorder import FORMAT, Describer
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import ROOMS, Thaw
 from octavo.simulate.trace import Arrival, Segment
-from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
+from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
 
 STOP = 0  # the token of a Request that stops
+TOLD = TokenLogprobs(0.0, 1, [], [])
 UNKNOWN = 1 << 31  # plus a Request's number: the token of positions whose block nobody hashed
 
 
@@ -41,14 +45,48 @@ class Divergence:
 
 
 class KnownHasher(BlockHasher):
-    """Answers with the digests of a recording; `digests` is by the token id that stands for a block."""
+    """Answers with the digests of a recording; `digests` is by the token id that stands for a block. It is looked up by
+    the block's last one: beams that part in the middle of a block begin it alike."""
 
     def __init__(self, block_size: int) -> None:
         super().__init__(block_size, b"")
         self.digests: dict[int, bytes] = {}
 
     def digest(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
-        return self.digests.get(token_ids[0]) or super().digest(parent, token_ids)
+        return self.digests.get(token_ids[-1]) or super().digest(parent, token_ids)
+
+
+class KnownJudge(Judge):
+    """Lets the beams of all searches go on as they did.
+
+    Attributes:
+        rounds: those that end in the step whose result is taken next, as the recording tells them.
+    """
+
+    def __init__(self, token: Callable[[int, int], int], numbers: dict[str, int]) -> None:
+        self.rounds: deque[list[Any]] = deque()
+        self.num_unknown = 0  # rounds that the recording does not have
+        self.next_number = 0  # of the first beam that is forked
+        self._token, self._numbers = token, numbers
+
+    def choose(self, living: list[Beam]) -> list[Choice] | None:
+        parents, self.next_number = self.rounds.popleft() if self.rounds else ([-1], 0)
+        if parents is None:
+            return None
+        if not all(0 <= parent < len(living) for parent in parents):
+            self.num_unknown += 1
+            return None
+        choices, number = [], self.next_number
+        for place, parent in enumerate(parents):
+            request = living[parent].request
+            own = self._numbers[request.request_id]
+            if parent in parents[:place]:  # it goes on in its own place already: this one is forked
+                own, number = number, number + 1
+            choices.append(Choice(parent, self._token(own, request.num_tokens)))
+        return choices
+
+    def answers(self, first: Request) -> list[RequestDelta]:
+        return []
 
 
 class Replay:
@@ -79,6 +117,7 @@ class Replay:
             for number, index, digest in event.get("h", ()):
                 self._learn(number, index, digest)
         self._describer = Describer()
+        self._judge = KnownJudge(self._token, self._describer.numbers)
         self._outputs: dict[int, tuple[SchedulerOutput, StepRecord | None, float]] = {}
         self.scheduler = self._thaw(first)
         for step, rows in first["flying"].items():
@@ -113,10 +152,13 @@ class Replay:
         return fit(typical(self.steps))
 
     def trace(self) -> list[Arrival]:
-        """The requests of the recording, with as many tokens as each had got by the point that was reached."""
+        """The requests of the recording, without beam searches, with as many tokens as each had got by the point that
+        was reached."""
         start = min(self.arrivals.values(), default=0.0)
         arrivals = []
         for number, request in self.requests.items():
+            if request.params.use_beam_search:
+                continue
             output = max(1, request.num_output_tokens)
             prompt = tuple(self._segments(number, request.num_prompt_tokens))
             time = self.arrivals[number] - start
@@ -157,7 +199,10 @@ class Replay:
                 scheduler.fail(output, "failed in the recording")
             else:
                 result = self._result(output, event)
+                self._judge.rounds.extend(event.get("beams", ()))
                 scheduler.update(output, result)
+                if self._judge.rounds or self._judge.num_unknown:
+                    return Divergence(event["n"], line, "beams", event.get("beams"), "other rounds of beams ended")
                 if record is not None:
                     record.num_sampled = sum(map(len, result.token_ids))
                     self.steps.append((StepWork.of(record), self._time - max(began, self._done)))
@@ -175,7 +220,8 @@ class Replay:
         except RequestError as error:
             refused = type(error).__name__
         else:
-            self._describer.numbers[request.request_id] = number
+            for place in range(max(1, counts.get("num_beams", 0))):
+                self._describer.numbers[beam_id(request.request_id, place)] = number + place
             self.requests[number] = request
             self.arrivals[number] = self._time
         if refused != event.get("refused"):
@@ -193,7 +239,14 @@ class Replay:
             if place in stops:
                 tokens[stops[place] - 1] = STOP
             token_ids.append(tokens)
-        return ModelRunnerOutput(token_ids, [None] * len(token_ids))
+        return ModelRunnerOutput(token_ids, [[TOLD] * len(tokens) for tokens in token_ids])
+
+    def _renumber(self, first: Request, parents: list[int] | None, forked: list[Request]) -> None:
+        """A round of beams has ended: those that were forked say something else from here on."""
+        for number, member in enumerate(forked, self._judge.next_number):
+            if member is first:
+                self.requests[number] = self.requests.pop(self._describer.numbers[member.request_id])
+            self._describer.numbers[member.request_id] = number
 
     # ------------------------------------------------------------------------------------------------------- tokens
 
@@ -207,8 +260,8 @@ class Replay:
 
     def _fill(self, request: Request, number: int, num_prompt: int, num_tokens: int) -> None:
         """Gives a Request token ids; `number` is whose blocks they are."""
-        tokens = [self._token(number, position) for position in range(num_tokens)]
-        request.prompt_token_ids, request.token_ids = tokens[:num_prompt], tokens
+        tokens = [self._token(number, position) for position in range(max(num_prompt, num_tokens))]
+        request.prompt_token_ids, request.token_ids = tokens[:num_prompt], tokens[:num_tokens]
 
     def _segments(self, number: int, length: int) -> list[Segment]:
         step = self._block_size
@@ -224,9 +277,10 @@ class Replay:
             counted.append((made, fields["prompt_token_ids"], fields["token_ids"]))
             return made
 
-        replacements = {"_clock": lambda: self._time, "_hasher": self._hasher}
+        replacements = {"_clock": lambda: self._time, "_hasher": self._hasher, "told": TOLD, "judge": self._judge}
+        replacements |= {"make_judge": lambda *_: self._judge, "on_round": self._renumber}
         scheduler: Scheduler = Thaw(_classes(), replacements.get, request)(event["scheduler"])
-        self._describer.numbers = dict(event["numbers"])
+        self._describer.numbers |= event["numbers"]
         for request_id, number in event["numbers"].items():
             for index, digest in enumerate(scheduler.kv.known_digests(request_id)):
                 self._learn(number, index, digest.hex())
@@ -241,9 +295,13 @@ class Replay:
     def _request(self, given: dict[str, Any]) -> Request:
         fields = {name: value for name, value in given.items() if name not in ("prompt_token_ids", "token_ids")}
         waits, stops = bool(fields.pop("params", False)), bool(fields.pop("stop_ids", False))
+        if width := fields.pop("num_beams", 0):
+            params = SamplingParams(max_tokens=None, use_beam_search=True, n=width)
+        else:
+            params = SamplingParams(max_tokens=None, presence_penalty=0.5 if waits else 0.0)
         request = Request(
             prompt_token_ids=[],
-            params=SamplingParams(max_tokens=None, presence_penalty=0.5 if waits else 0.0),
+            params=params,
             stop_ids=frozenset({STOP}) if stops else frozenset(),
             **fields,
         )

@@ -6,6 +6,7 @@ import pytest
 
 from octavo import LLM, BeamSearchParams, SamplingParams
 from octavo.errors import InvalidValueError
+from octavo.simulate.replay import Replay
 from tests.model.tiny import load_oracle, make_tiny, torch
 
 PROMPTS = [
@@ -111,6 +112,18 @@ def test_sharing_chunks_and_preemption_change_nothing(files, settings):
             preempted = llm.core.log.total("num_preempted")
             assert (preempted > 0) == (given.get("num_gpu_blocks_override") == 24)
     assert answers[0] == answers[1]
+
+
+def test_a_recorded_engine_with_beams_replays_to_the_same_decisions(files, tmp_path):
+    settings = {"num_gpu_blocks_override": 24, "max_num_seqs": 16, "admission_headroom": 0.0, "record": str(tmp_path)}
+    with make_llm(files, runtime="native", **settings) as llm:
+        ask(llm, SamplingParams(use_beam_search=True, n=4, max_tokens=NUM_TOKENS, stop_token_ids=STOPS))
+        log = llm.core.log
+        assert min(log.total("num_preempted"), log.total("num_forked"), log.total("num_copied_blocks")) > 0
+        num_steps = log.num_steps
+    replay = Replay(next(tmp_path.iterdir()))
+    assert replay.run() is None
+    assert len(replay.steps) == num_steps
 
 
 def test_the_offline_call_has_vllms_shape(files, oracle):

@@ -15,7 +15,7 @@ from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
 from octavo.errors import ConfigError
 from octavo.kvcache.manager import KVCacheManager
-from octavo.messages import AbortRequests, AddRequest
+from octavo.messages import AddRequest
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.recorder import RecordingScheduler, Ring
@@ -203,33 +203,6 @@ def test_a_full_disk_ends_the_recording_and_not_the_engine(tmp_path, monkeypatch
     replay = Replay(Path(core.record or ""))
     assert replay.run() is None
     assert len(replay.steps) == 0  # the result of the first step was still to be written
-
-
-def test_the_first_beam_search_ends_the_recording_which_stays_while_the_engine_runs(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
-    core, _ = known_core(EngineConfig(max_num_seqs=8))
-    prepare(core, serving=True)
-
-    def ask(name: str, **params: object) -> None:
-        options = SamplingParams(ignore_eos=True, max_tokens=3, **params)  # type: ignore[arg-type]
-        core.handle(AddRequest(name, [5, 6, 7], options, 3, seed=0))
-
-    ask("too wide", use_beam_search=True, n=9)
-    ask("plain")
-    while core.has_work:
-        core.step()
-    ask("beams", use_beam_search=True, n=2)
-    core.handle(AbortRequests(["beams"]))
-    ask("unseen")
-    while core.has_work:
-        core.step()
-    path = Path(core.record or "")
-    replay = Replay(path)  # what a message of the engine's death would name
-    assert replay.run() is None
-    assert [request.request_id for request in replay.requests.values()] == ["plain"]
-    assert len(replay.steps) == 3
-    core.close()
-    assert not path.exists()
 
 
 def test_a_disk_that_fails_leaves_no_file_open(tmp_path, monkeypatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake import FakeExecutor, kv_of, likeliest, make_request, naive
@@ -13,7 +16,9 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import StepRecord
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.recorder import RecordingScheduler, Ring
 from octavo.scheduler.scheduler import Scheduler
+from octavo.simulate.replay import Replay
 
 
 def naive_beams(prompt: list[int], width: int, max_tokens: int, stop_ids: frozenset[int]) -> list[list[int]]:
@@ -46,15 +51,17 @@ def beam_request(name: str, prompt: list[int], width: int, max_tokens: int, stop
 class Walk:
     """Beams and plain Requests over one small pool, with aborts and failing steps, checked after every step."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, recording: Path | None = None, ring: int = 1 << 20) -> None:
         self.random = draw = random.Random(seed)
         self.block_size, self.rows = draw.randrange(1, 5), draw.randrange(3, 9)
         num_blocks = draw.randrange(8, 40)
         self.kv = KVCacheManager(num_blocks, self.block_size, (0,), 1 << 30, draw.random() < 0.6, b"key")
-        self.scheduler = Scheduler(
+        self.scheduler = (RecordingScheduler if recording else Scheduler)(
             self.kv, max_num_seqs=self.rows, max_num_batched_tokens=self.rows + draw.randrange(12), max_model_len=40,
             max_run_ahead=draw.randrange(2),
         )  # fmt: skip
+        if recording is not None and isinstance(self.scheduler, RecordingScheduler):
+            self.scheduler.record(Ring(recording, ring), {"block_size": self.block_size})
         self.executor = FakeExecutor(num_blocks, self.block_size)
         self.depth = draw.randrange(1, 3)
         self.expected: dict[str, list[int]] = {}
@@ -129,6 +136,64 @@ def test_random_walks_give_the_naive_answers() -> None:
         for name in totals:
             totals[name] += sum(getattr(record, name) for record in walk.records)
     assert all(totals.values()), totals
+
+
+@pytest.mark.parametrize("ring", [1 << 20, 4_000])
+def test_recorded_walks_replay_to_the_same_decisions_and_tell_no_log_probability(tmp_path, ring: int) -> None:
+    num_rounds = num_forked = num_preempted = num_steps = 0
+    for seed in range(60):
+        walk = Walk(seed, tmp_path / f"{seed}", ring)
+        walk.run()
+        walk.scheduler.close()
+        replay = Replay(tmp_path / f"{seed}")
+        assert replay.run() is None
+        num_steps += len(replay.steps)
+        events = [json.loads(line) for line in (tmp_path / f"{seed}").read_text().splitlines()]
+        rounds = [told for event in events for told in event.get("beams", ())]
+        num_rounds += len(rounds)
+        num_forked += sum(len(parents) - len(set(parents)) for parents, _ in rounds if parents)
+        num_preempted += sum(len(event.get("pre", ())) for event in events)
+        assert not any(value < 0 for event in events for value in floats(event)), "log probabilities are negative"
+    assert num_rounds > 200
+    assert num_forked > 100
+    assert num_preempted > 0
+    assert num_steps > 1_000
+
+
+def floats(value: object) -> Iterator[float]:
+    """All of them, however deep."""
+    if isinstance(value, float):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from floats(inner)
+
+
+def test_a_flipped_round_of_beams_is_the_first_divergence(tmp_path) -> None:
+    path = tmp_path / "r"
+    walk = Walk(3, path)
+    walk.random.random = lambda: 1.0  # type: ignore[method-assign]
+    walk.scheduler.add(beam_request("b", [1, 2, 3], 3, 8, frozenset()))
+    walk.expected["b"], walk.received = [], {"b#0": [], "b#1": [], "b#2": []}
+    while walk.scheduler.has_unfinished:
+        walk.step()
+    walk.scheduler.close()
+    lines = path.read_text().splitlines()
+    rounds = [(place, event) for place, event in enumerate(map(json.loads, lines)) if event.get("beams", [[0]])[0][0]]
+    place, event = next((p, e) for p, e in rounds if len(e["beams"][0][0]) == 3 and len(set(e["beams"][0][0])) == 2)
+    [[parents, number]] = event["beams"]
+    for flipped, what in (
+        ([[[parents[0], parents[0], parents[0]], number]], None),
+        ([[[3, 0, 0], number]], "beams"),
+        ([[None, number]], None),
+        ([], "beams"),
+        ([[parents, number], [parents, number]], "beams"),
+    ):
+        broken = tmp_path / "broken"
+        broken.write_text("\n".join([*lines[:place], json.dumps({**event, "beams": flipped}), *lines[place + 1 :]]))
+        found = Replay(broken).run()
+        assert found is not None
+        assert place < found.line <= place + 2
+        assert what in (None, found.what)
 
 
 def test_a_beam_that_always_fails_ends_the_whole_search_and_nobody_else() -> None:
