@@ -7,29 +7,42 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from lab.plot import Panel, Series, draw
-from lab.scheduling import LOADS, NUM_TRACES, OWN, POLICIES, SHOWN, interval, own_table
+from lab.scheduling import LOADS, MORE_IS_BETTER, NUM_TRACES, OWN, POLICIES, SHOWN, interval, loss_table, own_table
 
 FIGURES = dict.fromkeys([*SHOWN, "preemptions"], 10.0)
 
 
 def test_an_interval_by_hand() -> None:
-    mean, half = interval([float(n % 2) for n in range(12)])
+    mean, half = interval([float(n % 2) for n in range(NUM_TRACES)])
     assert mean == 0.5
-    assert half == pytest.approx(2.201 * 0.5222 / 12**0.5, rel=1e-3)
+    assert half == pytest.approx(2.040 * 0.508 / 32**0.5, rel=1e-3)
+
+
+def runs_of(own: dict[str, dict[str, float]]) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """All figures are 10, but for the policies' own at some loads: load -> figure -> value."""
+    found = {f"{load:g}": {p: [dict(FIGURES) for _ in range(NUM_TRACES)] for p in POLICIES} for load in LOADS}
+    for load, values in own.items():
+        for policy, figures in OWN.items():
+            for run in found[load][policy]:
+                run.update({figure: values[figure] for figure in figures})
+    return found
+
+
+BETTER = {figure: 11.0 if figure in MORE_IS_BETTER else 9.0 for figures in OWN.values() for figure in figures}
+WORSE = {figure: 20.0 - value for figure, value in BETTER.items()}
 
 
 def test_better_needs_an_interval_that_leaves_zero_out() -> None:
-    better = {"priority": 9.0, "fair": 11.0, "slo": 11.0}
-    found = {f"{load:g}": {p: [dict(FIGURES) for _ in range(NUM_TRACES)] for p in POLICIES} for load in LOADS}
-    for policy, (figure, _) in OWN.items():
-        for runs in found["1.2"][policy]:
-            runs[figure] = better[policy]
-        for runs in found["1"][policy]:
-            runs[figure] = 20.0 - better[policy]
-    rows = own_table(found).splitlines()[2:]
-    for policy in OWN:
+    rows = own_table(runs_of({"1.2": BETTER, "1": WORSE})).splitlines()[2:]
+    for policy, figures in OWN.items():
         verdicts = [row.split("|")[-2].strip() for row in rows if row.startswith(f"| {policy} ")]
-        assert verdicts == ["no difference", "no difference", "no: worse", "yes"]
+        assert verdicts == ["no difference", "no difference", "worse", "better"] * len(figures)
+
+
+def test_what_is_noticeably_worse_is_a_loss() -> None:
+    rows = loss_table(runs_of({"1.2": BETTER, "1": WORSE, "0.6": {f: 10.0 + (v - 10) / 20 for f, v in WORSE.items()}}))
+    lost = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows.splitlines()[2:]]
+    assert sorted(lost) == sorted([policy, figure, "100 %"] for policy, figures in OWN.items() for figure in figures)
 
 
 def test_a_plot_is_xml_with_a_line_and_its_intervals_for_every_series() -> None:
