@@ -62,7 +62,12 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
             "max_tokens": 2,
         },
         {"prompt": [[5], [6, 7]], "best_of": 2, "use_beam_search": True, "length_penalty": 1.5, "max_tokens": 3},
-        {"prompt": "x", "structured_outputs": {"regex": "[ab]{2}"}, "max_tokens": 4, "allowed_token_ids": [66, 67, 68]},
+        {
+            "prompt": "x",
+            "structured_outputs": {"regex": "[ab]{2}"},
+            "max_tokens": 4,
+            "allowed_token_ids": [1, 66, 67, 68],
+        },
         {"prompt": "x", "response_format": {"type": "json_object"}, "max_tokens": 4, "cache_salt": "s", "timeout": 5.0},
         {"prompt": "a b c d e f", "truncate_prompt_tokens": 3, "min_tokens": 1, "ignore_eos": True, "max_tokens": 2},
     ],
