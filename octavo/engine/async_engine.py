@@ -14,12 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any
 
 from octavo import __version__, errors
 from octavo.config import EngineConfig
+from octavo.engine.black_box import MAX_STEPS, write_black_box
 from octavo.engine.child import EngineProcess
 from octavo.engine.frontend import Frontend, Prompt
 from octavo.engine.grammar import GrammarCompiler
@@ -28,7 +30,7 @@ from octavo.engine.outbox import Outbox
 from octavo.engine.template import TemplateRenderer
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
-from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs
+from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs, StepRecord
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles, ModelSpec
@@ -41,6 +43,7 @@ from octavo.text.load import load_text
 from octavo.text.tokenizer import LONG_TEXT, Tokenizer
 
 LOOK_SECONDS = 0.5  # between two looks at a working engine
+STACK_SECONDS = 0.2  # for a stalled one to write where its threads stand
 log = logging.getLogger("octavo.engine")
 
 
@@ -73,6 +76,8 @@ class AsyncEngine:
         self._outboxes: dict[int, Outbox] = {}
         self._watchdog = Watchdog(config.max_num_batched_tokens, config.threads())
         self._restarts = Restarts()
+        self._last_steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)
+        self._black_box = ""  # where that of a stalled engine is
         self._grammars = GrammarCompiler()
         self._templates = TemplateRenderer()
         self._tasks: list[asyncio.Task[None]] = []
@@ -304,8 +309,21 @@ class AsyncEngine:
             self._process.kill()
             return f"its outputs could not be read: {error}"
         await self._process.end()
+        reason = f"the engine process {self._process.status()}"
+        box, self._black_box = self._black_box or self._write_black_box(reason), ""
         record = f"; what its scheduler did: octavo replay {self.ready.record}" if self.ready.record else ""
-        return f"the engine process {self._process.status()}{record}"
+        return f"{reason}{record}{box}"
+
+    def _write_black_box(self, reason: str) -> str:
+        return write_black_box(
+            reason,
+            config=self.config,
+            pid=self._process.pid,
+            ready=self.ready,
+            progress=self.progress(),
+            running=self._frontend.children,
+            steps=self._last_steps,
+        )
 
     async def _restart(self, reason: str) -> bool:
         """Starts another engine and tells it what was running; False when there were too many."""
@@ -347,12 +365,18 @@ class AsyncEngine:
             if not self._frontend.num_unfinished or self.dead or self.restarting:
                 self._watchdog.reset()
             elif self._watchdog.stalled(self._process.cpu_seconds()):
-                log.error("the engine made no step for %.1f s: it is killed", self._watchdog.silence)
-                self._process.kill()
+                process = self._process
+                reason = f"the engine made no step for {self._watchdog.silence:.1f} s: it is killed"
+                self._black_box = self._write_black_box(reason)
+                log.error("%s%s", reason, self._black_box)
+                process.tell_stacks()
+                await asyncio.sleep(STACK_SECONDS)
+                process.kill()
                 self._watchdog.reset()
 
     def _take(self, outputs: StepOutputs) -> None:
         self._watchdog.heard(outputs.records)
+        self._last_steps.extend(outputs.records)
         updates, finishes, arrivals = self._frontend.process(outputs.deltas)
         for finish in finishes:
             self._process.channel.send(finish)

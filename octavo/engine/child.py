@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,6 +52,10 @@ class EngineProcess:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    def tell_stacks(self) -> None:
+        """Has it write where its threads stand, to the log."""
+        self._process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
         """Ends it at once, whatever it does."""

@@ -46,6 +46,11 @@ class Frontend:
         self._seeds = random.Random(config.seed)
 
     @property
+    def children(self) -> Iterable[Child]:
+        """The answers that still run, oldest first."""
+        return self._children.values()
+
+    @property
     def num_unfinished(self) -> int:
         """Engine requests that still run."""
         return len(self._children)

@@ -5,6 +5,7 @@ One thread: messages are read between steps, outputs are written without blockin
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import socket
 import sys
@@ -24,6 +25,8 @@ from octavo.text.load import load_text
 def main(fd: int) -> int:
     """Serves one front over the socket `fd`; returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the front's to handle
+    faulthandler.enable()  # a native crash writes where it was to the log
+    faulthandler.register(signal.SIGUSR1)  # and so does an engine that stalls
     channel = EngineChannel(socket.socket(fileno=fd))
     first = channel.receive(wait=True)
     if not first or not isinstance(first[0], StartEngine):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.models.hub import cache_folder
@@ -54,14 +55,13 @@ def start_recording(core: EngineCore, *, serving: bool) -> Path | None:
 
 def _start(core: EngineCore, scheduler: RecordingScheduler) -> Path:
     config = core.config
-    keep = config.record != "auto"
-    folder = Path(config.record).expanduser() if keep else cache_folder(config.download_dir) / "records"
+    folder, keep = record_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot record to {folder}: {error}; take another --record, or off") from error
     if not keep:
-        _forget_old(folder)
+        forget_old(folder, "engine-*.jsonl*", 2 * MAX_LEFT)
     began = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     path = folder / f"engine-{began}-{os.getpid()}.jsonl"  # in a container every engine may have the same number
     settings = asdict(config)
@@ -71,9 +71,16 @@ def _start(core: EngineCore, scheduler: RecordingScheduler) -> Path:
     return path
 
 
-def _forget_old(folder: Path) -> None:
-    """Removes all but the newest files that earlier engines left when they died."""
+def record_folder(config: EngineConfig) -> tuple[Path, bool]:
+    """Where recordings and black boxes go, and whether all of them stay."""
+    if config.record == "auto":
+        return cache_folder(config.download_dir) / "records", False
+    return Path(config.record).expanduser(), True
+
+
+def forget_old(folder: Path, pattern: str, most: int) -> None:
+    """Removes all but the newest files that earlier engines left."""
     with contextlib.suppress(OSError):  # another engine may be doing the same
-        left = sorted(folder.glob("engine-*.jsonl*"), key=lambda path: path.stat().st_mtime)
-        for path in left[: -2 * MAX_LEFT]:
+        left = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        for path in left[:-most]:
             path.unlink()

@@ -1,8 +1,10 @@
 """The engine process dies in the middle of streams: they go on, with the tokens they would have had anyway."""
 
 import asyncio
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import tiny_engine
@@ -10,6 +12,7 @@ import tiny_engine
 from octavo import RequestOutputKind, SamplingParams
 from octavo.engine import watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, StepError
+from octavo.simulate.replay import Replay
 
 NUM_STREAMS = 16
 MAX_TOKENS = 80
@@ -29,8 +32,16 @@ batch.build_batch = crash
 """
 
 
-def with_engine(folder, use):
-    return tiny_engine.with_engine(folder, use, seconds=120, runtime="reference", max_num_seqs=NUM_STREAMS)
+def with_engine(folder, use, **settings):
+    settings = {"runtime": "reference", "max_num_seqs": NUM_STREAMS, **settings}
+    return tiny_engine.with_engine(folder, use, seconds=120, **settings)
+
+
+def black_boxes(folder):
+    """The black boxes in a folder, oldest first; each is small and has no prompt in it."""
+    paths = sorted(folder.glob("*.black-box.json"), key=lambda path: path.stat().st_mtime)
+    assert all(path.stat().st_size < 1 << 20 for path in paths)
+    return [(path, json.loads(path.read_text())) for path in paths]
 
 
 def sampling(number):
@@ -76,7 +87,7 @@ def undisturbed(folder):
     return with_engine(folder, use)
 
 
-def test_kill_nine_twice_is_a_pause(folder, monkeypatch):
+def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "BACK_OFF", (0.0, 0.1))
 
     async def use(engine):
@@ -101,13 +112,16 @@ def test_kill_nine_twice_is_a_pause(folder, monkeypatch):
         assert restarts.endswith(" 2.0")
         return streams, under_way
 
-    streams, under_way = with_engine(folder, use)
+    streams, under_way = with_engine(folder, use, record=str(tmp_path))
+    boxes = [box for _, box in black_boxes(tmp_path)]
+    assert [box["reason"] for box in boxes] == ["the engine process was killed by signal 9"] * 2
+    assert len({box["recording"] for box in boxes}) == 2
     assert min(under_way) >= 4, "streams were cut in the middle"
     assert streams.tokens == undisturbed(folder)
     assert streams.logprobs == [MAX_TOKENS] * NUM_STREAMS
 
 
-def test_a_stopped_engine_is_replaced(folder, monkeypatch):
+def test_a_stopped_engine_is_replaced(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(watchdog, "MIN_SILENCE", 0.6)
     monkeypatch.setattr(watchdog, "MIN_SLEEP", 0.5)
 
@@ -123,7 +137,17 @@ def test_a_stopped_engine_is_replaced(folder, monkeypatch):
         assert await running == ["length"] * NUM_STREAMS
         return streams.tokens, stages
 
-    tokens, stages = with_engine(folder, use)
+    tokens, stages = with_engine(folder, use, record=str(tmp_path))
+    [(path, box)] = black_boxes(tmp_path)
+    assert f"made no step for {float(box['reason'].split()[6]):.1f} s: it is killed; black box: {path}" in caplog.text
+    assert box["progress"]["stage"] == "stalled"
+    assert box["progress"]["last_step_age"] > 0.5
+    assert 0 < len(box["requests"]) == box["progress"]["num_unfinished"] <= NUM_STREAMS
+    assert sum(request["output_tokens"] for request in box["requests"]) > 0
+    assert {request["prompt_tokens"] for request in box["requests"]} == {3}
+    assert [step["step"] for step in box["steps"]] == list(range(len(box["steps"])))[-256:]
+    assert box["steps"][-1]["num_running"] > 0
+    assert Replay(Path(box["recording"])).run() is None
     assert "working" in stages
     assert tokens == undisturbed(folder)
 
@@ -150,7 +174,8 @@ def test_a_request_that_kills_engines_ends_alone(folder, tmp_path, monkeypatch, 
         ended = await running
         return ended, engine.progress().num_restarts
 
-    ended, num_restarts = with_engine(folder, use)
+    ended, num_restarts = with_engine(folder, use, record=str(tmp_path))
+    assert [box["requests"][-1]["ran_alone"] for _, box in black_boxes(tmp_path)] == [False, True]
     assert ended == ["length"] * 6
     assert num_restarts == 2
 
