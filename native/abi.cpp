@@ -112,3 +112,5 @@ int32_t octavo_probe(OctavoEngine* engine, double* bytes_per_second, double* ope
 }
 
 const float* octavo_logits(OctavoEngine* engine) { return engine->logits(); }
+
+const float* octavo_states(OctavoEngine* engine) { return engine->states(); }

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 6
+#define OCTAVO_ABI_VERSION 7
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {
@@ -56,7 +56,7 @@ struct OctavoNode {
 
 struct OctavoBuffer {
     int32_t slot;         // buffers of one slot share memory
-    int32_t logits_rows;  // 0: one row per token, 1: one row per sampled position
+    int32_t logits_rows;  // 0: one row per token, 1: one row per position that goes to the end
     int64_t width;        // floats in a row
 };
 
@@ -79,7 +79,7 @@ struct OctavoProgram {
     const OctavoRope* ropes;
     const OctavoKVLayer* kv_layers;
     int32_t num_nodes, num_buffers, num_ropes, num_kv_layers, num_kv_groups;
-    int32_t logits;  // buffer
+    int32_t logits, hidden;  // buffers: what is sampled from, and the last states that it is made of
     int32_t max_num_tokens, max_num_logits, max_num_requests;
 };
 
@@ -90,7 +90,9 @@ struct OctavoNodeTime {
 
 // Everything a step reads and writes; arrays as in runtime/base.py (StepInputs, SamplingInputs, SamplerOutput).
 struct OctavoStep {
-    int64_t num_tokens, num_requests, num_logits, max_blocks, max_logprobs;
+    int64_t num_tokens, num_requests, num_logits;
+    int64_t num_states;  // positions behind those with logits of which only the last states are wanted
+    int64_t max_blocks, max_logprobs;
     const int32_t* token_ids;
     const int32_t* positions;
     const int64_t* slots;
@@ -163,3 +165,5 @@ OCTAVO_API int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step);
 OCTAVO_API int32_t octavo_probe(OctavoEngine* engine, double* bytes_per_second, double* operations_per_second);
 // The raw logits of the last step, [num_logits, vocab]; valid until the next call on this engine.
 OCTAVO_API const float* octavo_logits(OctavoEngine* engine);
+// The last states of the last step, [num_states, hidden]; valid as long.
+OCTAVO_API const float* octavo_states(OctavoEngine* engine);

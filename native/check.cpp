@@ -153,13 +153,14 @@ void OctavoEngine::check_step(const OctavoStep& s) const {
     if (nodes_.empty() || (num_blocks_ == 0 && !layers_.empty())) refuse("no program or no KV cache is loaded");
     if (s.num_tokens < 0 || s.num_tokens > max_tokens_)
         refuse("%lld tokens in a step; at most %lld", (long long)s.num_tokens, (long long)max_tokens_);
-    if (s.num_logits < 0 || s.num_logits > max_logits_)
-        refuse("%lld sampled positions in a step; at most %lld", (long long)s.num_logits, (long long)max_logits_);
+    if (s.num_logits < 0 || s.num_states < 0 || s.num_logits + s.num_states > max_logits_)
+        refuse("%lld and %lld positions go to the end of a step; at most %lld", (long long)s.num_logits,
+               (long long)s.num_states, (long long)max_logits_);
     if (s.num_requests < 0 || s.num_requests > max_requests_)
         refuse("%lld requests in a step; at most %lld", (long long)s.num_requests, (long long)max_requests_);
     check_ids("token_ids", s.token_ids, s.num_tokens, vocab_);
     check_ids("positions", s.positions, s.num_tokens, max_positions_);
-    check_ids("logits_indices", s.logits_indices, s.num_logits, s.num_tokens);
+    check_ids("logits_indices", s.logits_indices, s.num_logits + s.num_states, s.num_tokens);
     const int64_t num_slots = num_blocks_ * block_size_;
     for (int64_t i = 0; i < num_groups_ * s.num_tokens; ++i)
         if (s.slots[i] < 0 || s.slots[i] >= num_slots)

@@ -19,6 +19,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
     max_logits_ = p.max_num_logits;
     max_requests_ = p.max_num_requests;
     logits_ = p.logits;
+    hidden_ = p.hidden;
     for (int32_t i = 0; i < p.num_kv_layers; ++i) {
         const OctavoKVLayer& layer = p.kv_layers[i];
         if (layer.num_kv_heads <= 0 || layer.head_dim <= 0 || layer.group < 0 || layer.group >= num_groups_ ||
@@ -90,7 +91,8 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
             }
         }
     }
-    if (!buffer(logits_).logits_rows) refuse("logits must have one row per sampled position");
+    if (!buffer(logits_).logits_rows || !buffer(hidden_).logits_rows)
+        refuse("logits and last states must have one row per position that goes to the end");
     rounded_ = Mapping(rounded, true);
     expert_sums_ = Mapping(expert_sums, true);
     nodes_.assign(p.nodes, p.nodes + p.num_nodes);
@@ -104,6 +106,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
 void OctavoEngine::step(const OctavoStep& step) {
     check_step(step);
     ++step_number_;
+    num_logits_ = static_cast<size_t>(step.num_logits);
     OctavoNodeTime* times = step.out_times;
     for (const OctavoNode& node : nodes_) measured(times, [&] { run(node, step); });
     measured(times, [&] { sample(step); });
@@ -169,7 +172,7 @@ void OctavoEngine::norm(const OctavoNode& node, size_t rows) {
 
 void OctavoEngine::gather_rows(const OctavoNode& node, const OctavoStep& step) {
     const size_t size = width(node.out);
-    for (size_t row = 0; row < static_cast<size_t>(step.num_logits); ++row)
+    for (size_t row = 0; row < rows_of(node.out, step); ++row)
         std::memcpy(data(node.out) + row * size, data(node.x) + static_cast<size_t>(step.logits_indices[row]) * size,
                     size * sizeof(float));
 }

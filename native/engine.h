@@ -29,6 +29,7 @@ public:
     void step(const OctavoStep& step);
     void probe(double& bytes_per_second, double& operations_per_second);
     const float* logits() const { return data(logits_); }
+    const float* states() const { return data(hidden_) + num_logits_ * width(hidden_); }
 
 private:
     struct Weight {
@@ -128,7 +129,8 @@ private:
     float* data(int32_t id) const { return id < 0 ? nullptr : slots_[static_cast<size_t>(buffers_[id].slot)]; }
     size_t width(int32_t id) const { return static_cast<size_t>(buffers_[id].width); }
     size_t rows_of(int32_t id, const OctavoStep& step) const {
-        return static_cast<size_t>(buffers_[id].logits_rows ? step.num_logits : step.num_tokens);
+        if (!buffers_[id].logits_rows) return static_cast<size_t>(step.num_tokens);
+        return static_cast<size_t>(step.num_logits + (id == logits_ ? 0 : step.num_states));
     }
     static constexpr size_t kRowsPerTask = 4;
 
@@ -164,7 +166,8 @@ private:
     std::vector<float> states_;
     uint64_t step_number_ = 0;
     octavo::Mapping kv_;
-    int32_t logits_ = -1;
+    int32_t logits_ = -1, hidden_ = -1;
+    size_t num_logits_ = 0;  // of the last step
     int64_t num_groups_ = 0, max_tokens_ = 0, max_logits_ = 0, max_requests_ = 0;
     int64_t num_blocks_ = 0, block_size_ = 0;
     int64_t vocab_ = 0;          // token ids below this may be embedded

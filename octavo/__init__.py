@@ -22,6 +22,7 @@ _WHERE = {
     "BeamSearchParams": "octavo.sampling_params",
     "BeamSearchOutput": "octavo.outputs",
     "BeamSearchSequence": "octavo.outputs",
+    "PoolingParams": "octavo.sampling_params",
     "RequestOutputKind": "octavo.sampling_params",
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
@@ -39,6 +40,7 @@ __all__ = [
     "EngineConfig",
     "Logprob",
     "OctavoError",
+    "PoolingParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from octavo.engine.llm import LLM
     from octavo.errors import OctavoError
     from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
-    from octavo.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from octavo.sampling_params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import Pooling, SamplingParams
 from octavo.step import TokenLogprobs
 
 # ---------------------------------------------------------------- front -> engine
@@ -27,6 +27,7 @@ class AddRequest:
     weight: float = 1.0  # of that tenant
     timeout: float | None = None  # seconds from arrival; then it is ended
     grammar: str | None = None  # llguidance's
+    pooling: Pooling | None = None  # nothing is sampled: the prompt becomes one vector
     bad_ids: list[list[int]] = field(default_factory=list)  # words that must not be completed
     output_token_ids: list[int] = field(default_factory=list)  # generated already, by an engine that is gone
     runs_alone: bool = False  # for its next token, because an engine died while it ran
@@ -95,6 +96,7 @@ class RequestDelta:
     error_kind: str | None = None  # class name in errors.py, where the error is the request's own
     retry_after: float = 0.0  # seconds, of a QueueFullError
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, from the prompt's second one on
+    vector: bytes | None = None  # what the prompt became: float32 [hidden_size]
     alone: bool = False  # told before the step: it runs alone, so if the engine dies now, it died of this request
 
 

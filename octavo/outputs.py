@@ -51,6 +51,45 @@ class BeamSearchOutput:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    """The vector of a prompt."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Its length."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What `LLM.embed` gives for a prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How alike two texts are: the cosine of their vectors, from -1 to 1."""
+
+    score: float
+
+
+@dataclass(slots=True)
+class ScoringRequestOutput:
+    """What `LLM.score` gives for a pair of prompts."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]  # of both, one after the other
+    finished: bool = True
+
+
+@dataclass(slots=True)
 class RequestMetrics:
     """When things happened to a request: seconds on the front's monotonic clock."""
 
@@ -72,4 +111,5 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV was already there
+    vector: bytes | None = None  # what an embedded prompt became: float32 [hidden_size], not normalised
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per prompt token; the first has none

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import Pooling, SamplingParams
 from octavo.step import TokenLogprobs
 
 
@@ -49,6 +49,7 @@ class Request:
     cache_salt: str | None = None
     adapter_id: int = 0
     fork_of: str | None = None  # the Request, with the same prompt, whose prefill serves this one too
+    pooling: Pooling | None = None  # nothing is sampled: its prompt becomes one vector
     reads_prompt: bool = False  # more than KV is wanted of its prompt: cached blocks do not do
     has_grammar: bool = False  # what it may sample next depends on what it has sampled
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal, get_args
 
 from octavo.errors import InvalidValueError, UnsupportedParameterError
 
@@ -23,6 +23,9 @@ MAX_GRAMMAR = 1 << 16  # characters of a specification as JSON
 MAX_NESTING = 32
 MAX_TOKENS = 1 << 24  # of a request; the model's context binds long before
 MAX_SEED = (1 << 63) - 1
+
+
+Pooling = Literal["last", "mean"]
 
 
 class RequestOutputKind(StrEnum):
@@ -273,6 +276,28 @@ class BeamSearchParams:
             include_stop_str_in_output=self.include_stop_str_in_output,
             logprobs=0,
         )
+
+
+@dataclass(kw_only=True)
+class PoolingParams:
+    """How a prompt becomes one vector, of the last states of its tokens. Checked at construction.
+
+    Raises InvalidValueError, or UnsupportedParameterError for `dimensions`: no model here was trained to be cut.
+    """
+
+    pooling: Pooling = "last"  # the last token's state, or the mean of all
+    normalize: bool = True  # to length 1
+    dimensions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise InvalidValueError(f"pooling must be last or mean, not {_show(self.pooling)}", param="pooling")
+        if self.dimensions is not None:
+            raise UnsupportedParameterError("this model's vectors cannot be cut: leave it out", param="dimensions")
+
+    def as_sampling(self) -> SamplingParams:
+        """The request that the engine runs: it ends where its first token would come."""
+        return SamplingParams(temperature=0.0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import Pooling, SamplingParams
 
 
 def most_blocks(num_tokens: int, block_size: int, windows: tuple[int, ...], step_tokens: int) -> int:
@@ -36,6 +36,7 @@ class NewRow:
     adapter_id: int = 0
     num_logprobs: int = -1  # most likely tokens to tell at each position; 0: the sampled one alone, -1: none
     num_prompt_logprobs: int = -1  # the same of the prompt's tokens
+    pooling: Pooling | None = None  # nothing is sampled: the prompt becomes one vector
 
 
 @dataclass(slots=True)
@@ -83,3 +84,4 @@ class ModelRunnerOutput:
     foreign_seconds: float = 0.0  # of the step, inside compiled code
     # by row: of the tokens behind the prompt positions that this step computed, where asked for
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    vectors: dict[int, bytes] = field(default_factory=dict)  # by row, of prompts that are embedded: float32

@@ -37,7 +37,7 @@ from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.observe.metrics import Metrics
 from octavo.outputs import RequestOutput
 from octavo.request import FinishReason
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import Pooling, SamplingParams
 from octavo.text.chat import ChatTemplate, missing_template
 from octavo.text.load import load_text
 from octavo.text.tokenizer import LONG_TEXT, Tokenizer
@@ -145,6 +145,7 @@ class AsyncEngine:
         tenant: str = "",
         weight: float = 1.0,
         timeout: float | None = None,
+        pooling: Pooling | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams the answer; `params.output_kind` decides whether outputs are cumulative, deltas, or one at the end.
@@ -155,6 +156,7 @@ class AsyncEngine:
             cache_salt: only requests with the same one share cached prefixes.
             tenant, weight: whose share it uses, and how large that is, under the policy `fair`.
             timeout: seconds after which the request is ended with TimeLimitError.
+            pooling: nothing is generated; the one output has the prompt's `vector`.
             on_tokens: hears how many tokens a step brought, whoever takes them and however the request ends.
 
         Leaving the iterator (break, aclose, cancellation) aborts the request at the next step boundary.
@@ -184,6 +186,7 @@ class AsyncEngine:
             weight=weight,
             timeout=timeout,
             grammar=grammar,
+            pooling=pooling,
         )
         group.on_tokens = on_tokens
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind)

@@ -188,6 +188,7 @@ def merge_delta(earlier: RequestDelta, later: RequestDelta) -> None:
     earlier.cumulative_logprob = later.cumulative_logprob
     earlier.error, earlier.error_kind, earlier.retry_after = later.error, later.error_kind, later.retry_after
     earlier.prompt_logprobs = earlier.prompt_logprobs or later.prompt_logprobs
+    earlier.vector = later.vector
     earlier.alone = later.alone
 
 

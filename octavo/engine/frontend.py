@@ -20,7 +20,7 @@ from octavo.messages import AddRequest, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.request import FinishReason, answer_id
-from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.sampling_params import Pooling, RequestOutputKind, SamplingParams
 from octavo.step import TokenLogprobs
 from octavo.text.stream import TextStream
 from octavo.text.tokenizer import Tokenizer, refuse_hopeless
@@ -84,6 +84,7 @@ class Frontend:
         weight: float = 1.0,
         timeout: float | None = None,
         grammar: str | None = None,
+        pooling: Pooling | None = None,
     ) -> tuple[Group, list[AddRequest]]:
         """Registers a group and makes its engine requests. `timeout` is in seconds from arrival at the engine;
         `grammar` is what was built from `params.structured_outputs`.
@@ -142,7 +143,7 @@ class Frontend:
                     told = replace(told, prompt_logprobs=None)
                 add = AddRequest(engine_id, ids, told, max_tokens, seed, priority, cache_salt, fork_of)
                 add.tenant, add.weight, add.timeout = tenant, weight, timeout
-                add.grammar, add.bad_ids = grammar, bad_ids
+                add.grammar, add.bad_ids, add.pooling = grammar, bad_ids, pooling
                 requests.append(add)
             group.children.append(Child(group, child_id, output, stream, requests[-1]))
         self._children.update((child.request_id, child) for child in group.children)
@@ -287,6 +288,7 @@ class Frontend:
         group.num_cached_tokens = delta.num_cached_tokens or group.num_cached_tokens
         group.metrics.queue_seconds = delta.queue_time or group.metrics.queue_seconds
         output.token_ids.extend(delta.token_ids)
+        group.vector = delta.vector
         if delta.prompt_logprobs is not None:
             told = zip(group.prompt_token_ids[1:], delta.prompt_logprobs, strict=True)
             group.prompt_logprobs = [None, *(self._entries(token, entry) for token, entry in told)]
@@ -371,6 +373,7 @@ class Frontend:
             finished=False,
             num_cached_tokens=group.num_cached_tokens,
             prompt_logprobs=group.prompt_logprobs,
+            vector=group.vector,
         )
 
 

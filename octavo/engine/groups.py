@@ -40,6 +40,7 @@ class Group:
     params: SamplingParams
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    vector: bytes | None = None  # what the prompt became, where it is embedded
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     children: list[Child] = field(default_factory=list)
     on_tokens: Callable[[int], None] | None = None  # hears how many came

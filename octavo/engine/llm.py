@@ -10,18 +10,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
 from octavo.engine.core import EngineCore
 from octavo.engine.frontend import Frontend, Prompt, default_sampling
 from octavo.engine.grammar import compile_here
 from octavo.engine.groups import Group
+from octavo.engine.vectors import cosine, vector_of
 from octavo.errors import ConfigError, InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests
 from octavo.models.hub import resolve_model
-from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
-from octavo.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from octavo.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from octavo.sampling_params import BeamSearchParams, Pooling, PoolingParams, RequestOutputKind, SamplingParams
 from octavo.text.chat import ChatTemplate, cut_after_last_message, plain_message
 from octavo.text.load import load_text
 from octavo.text.tokenizer import Tokenizer
@@ -139,6 +151,60 @@ class LLM:
         outputs = self.generate(prompts, params.as_sampling(), use_tqdm=use_tqdm)
         return [BeamSearchOutput([self._beam(output, answer) for answer in output.outputs]) for output in outputs]
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, made of the model's last states.
+
+        Raises:
+            RequestError: a prompt is wrong; nothing was started.
+            StepError: the engine failed on a request even when it was retried alone.
+        """
+        params = pooling_params or PoolingParams()
+        todo = _prompt_list(prompts, None)
+        outputs = self._run(
+            [self._frontend.tokenize(prompt) for prompt in todo],
+            [params.as_sampling()] * len(todo),
+            use_tqdm,
+            pooling=params.pooling,
+        )
+        return [
+            EmbeddingRequestOutput(
+                output.request_id,
+                EmbeddingOutput(vector_of(output, normalize=params.normalize).tolist()),
+                output.prompt_token_ids,
+            )
+            for output in outputs
+        ]
+
+    def score(
+        self,
+        data_1: Prompt | Sequence[Prompt],
+        data_2: Prompt | Sequence[Prompt],
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How alike texts are, in pairs, or one with each of many: the cosines of their vectors.
+
+        Raises as embed() does, and InvalidValueError where the numbers of texts do not match.
+        """
+        ones, others = _prompt_list(data_1, None), _prompt_list(data_2, None)
+        if len(ones) not in (1, len(others)):
+            raise InvalidValueError(f"{len(ones)} texts cannot be paired with {len(others)}", param="data_1")
+        params = replace(pooling_params or PoolingParams(), normalize=True)
+        outputs = self.embed([*ones, *others], params, use_tqdm)
+        vectors = [np.array(output.outputs.embedding, np.float32) for output in outputs]
+        scores = []
+        for index, other in enumerate(outputs[len(ones) :]):
+            one = index if len(ones) > 1 else 0
+            ids = outputs[one].prompt_token_ids + other.prompt_token_ids
+            score = ScoringOutput(cosine(vectors[one], vectors[len(ones) + index]))
+            scores.append(ScoringRequestOutput(other.request_id, score, ids))
+        return scores
+
     def _beam(self, output: RequestOutput, answer: CompletionOutput) -> BeamSearchSequence:
         tokens = output.prompt_token_ids + answer.token_ids
         text = self._text.tokenizer.decode(tokens) if self._text.tokenizer is not None else None
@@ -208,6 +274,7 @@ class LLM:
         params: list[SamplingParams],
         use_tqdm: bool | Callable[..., Any],
         priorities: Sequence[int] = (),
+        pooling: Pooling | None = None,
     ) -> list[RequestOutput]:
         groups: list[Group] = []
         requests = []
@@ -216,7 +283,9 @@ class LLM:
                 wanted = replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
                 grammar = compile_here(p.structured_outputs) if p.structured_outputs else None
                 number = str(next(self._numbers))
-                group, added = self._frontend.add(number, text, ids, wanted, priority=priority, grammar=grammar)
+                group, added = self._frontend.add(
+                    number, text, ids, wanted, priority=priority, grammar=grammar, pooling=pooling
+                )
                 groups.append(group)
                 requests.extend(added)
             for request in requests:

@@ -76,7 +76,7 @@ class RandomSource(WeightSource, Protocol):
 
 @dataclass(slots=True)
 class StepInputs:
-    """One step for the program. C-contiguous. T tokens, B requests, R positions to sample, G KV groups."""
+    """One step for the program. C-contiguous. T tokens, B requests, R positions to go to the end, G KV groups."""
 
     token_ids: Int32  # [T]; -1 - row: what that row sampled last, in a step that may still run
     positions: Int32  # [T]
@@ -85,6 +85,7 @@ class StepInputs:
     seq_lens: Int32  # [B]: KV length of each request after this step
     block_tables: Int32  # [G, B, max blocks per request]
     logits_indices: Int32  # [R]: which of the T tokens
+    num_states: int = 0  # of the last of these: only their final states are wanted, no logits
 
     @classmethod
     def one_request(
@@ -106,7 +107,7 @@ class StepInputs:
 
 @dataclass(slots=True)
 class SamplingInputs:
-    """How each of the R positions chooses its token. C-contiguous. Ragged parts as (start [R + 1], values).
+    """How each of the R positions with logits chooses its token. C-contiguous. Ragged parts as (start [R + 1], values).
 
     The order of stages is fixed (runtime/reference/sampler.py is the definition): bias, mask, penalties, temperature,
     top-k, top-p, min-p, draw. Noise is one uniform number from (seed, position).
@@ -183,6 +184,7 @@ class SamplerOutput:
     top_ids: Int32  # [R, K], best first
     top_logprobs: Float32  # [R, K]
     foreign_seconds: float = 0.0  # inside compiled code, where a call returns when its work is done
+    states: Float32 | None = None  # [num_states, hidden_size]: normed where the model norms them; where asked for
 
     @classmethod
     def without_logprobs(cls, token_ids: Int32, num_logprobs: Int32) -> SamplerOutput:

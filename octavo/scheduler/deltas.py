@@ -23,14 +23,18 @@ def new_row(request: Request, block_ids: tuple[list[int], ...], num_logprobs: in
         seed=request.seed,
         adapter_id=request.adapter_id,
         num_logprobs=num_logprobs,
+        pooling=request.pooling,
         num_prompt_logprobs=-1 if wanted is None else wanted,
     )
 
 
-def append(request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> RequestDelta:
+def append(
+    request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None, vector: bytes | None = None
+) -> RequestDelta:
     """Appends new tokens up to the one that ends the Request, if any does: the delta then has a finish reason."""
     token_ids, num_prompt = request.token_ids, request.num_prompt_tokens
     delta = make_delta(request, tokens, logprobs)
+    delta.vector = vector
     for count, token in enumerate(tokens, 1):
         token_ids.append(token)
         if token in request.stop_ids and len(token_ids) - num_prompt > request.params.min_tokens:
@@ -42,7 +46,9 @@ def append(request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | 
             continue
         delta.token_ids, delta.logprobs = tokens[:count], logprobs[:count] if logprobs else None
         break
-    if request.reads_prompt:
+    if vector is not None:
+        delta.token_ids = []  # it stood for the vector
+    elif request.reads_prompt:
         delta.prompt_logprobs, request.prompt_logprobs, request.reads_prompt = request.prompt_logprobs, [], False
     return delta
 

@@ -422,7 +422,7 @@ class Scheduler:
             if request in self._beams:
                 deltas += self._grow(request, logprobs)
             else:
-                deltas.append(append(request, tokens, logprobs))
+                deltas.append(append(request, tokens, logprobs, result.vectors.get(item.row)))
                 if deltas[-1].finish_reason is not None:
                     self._end(request)
         return deltas

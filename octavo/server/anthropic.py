@@ -31,16 +31,13 @@ from octavo.server.protocol import (
     StopString,
     Strict,
     Text,
+    string_or_list,
 )
 from octavo.server.tools import Delta, whole_message
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _CACHE = {"cache_control": ({"type": "ephemeral"},)}  # prefixes are cached anyway
 _BLOCKS = {"<text>", "<tool_use>", "<tool_result>", "<thinking>"}
-
-
-def _kind(value: object) -> str:
-    return "<list>" if isinstance(value, list) else "<string>"
 
 
 def _block_kind(value: object) -> str:
@@ -78,7 +75,7 @@ class ToolUseBlock(Strict):
 
 Texts = Annotated[
     Annotated[Text, Tag("<string>")] | Annotated[list[TextBlock], Field(max_length=MAX_PARTS), Tag("<list>")],
-    Discriminator(_kind),
+    Discriminator(string_or_list),
 ]
 
 
@@ -109,7 +106,7 @@ class Turn(Strict):
     content: Annotated[
         Annotated[Text, Tag("<string>")]
         | Annotated[list[Block], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
-        Discriminator(_kind),
+        Discriminator(string_or_list),
     ]
 
 

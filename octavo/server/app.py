@@ -1,6 +1,7 @@
 """The application: routes to handlers.
 
-Routes: POST /v1/chat/completions, /v1/completions, /v1/messages, /v1/messages/count_tokens, /tokenize, /detokenize;
+Routes: POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/score, /score, /v1/messages,
+/v1/messages/count_tokens, /tokenize, /detokenize;
 GET /v1/models, /v1/models/{id}, /health, /health/live, /health/ready, /health/progress, /metrics, /load,
 /server_info, /version, /openapi.json. No documentation page: those load their scripts from elsewhere.
 """
@@ -21,6 +22,7 @@ from octavo.server.anthropic import CountRequest, Messages, MessagesRequest, cha
 from octavo.server.chat import chat, prepare
 from octavo.server.completions import complete
 from octavo.server.door import MAX_BODY_BYTES, Door, Gate
+from octavo.server.embeddings import EmbeddingRequest, ScoreRequest, embed, score
 from octavo.server.front import PING_SECONDS, Caller, Front
 from octavo.server.keys import Keyring
 from octavo.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -82,6 +84,7 @@ def create_app(
     errors.install(app)
     front = app.state.front = Front(engine, served_model_names, ping_seconds, tool_form, reasoning_parser)
     _add_generation(app, front)
+    _add_vectors(app, front)
     _add_anthropic(app, front)
     _add_text(app, front)
     _add_information(app, front)
@@ -99,6 +102,19 @@ def _add_generation(app: FastAPI, front: Front) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         front.check_open()
         return await complete(front, body, Caller.of(request))
+
+
+def _add_vectors(app: FastAPI, front: Front) -> None:
+    @_post(app, "/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        front.check_open()
+        return await embed(front, body, Caller.of(request))
+
+    @_post(app, "/score")
+    @_post(app, "/v1/score")
+    async def scores(body: ScoreRequest, request: Request) -> Response:
+        front.check_open()
+        return await score(front, body, Caller.of(request))
 
 
 def _add_anthropic(app: FastAPI, front: Front) -> None:

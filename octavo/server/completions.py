@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from octavo.outputs import CompletionOutput
 from octavo.server.answer import Answer
@@ -11,7 +11,7 @@ from octavo.server.chunks import ChunkWriter
 from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
 from octavo.server.logprobs import LogprobsWriter, prompt_shape
-from octavo.server.protocol import CompletionRequest
+from octavo.server.protocol import CompletionRequest, one_by_one
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -63,7 +63,7 @@ class Completion(Generation):
 async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Answer:
     """Checks a completion request and begins to answer it. max_tokens defaults to 16, as OpenAI's."""
     front.model(body.model)
-    texts = _prompts(body)
+    texts = one_by_one(body.prompt)
     special = body.add_special_tokens
     prompts = [await front.prompt_ids(prompt, body, add_special_tokens=special, param="prompt") for prompt in texts]
     longest = max(map(len, prompts))
@@ -76,14 +76,6 @@ async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Ans
     job = Completion(front, caller, body, prompts, params, f"cmpl-{body.request_id or caller.request_id}")
     job.echoes = [_echo(front, prompt) if body.echo else "" for prompt in texts]
     return job.answer()
-
-
-def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    """The prompts one by one: a string or a list of ids is one prompt."""
-    prompt = body.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt:
-        return [cast("str | list[int]", prompt)]
-    return cast("list[str | list[int]]", prompt)
 
 
 def _echo(front: Front, prompt: str | list[int]) -> str:

@@ -18,10 +18,10 @@ from fastapi import Request
 from octavo.engine.frontend import MODEL_DEFAULTS, default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
-from octavo.sampling_params import RequestOutputKind, SamplingParams
+from octavo.sampling_params import Pooling, RequestOutputKind, SamplingParams
 from octavo.server.errors import Failure, Refused, unavailable
 from octavo.server.keys import Key
-from octavo.server.protocol import ChatRequest, GenerationRequest, TokenizeRequest
+from octavo.server.protocol import ChatRequest, EngineRequest, GenerationRequest, TokenizeRequest
 from octavo.server.tools import Form
 from octavo.text.chat import cut_after_last_message, plain_message
 from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
@@ -98,7 +98,13 @@ class Front:
         return self.engine.tokenizer
 
     def generate(
-        self, ids: list[int], params: SamplingParams, body: GenerationRequest, request_id: str, key: Key
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        body: EngineRequest,
+        request_id: str,
+        key: Key,
+        pooling: Pooling | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Hands a prompt to the engine. Clients may repeat their ids; the engine's get a number behind."""
         key.spend(len(ids))
@@ -111,6 +117,7 @@ class Front:
             tenant=key.tenant or body.user or "",
             weight=key.weight,
             timeout=body.timeout,
+            pooling=pooling,
             on_tokens=key.spend,
         )
 
@@ -122,7 +129,7 @@ class Front:
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
     async def prompt_ids(
-        self, prompt: str | list[int], body: GenerationRequest, *, add_special_tokens: bool, param: str
+        self, prompt: str | list[int], body: EngineRequest, *, add_special_tokens: bool, param: str
     ) -> list[int]:
         """Checked token ids of a prompt, the last `truncate_prompt_tokens` of them where that is asked for. A text that
         is too long whatever its tokens are is refused without counting them.
@@ -184,6 +191,15 @@ class Front:
             )
         return asked or min(room, default or room)
 
+    def check_priority(self, body: EngineRequest) -> None:
+        """Raises UnsupportedParameterError for one that nothing would heed."""
+        policy = self.engine.config.scheduling_policy
+        if body.priority and policy != "priority":
+            raise UnsupportedParameterError(
+                f"this server runs --scheduling-policy {policy}, which knows no priority: leave it out",
+                param="priority",
+            )
+
     def sampling_params(self, body: GenerationRequest, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """SamplingParams of a body; what it leaves out comes from the model's generation_config, then from OpenAI."""
         engine = self.engine
@@ -194,12 +210,7 @@ class Front:
                     f"{asked} {param} were asked for; this server gives at most {engine.config.max_logprobs}",
                     param=param,
                 )
-        if body.priority and engine.config.scheduling_policy != "priority":
-            raise UnsupportedParameterError(
-                f"this server runs --scheduling-policy {engine.config.scheduling_policy}, which knows no priority: "
-                "leave it out",
-                param="priority",
-            )
+        self.check_priority(body)
         if body.stop and engine.tokenizer is None:
             raise UnsupportedParameterError("stop strings need a tokenizer: use stop_token_ids", param="stop")
         given = {name: getattr(body, name) for name in (*MODEL_DEFAULTS, *GIVEN) if getattr(body, name) is not None}

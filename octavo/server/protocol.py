@@ -8,7 +8,7 @@ A field is honoured, or refused with 400 naming it; none is swallowed. Known fie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -18,7 +18,7 @@ from octavo.sampling_params import StructuredOutputsParams
 
 MAX_TEXT = 1 << 24  # characters; the body limit binds first
 MAX_PROMPT_TOKENS = 1 << 24
-MAX_PROMPTS = 256
+MAX_PROMPTS = 2048
 MAX_CHOICES = 1024  # prompts x n of one request
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -95,7 +95,8 @@ class TextPart(Strict):
         return data
 
 
-def _kind(value: object) -> str:
+def string_or_list(value: object) -> str:
+    """The tag of a text, or of several."""
     return "<list>" if isinstance(value, list) else "<string>"
 
 
@@ -117,12 +118,12 @@ def _scalar_kind(value: object) -> str:
 Content = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
-    Discriminator(_kind),
+    Discriminator(string_or_list),
 ]
 Stop = Annotated[
     Annotated[StopString, Tag("<string>")]
     | Annotated[list[StopString], Field(max_length=limits.MAX_STOP), Tag("<list>")],
-    Discriminator(_kind),
+    Discriminator(string_or_list),
 ]
 Prompt = Annotated[
     Annotated[Text, Tag("<string>")]
@@ -271,10 +272,21 @@ class StructuredOutputs(Strict):
         return StructuredOutputsParams(**{name.rstrip("_"): value for name, value in given.items()})
 
 
-class GenerationRequest(Strict):
-    """What chat and completions share. Null means: the default."""
+class EngineRequest(Strict):
+    """What everything that the engine runs has. Null means: the default."""
 
     model: Name | None = None
+    request_id: Annotated[str, Field(max_length=128, pattern=REQUEST_ID)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_PROMPT_TOKENS)] | None = None  # the last ones are kept
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)] | None = None  # lower runs first
+    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds; then the request is ended with 408
+    user: Annotated[str, Field(max_length=512)] | None = None  # whose share it uses, where no API key says
+
+
+class GenerationRequest(EngineRequest):
+    """What chat and completions share. Null means: the default."""
+
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -304,12 +316,6 @@ class GenerationRequest(Strict):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    request_id: Annotated[str, Field(max_length=128, pattern=REQUEST_ID)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_PROMPT_TOKENS)] | None = None  # the last ones are kept
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    priority: Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)] | None = None  # lower runs first
-    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds; then the request is ended with 408
-    user: Annotated[str, Field(max_length=512)] | None = None  # whose share it uses, where no API key says
     # Bookkeeping: accepted, without effect.
     metadata: (
         Annotated[
@@ -459,6 +465,13 @@ class DetokenizeRequest(Strict):
 
     model: Name | None = None
     tokens: TokenIds
+
+
+def one_by_one(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts of a body: a string or a list of ids is one prompt."""
+    if _prompt_kind(prompt) in ("<string>", "<ids>") or not prompt:
+        return [cast("str | list[int]", prompt)]
+    return cast("list[str | list[int]]", prompt)
 
 
 def check_continuation(body: ChatRequest | TokenizeRequest) -> None:

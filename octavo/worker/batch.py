@@ -9,6 +9,7 @@ import numpy as np
 
 from octavo.runtime.base import Int32, Int64, SamplingInputs, StepInputs
 from octavo.step import ScheduledRow
+from octavo.worker.pools import Pool
 from octavo.worker.rows import Rows, RowTokens
 
 
@@ -21,15 +22,19 @@ class Batch:
     samples: list[bool]  # per scheduled row
     tokens_of: RowTokens  # of the first of the R positions, in the order of logits_indices
     prompts: list[tuple[int, int]] = field(default_factory=list)  # (row, positions) of the prompts that fill the others
+    # (place, or -1 where its prompt goes on; row, positions, pool) of prompts that are embedded
+    pooled: list[tuple[int, int, int, Pool]] = field(default_factory=list)
 
 
 def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     """Gathers the step's tokens, positions, slots and tables; T tokens over B requests, R of which sample."""
-    if all(s.num_tokens == 1 and s.samples for s in scheduled):
+    pools = rows.pools
+    if all(s.num_tokens == 1 and s.samples and s.row not in pools for s in scheduled):
         return _decode(scheduled, rows)
-    does_sample = [s.samples for s in scheduled]
+    does_sample = [s.samples and s.row not in pools for s in scheduled]
     told = [s for s in scheduled if s.num_tokens and rows.tells_prompt(s.row, s.start)]
-    sampled = [s for s in scheduled if s.samples]
+    pooled = [(place, s, pools[s.row]) for place, s in enumerate(scheduled) if s.row in pools]
+    sampled = [s for s, does in zip(scheduled, does_sample, strict=True) if does]
     scheduled = [s for s in scheduled if s.num_tokens]  # a fork computes nothing: it samples from another row's logits
     num_reqs = len(scheduled)
     row = np.fromiter((s.row for s in scheduled), np.int32, num_reqs)
@@ -60,6 +65,8 @@ def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     batch = Batch(inputs, _sampling(rows, sampled_row, sampled_len), does_sample, rows.expect(sampled_row, sampled_len))
     if told:
         _add_prompts(batch, told, rows, query_end=end_of_row)
+    if pooled:
+        _add_states(batch, pooled, query_end=end_of_row)
     return batch
 
 
@@ -95,6 +102,17 @@ def _decode(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
         logits_indices=_count(num_rows),
     )
     return Batch(inputs, _sampling(rows, row, seq_lens), [True] * num_rows, rows.expect(row, seq_lens))
+
+
+def _add_states(batch: Batch, pooled: list[tuple[int, ScheduledRow, Pool]], *, query_end: Int32) -> None:
+    """Adds the positions of prompts that are embedded whose last states count."""
+    indices = [batch.inputs.logits_indices]
+    for place, item, pool in pooled:
+        count = int(item.samples) if pool.last else item.num_tokens
+        batch.pooled.append((place if item.samples else -1, item.row, count, pool))
+        indices.append(np.arange(query_end[item.row] - count, query_end[item.row], dtype=np.int32))
+    batch.inputs.logits_indices = np.concatenate(indices)
+    batch.inputs.num_states = sum(map(len, indices[1:]))
 
 
 @lru_cache(maxsize=4096)

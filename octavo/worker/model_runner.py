@@ -56,10 +56,23 @@ class ModelRunner:
             for row, count in batch.prompts:
                 result.prompt_logprobs[row] = cast("list[TokenLogprobs]", logprobs[num_sampled : num_sampled + count])
                 num_sampled += count
+            _pool(batch, out, result)
             result.foreign_seconds = out.foreign_seconds
             return result
 
         return finish
+
+
+def _pool(batch: Batch, out: SamplerOutput, result: ModelRunnerOutput) -> None:
+    """Hands each prompt that is embedded its states; one that is complete has its vector, for a token's place."""
+    first = 0
+    for place, row, count, pool in batch.pooled:
+        if count:
+            assert out.states is not None
+            pool.add(out.states[first : first + count])
+            first += count
+        if place >= 0:
+            result.token_ids[place], result.vectors[row] = [0], pool.vector()
 
 
 def _set_masks(batch: Batch, masks: Mapping[int, npt.NDArray[np.uint32]]) -> None:

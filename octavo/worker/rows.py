@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from octavo.runtime.base import Float32, Int32, Int64
 from octavo.step import NewRow, ScheduledRow
+from octavo.worker.pools import Pool
 
 _SETTINGS = (
     *("temperature", "top_k", "top_p", "min_p", "seeds", "num_logprobs"),
@@ -60,6 +61,7 @@ class Rows:
         self.presence_penalty = np.zeros(num_rows, np.float32)
         self.frequency_penalty = np.zeros(num_rows, np.float32)
         self.num_prompt_logprobs = np.full(num_rows, -1, np.int32)
+        self.pools: dict[int, Pool] = {}
         self._settings: tuple[bytes | None, dict[str, npt.NDArray[Any]]] = (None, {})  # of the rows of the last step
         self._bias: dict[int, RowBias] = {}
         self._seen: dict[int, dict[int, int]] = {}  # row -> token id -> times generated
@@ -88,6 +90,9 @@ class Rows:
         self._settings = (None, {})
         self._bias.pop(row, None)
         self._seen.pop(row, None)
+        self.pools.pop(row, None)
+        if new.pooling is not None:
+            self.pools[row] = Pool(last=new.pooling == "last")
         if params.logit_bias or params.min_tokens:
             self._bias[row] = RowBias(params.logit_bias or {}, new.stop_ids, params.min_tokens)
         if params.has_penalties:

@@ -9,9 +9,10 @@ import torch
 import octavo.worker.worker as worker_module
 from octavo.config import PROMPT_ROWS, EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.llm import LLM
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AddRequest
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import PoolingParams, SamplingParams
 from tests.engine.test_depth import LateRuntime
 from tests.model.tiny import load_oracle, make_tiny, oracle_logits
 
@@ -138,6 +139,65 @@ def test_prompt_logprobs_are_those_of_transformers(make_core, oracle, name):
     assert bool(interrupted) == (name == "small pool")
     most = core.config.max_num_seqs + PROMPT_ROWS
     assert max(map(len, counts)) <= most
+
+
+def oracle_states(oracle, prompt):
+    with torch.no_grad():
+        return oracle.model(torch.tensor([prompt]), use_cache=False).last_hidden_state[0].double().numpy()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_vectors_are_the_last_states_of_transformers(make_core, oracle, name):
+    core, texts = make_core(**SETTINGS[name]), prompts()
+    steps = []
+    execute = core._executor.worker.runtime.execute
+    core._executor.worker.runtime.execute = lambda inputs: (steps.append(inputs), execute(inputs))[1]
+    embedding = [
+        AddRequest(f"{kind}{i}", text, PoolingParams(pooling=kind).as_sampling(), 1, 0, pooling=kind)
+        for i, text in enumerate(texts)
+        for kind in ("mean", "last")
+    ]
+    growing = [asking(f"short{n}", [7] * n, tells=n == 4, max_tokens=60) for n in (1, 4, 7, 10, 13)]
+    deltas = answer(core, growing + embedding)
+    for number, text in enumerate(texts):
+        states = oracle_states(oracle, text)
+        for kind, expected in (("mean", states.mean(0)), ("last", states[-1])):
+            [delta] = deltas[f"{kind}{number}"]
+            np.testing.assert_allclose(np.frombuffer(delta.vector, "<f4"), expected, atol=2e-4)
+            assert delta.token_ids == []
+    assert core.log.total(EVENTS[name][0]) > 0
+    hits = [delta.num_cached_tokens for number in range(2) for delta in deltas[f"last{number}"]]
+    assert any(hits) == core.config.enable_prefix_caching  # what the last state needs may be cached
+    assert max(len(step.logits_indices) for step in steps) <= core.config.max_num_seqs + PROMPT_ROWS
+    assert max(step.num_states for step in steps) > 0
+
+
+def test_offline(files, oracle):
+    settings = {"runtime": "native", "num_threads": 1, "skip_tokenizer_init": True, "num_gpu_blocks_override": 64}
+    texts = prompts()
+    tokens = [{"prompt_token_ids": text} for text in texts]
+    with LLM(files.name, **settings) as llm:
+        answers = llm.generate(tokens, SamplingParams(max_tokens=2, n=2, prompt_logprobs=0), use_tqdm=False)
+        embedded = llm.embed(tokens, PoolingParams(pooling="mean"), use_tqdm=False)
+        scores = llm.score(tokens[0], tokens[:2], use_tqdm=False)
+    for text, answer_, vector in zip(texts, answers, embedded, strict=True):
+        assert answer_.prompt_logprobs[0] is None
+        assert [list(entries) for entries in answer_.prompt_logprobs[1:]] == [[token] for token in text[1:]]
+        expected = oracle_states(oracle, text).mean(0)
+        np.testing.assert_allclose(vector.outputs.embedding, expected / np.linalg.norm(expected), atol=1e-4)
+    last = [oracle_states(oracle, text)[-1] for text in texts[:2]]
+    last = [state / np.linalg.norm(state) for state in last]
+    assert [s.outputs.score for s in scores] == pytest.approx([1.0, last[0] @ last[1]], abs=1e-4)
+
+
+def test_steps_that_embed_make_no_logits(make_core):
+    core = make_core()
+    requests = [
+        AddRequest(str(i), text, PoolingParams().as_sampling(), 1, 0, pooling="last")
+        for i, text in enumerate(prompts())
+    ]
+    answer(core, requests)
+    assert core._executor.worker.runtime.logits().shape == (0, 101)
 
 
 def test_what_nobody_asks_for_costs_no_row(make_core):

@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -17,7 +18,7 @@ from octavo.messages import AddRequest
 from octavo.models.spec import ModelFiles
 from octavo.runtime.cuda.runtime import CudaRuntime
 from octavo.runtime.reference import ReferenceRuntime
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import PoolingParams, SamplingParams
 from tests.engine.naive import NaiveLoop
 
 VOCAB = 97
@@ -124,24 +125,35 @@ def test_a_small_engine_under_the_interpreter_too(device, files, naive, monkeypa
 
 
 def told(core, prompts):
-    """What is told of each prompt, two of them drawn, while a third one is drawn in the same steps."""
+    """What is told of each prompt, two of them drawn, while others are drawn or embedded in the same steps."""
     for i, prompt in enumerate(prompts):
         params = SamplingParams(temperature=float(i), max_tokens=3, ignore_eos=True)
         params.prompt_logprobs = 2 if i != 1 else None
         core.handle(AddRequest(str(i), prompt, params, 3, seed=i))
+    for kind in ("last", "mean"):
+        core.handle(AddRequest(kind, prompts[0], PoolingParams().as_sampling(), 1, seed=0, pooling=kind))
     deltas = []
     while core.has_work:
         deltas += core.step().deltas
-    return {d.request_id: d.prompt_logprobs for d in deltas if d.prompt_logprobs}
+    return {
+        d.request_id: np.frombuffer(d.vector, "<f4") if d.vector else d.prompt_logprobs for d in deltas if told_of(d)
+    }
 
 
-def test_prompt_logprobs_are_the_reference_s(device, files, monkeypatch):
+def told_of(delta):
+    return delta.prompt_logprobs or delta.vector
+
+
+def test_what_prompts_tell_is_what_the_reference_tells(device, files, monkeypatch):
     prompts = [[5, 9, 33, 8] * 5, [7] * 3, [11, 12]]
     expected = told(make_core(files, runtime="reference"), prompts)
     monkeypatch.setattr(choose_module, "missing", lambda: "")
     monkeypatch.setattr(worker_module, "create", lambda *_, **__: Watched("float32", device=device))
     core = make_core(files, max_num_batched_tokens=16, max_num_seqs=4)
-    for request_id, entries in told(core, prompts).items():
+    found = told(core, prompts)
+    for kind in ("last", "mean"):
+        np.testing.assert_allclose(found.pop(kind), expected.pop(kind), atol=1e-4)
+    for request_id, entries in found.items():
         assert len(entries) == len(expected[request_id]) == len(prompts[int(request_id)]) - 1
         for ours, theirs in zip(entries, expected[request_id], strict=True):
             assert (ours.rank, ours.top_ids) == (theirs.rank, theirs.top_ids)

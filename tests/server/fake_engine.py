@@ -7,6 +7,7 @@ to an answer is as small as can be: see `_Script`.
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -96,7 +97,9 @@ class FakeEngine:
         self.running.add(request_id)
         ended = False
         try:
-            async for output in self._outputs(prompt, params, request_id, options.get("on_tokens")):
+            async for output in self._outputs(
+                prompt, params, request_id, options.get("on_tokens"), options.get("pooling")
+            ):
                 ended = output.finished
                 yield output
         finally:
@@ -122,7 +125,7 @@ class FakeEngine:
     async def shutdown(self) -> None:
         self.dead = "the engine was shut down"
 
-    async def _outputs(self, prompt, params, request_id, on_tokens):
+    async def _outputs(self, prompt, params, request_id, on_tokens, pooling):
         began = time.monotonic()
         scripts = [_Script(self, len(prompt), index, params) for index in range(params.n)]
         times = RequestMetrics(began, began + 0.1, began + 0.4, queue_seconds=0.05)
@@ -131,6 +134,10 @@ class FakeEngine:
         if params.prompt_logprobs is not None:
             told = [_entries(token, params.prompt_logprobs) for token in output.prompt_token_ids[1:]]
             output.prompt_logprobs = [None, *told]
+        if pooling is not None:
+            vector = [sum(prompt) / len(prompt) if pooling == "mean" else prompt[-1], len(prompt), 0.0]
+            yield replace(output, finished=True, vector=struct.pack("<3f", *vector))
+            return
         num_tokens = 0
         while any(script.output.finish_reason is None for script in scripts):
             if num_tokens == self.fail_after:

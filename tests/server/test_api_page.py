@@ -10,12 +10,16 @@ from fake_engine import FakeEngine
 
 from octavo.server import errors, protocol
 from octavo.server.app import create_app
+from octavo.server.embeddings import EmbeddingRequest, ScoreRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
-WORDS = set(re.findall(r"[a-z_]+", PAGE))
+WORDS = set(re.findall(r"[a-z_0-9]+", PAGE))
 
 
-@pytest.mark.parametrize("model", [protocol.ChatRequest, protocol.CompletionRequest, protocol.StreamOptions])
+MODELS = [protocol.ChatRequest, protocol.CompletionRequest, protocol.StreamOptions, EmbeddingRequest, ScoreRequest]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_parameters(model: type[protocol.Strict]) -> None:
     assert set(model.model_fields) - WORDS == set()
 

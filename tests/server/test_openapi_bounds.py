@@ -52,7 +52,14 @@ def test_the_walk_finds_what_is_not(schema: dict) -> None:
 
 
 def test_bodies_are_closed() -> None:
-    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest", "Message"):
+    for name in (
+        "ChatRequest",
+        "CompletionRequest",
+        "TokenizeRequest",
+        "DetokenizeRequest",
+        "Message",
+        "EmbeddingRequest",
+    ):
         assert DOCUMENT["components"]["schemas"][name]["additionalProperties"] is False
 
 
@@ -60,6 +67,9 @@ def test_routes() -> None:
     assert {(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods} == {
         ("/v1/chat/completions", "post"),
         ("/v1/completions", "post"),
+        ("/v1/embeddings", "post"),
+        ("/v1/score", "post"),
+        ("/score", "post"),
         ("/v1/messages", "post"),
         ("/v1/messages/count_tokens", "post"),
         ("/v1/models", "get"),

@@ -106,6 +106,7 @@ def test_merging_loses_no_field():
     said = {
         "token_ids": [2],
         "logprobs": [TokenLogprobs(-0.5, 1, [1], [-0.5])],
+        "vector": b"1234",
         "prompt_logprobs": [TokenLogprobs(-0.5, 1, [1], [-0.5])],
         "finish_reason": "error",
         "stop_reason": 7,

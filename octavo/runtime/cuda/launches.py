@@ -192,7 +192,8 @@ class Launches:
         x, out = self._arena.view(node.x), self._arena.view(node.out)
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
         transposed = weight.t()
-        count, arena, num_in_rows, chained = _row_count(node.out), self._arena, weight.shape[0], self._chained
+        count = (lambda step: step.num_sampled) if node.out is self._program.logits else _row_count(node.out)
+        arena, num_in_rows, chained = self._arena, weight.shape[0], self._chained
         gated = node.activation.endswith("_mul")
         is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
         activation, scale, softcap = node.activation, node.scale, node.softcap

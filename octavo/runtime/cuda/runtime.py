@@ -225,7 +225,7 @@ class CudaRuntime:
         inputs, self._inputs = self._inputs, None
         if inputs is None:
             raise StepError("sample() without execute()")
-        self._num_logits = len(inputs.logits_indices)
+        self._num_logits = len(inputs.logits_indices) - inputs.num_states
         ending = _ending(sampling)
         with torch.inference_mode(), quick_launches():
             shape = self._shape(inputs) if self._graphs is not None else None
@@ -235,14 +235,15 @@ class CudaRuntime:
             else:
                 step = self._send(inputs, sampling)
                 self._launch(step, ending)
-            if not self._num_logits:
+            if not len(inputs.logits_indices):
                 return _nothing
             logits = self._logits_on_device()
             if ending == LOGITS:
                 self._launch_adjusted(logits, step, sampling)
             fill = self._sampler.logprobs(logits, sampling) if (sampling.num_logprobs >= 0).any() else None
+            states = self._states(inputs) if inputs.num_states else None
             wait = self._results.fetch(self._sampler.tokens[: self._num_logits])
-        return partial(_output, wait, sampling, fill)
+        return partial(_output, wait, sampling, fill, states)
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
@@ -329,7 +330,7 @@ class CudaRuntime:
     def _shape(self, inputs: StepInputs) -> Shape | None:
         """What the step is padded to for a graph; None where it has to be launched piece by piece."""
         num_tokens, num_requests = len(inputs.token_ids), len(inputs.seq_lens)
-        if not num_requests or len(inputs.logits_indices) > num_requests:
+        if inputs.num_states or not num_requests or len(inputs.logits_indices) > num_requests:
             return None
         all_sample = num_requests == num_tokens == len(inputs.logits_indices)
         if all_sample and (inputs.logits_indices == inputs.query_start_loc[:-1]).all():  # in their order
@@ -364,14 +365,19 @@ class CudaRuntime:
         """Launches the program and, unless biases and penalties come between, what chooses the tokens."""
         for launch in self._launches:
             launch(step)
-        if step.num_logits and ending != LOGITS:
-            logits = self._arena.view(self._loaded().logits)[: step.num_logits]
+        if step.num_sampled and ending != LOGITS:
+            logits = self._arena.view(self._loaded().logits)[: step.num_sampled]
             self._sampler.launch(logits, step.sampling, draws=ending == DRAWS)
 
     def _launch_adjusted(self, logits: torch.Tensor, step: DeviceStep, sampling: SamplingInputs) -> None:
         """Launches biases, masks and penalties, and what chooses the tokens after them."""
         draws = bool((sampling.temperature > 0).any())
         self._sampler.launch(self._sampler.adjust(logits, sampling), step.sampling, draws=draws)
+
+    def _states(self, inputs: StepInputs) -> torch.Tensor:
+        """The last states that are wanted, on their way to the host."""
+        hidden = self._arena.view(self._loaded().hidden)[self._num_logits : len(inputs.logits_indices)]
+        return hidden.to("cpu", torch.float32, non_blocking=True, copy=True)
 
     def _logits_on_device(self) -> torch.Tensor:
         return self._arena.view(self._loaded().logits)[: self._num_logits]
@@ -427,12 +433,16 @@ def _ending(sampling: SamplingInputs) -> str:
 
 
 def _output(
-    wait: Callable[[], Int32], sampling: SamplingInputs, fill: Callable[[SamplerOutput], None] | None
+    wait: Callable[[], Int32],
+    sampling: SamplingInputs,
+    fill: Callable[[SamplerOutput], None] | None,
+    states: torch.Tensor | None,
 ) -> SamplerOutput:
-    """Waits for the tokens; `fill` adds the log probabilities, which were copied before them."""
+    """Waits for the tokens; `fill` adds the log probabilities, which were copied before them, as `states` were."""
     output = SamplerOutput.without_logprobs(wait(), sampling.num_logprobs)
     if fill is not None:
         fill(output)
+    output.states = None if states is None else states.numpy().copy()
     return output
 
 

@@ -35,6 +35,11 @@ class DeviceStep:
     attention: AttentionInputs
     sampling: SamplerRows
 
+    @property
+    def num_sampled(self) -> int:
+        """Of the positions that go to the end, the first so many have logits."""
+        return len(self.sampling.top_k)
+
     def slots_of(self, group: int) -> torch.Tensor:
         """The slots of one KV group, int32 [T]."""
         return self.slots[group * self.num_tokens : (group + 1) * self.num_tokens]

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
 LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -68,7 +68,7 @@ class ProgramTable(ctypes.Structure):
         ("ropes", POINTER(RopeTable)),
         ("kv_layers", POINTER(KVLayerEntry)),
         *((name, c_int32) for name in ("num_nodes", "num_buffers", "num_ropes", "num_kv_layers", "num_kv_groups")),
-        *((name, c_int32) for name in ("logits", "max_num_tokens", "max_num_logits", "max_num_requests")),
+        *((name, c_int32) for name in ("logits", "hidden", "max_num_tokens", "max_num_logits", "max_num_requests")),
     ]
 
 
@@ -85,7 +85,8 @@ class StepTable(ctypes.Structure):
     """OctavoStep."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("num_tokens", "num_requests", "num_logits", "max_blocks", "max_logprobs")),
+        *((name, c_int64) for name in ("num_tokens", "num_requests", "num_logits", "num_states", "max_blocks")),
+        ("max_logprobs", c_int64),
         *((name, c_void_p) for name in STEP_ARRAYS),
         *((name, c_void_p) for name in SAMPLING_ARRAYS),
         ("mask_of", c_void_p),
@@ -114,6 +115,7 @@ _SIGNATURES = {
     "octavo_step": (c_int32, [c_void_p, POINTER(StepTable)]),
     "octavo_probe": (c_int32, [c_void_p, POINTER(c_double), POINTER(c_double)]),
     "octavo_logits": (c_void_p, [c_void_p]),
+    "octavo_states": (c_void_p, [c_void_p]),
 }
 
 

@@ -162,8 +162,8 @@ class NativeRuntime:
             raise StepError("sample() without execute()")
         step = self._step
         self._fill_inputs(step, inputs)
-        self._fill_sampling(step, sampling, len(inputs.logits_indices))
-        output = _new_output(len(inputs.logits_indices), int(max(0, sampling.num_logprobs.max(initial=0))))
+        self._fill_sampling(step, sampling, step.num_logits)
+        output = _new_output(step.num_logits, int(max(0, sampling.num_logprobs.max(initial=0))))
         step.max_logprobs = output.top_ids.shape[1]
         for name in lib.OUTPUT_ARRAYS:
             setattr(step, f"out_{name}", _address(getattr(output, name)))
@@ -174,6 +174,9 @@ class NativeRuntime:
         else:
             self._measured_step(self._profile, inputs)
         output.foreign_seconds = time.perf_counter() - began
+        if inputs.num_states:
+            assert self._program is not None
+            output.states = self._copy(self._library.octavo_states, inputs.num_states, self._program.hidden.width)
         return output
 
     def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
@@ -185,11 +188,13 @@ class NativeRuntime:
         """A copy of the last step's raw logits [R, vocab]."""
         if self._program is None:
             raise StepError("logits() before load()")
-        address = self._library.octavo_logits(self._handle())
-        shape = (self._step.num_logits, self._program.logits.width)
-        if 0 in shape:
-            return np.empty(shape, dtype=np.float32)
-        values = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), shape)
+        return self._copy(self._library.octavo_logits, self._step.num_logits, self._program.logits.width)
+
+    def _copy(self, function: Any, num_rows: int, width: int) -> Float32:
+        address = function(self._handle())
+        if num_rows == 0:
+            return np.empty((0, width), dtype=np.float32)
+        values = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (num_rows, width))
         return values.copy()
 
     def start_profile(self) -> None:
@@ -254,7 +259,7 @@ class NativeRuntime:
         for name, shape in shapes.items():
             self._place(step, name, getattr(inputs, name), _STEP_DTYPES[name], shape)
         step.num_tokens, step.num_requests, step.max_blocks = num_tokens, num_requests, max_blocks
-        step.num_logits = len(inputs.logits_indices)
+        step.num_logits, step.num_states = len(inputs.logits_indices) - inputs.num_states, inputs.num_states
 
     def _fill_sampling(self, step: lib.StepTable, sampling: SamplingInputs, num_logits: int) -> None:
         num_bias, num_seen = len(sampling.bias_ids), len(sampling.seen_ids)

@@ -84,6 +84,7 @@ def build_tables(program: Program, weight_ids: dict[tuple[str, ...], int], limit
         num_kv_layers=len(layers),
         num_kv_groups=program.num_kv_groups,
         logits=buffer_ids[program.logits],
+        hidden=buffer_ids[program.hidden],
         max_num_tokens=limits.max_num_tokens,
         max_num_logits=limits.max_num_logits,
         max_num_requests=limits.max_num_requests,

@@ -134,12 +134,16 @@ class ReferenceRuntime:
 
     def execute(self, inputs: StepInputs) -> None:
         """Runs the nodes in order."""
+        self._num_states = inputs.num_states
         for node in self._program.nodes:
             self._run(node, inputs)
 
     def sample(self, sampling: SamplingInputs) -> SamplerOutput:
         """Chooses one token for each of the R positions of the last execute()."""
-        return sample(self._read(self._program.logits), sampling)
+        output = sample(self._read(self._program.logits), sampling)
+        if self._num_states:
+            output.states = self._read(self._program.hidden)[-self._num_states :].copy()
+        return output
 
     def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
         """sample(), and its result."""
@@ -187,9 +191,10 @@ class ReferenceRuntime:
             case Add():
                 self._write(node.out, self._read(node.x) + self._read(node.y))
             case Linear():
-                product = ops.scale_and_bias(
-                    self._product(self._read(node.x), node.weight), self._optional(node.bias), node.scale
-                )
+                x = self._read(node.x)
+                if node.out is self._program.logits:
+                    x = x[: len(x) - inputs.num_states]
+                product = ops.scale_and_bias(self._product(x, node.weight), self._optional(node.bias), node.scale)
                 self._write(node.out, ops.softcap(ops.activate(product, node.activation), node.softcap))
             case Experts():
                 self._experts(node)
