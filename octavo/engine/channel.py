@@ -83,6 +83,8 @@ class EngineChannel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sock.setblocking(False)
+        self._arrivals = select.poll()
+        self._arrivals.register(sock, select.POLLIN)
         self._received = bytearray()
         self._unsent = b""  # the rest of a frame that is under way
         self._held: StepOutputs | None = None  # outputs merged behind it
@@ -128,11 +130,11 @@ class EngineChannel:
 
     def _read_available(self) -> None:
         try:
-            while data := self._sock.recv(1 << 20):
+            while self._arrivals.poll(0):  # most steps have nothing to read: asking is cheaper than being refused
+                if not (data := self._sock.recv(1 << 20)):
+                    self.closed = True
+                    return
                 self._received += data
-            self.closed = True
-        except BlockingIOError:
-            return
         except ConnectionError:
             self.closed = True
 

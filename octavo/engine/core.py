@@ -272,8 +272,8 @@ class EngineCore:
         record.execute_seconds += done_at - waiting_since
         record.foreign_seconds = result.foreign_seconds
         deltas = self.scheduler.update(oldest.output, result)
-        record.num_sampled = sum(len(tokens) for tokens in result.token_ids)
-        record.num_finished = sum(d.finish_reason is not None for d in deltas)
+        record.num_sampled = sum(map(len, result.token_ids))
+        record.num_finished = len(deltas) - [d.finish_reason for d in deltas].count(None)
         record.update_seconds = self._clock() - done_at
         self._pending.extend(deltas)
         for request_id, reason in self._rules.take(deltas):

@@ -27,6 +27,9 @@ class _Counted:
     num_prefill_pairs: int = 0
 
 
+_COUNTED = tuple(field.name for field in fields(_Counted))
+
+
 class Counts(_Counted):
     """Counts of a step as they come up; fill() hands them over and begins again."""
 
@@ -47,9 +50,10 @@ class Counts(_Counted):
 
     def fill(self, record: StepRecord, output: SchedulerOutput, running: Iterable[Request], pool: BlockPool) -> None:
         """Writes everything, and the pool's state after schedule(), into a record."""
-        for count in fields(_Counted):
-            setattr(record, count.name, getattr(self, count.name))
-            setattr(self, count.name, 0)
+        for name in _COUNTED:
+            if count := getattr(self, name):  # most are zero, as in a new record
+                setattr(record, name, count)
+                setattr(self, name, 0)
         record.num_running = len(output.scheduled)
         record.num_tokens = output.num_tokens
         record.num_copied_blocks = len(output.copy_blocks)
@@ -58,6 +62,6 @@ class Counts(_Counted):
         )
         record.num_evicted_blocks = pool.num_evictions - self._evictions_told
         self._evictions_told = pool.num_evictions
-        record.num_free_blocks = pool.num_free
-        record.num_cached_blocks = pool.num_cached
-        record.num_used_blocks = pool.num_used
+        free, cached = pool.num_free, pool.num_cached
+        record.num_free_blocks, record.num_cached_blocks = free, cached
+        record.num_used_blocks = pool.num_blocks - free - cached

@@ -44,6 +44,7 @@ from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 log = logging.getLogger("octavo.scheduler")
 FORMAT = "octavo-record-1"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 HALF_IN_STATES = 2  # a half of the ring is at least so many times its state: as much of it are steps
 _USUAL = {f.name: f.default for f in fields(Request) if f.default is not MISSING} | {"params": False, "stop_ids": False}
 _USUAL |= {"prompt_logprobs": [], "num_beams": 0}
@@ -90,7 +91,7 @@ class Ring(LeftOut):
 
     def write(self, event: dict[str, Any]) -> None:
         """Adds a line; it is in the file after the next flush()."""
-        self._lines.append(json.dumps(event, separators=(",", ":")) + "\n")
+        self._lines.append(_encode(event) + "\n")
 
     def flush(self) -> None:
         """Hands the lines to the system: a crash of this process does not lose them. A full disk ends the recording,

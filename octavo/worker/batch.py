@@ -24,10 +24,14 @@ class Batch:
     prompts: list[tuple[int, int]] = field(default_factory=list)  # (row, positions) of the prompts that fill the others
     # (place, or -1 where its prompt goes on; row, positions, pool) of prompts that are embedded
     pooled: list[tuple[int, int, int, Pool]] = field(default_factory=list)
+    is_decode: bool = False  # one token for each row
 
 
 def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     """Gathers the step's tokens, positions, slots and tables; T tokens over B requests, R of which sample."""
+    if rows.steady is not None and rows.steady.go_on(scheduled):
+        return rows.steady.batch
+    rows.steady = None
     pools = rows.pools
     if all(s.num_tokens == 1 and s.samples and s.row not in pools for s in scheduled):
         return _decode(scheduled, rows)
@@ -101,7 +105,7 @@ def _decode(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
         block_tables=_tables(rows, row, seq_lens),
         logits_indices=_count(num_rows),
     )
-    return Batch(inputs, _sampling(rows, row, seq_lens), [True] * num_rows, rows.expect(row, seq_lens))
+    return Batch(inputs, _sampling(rows, row, seq_lens), [True] * num_rows, rows.expect(row, seq_lens), is_decode=True)
 
 
 def _add_states(batch: Batch, pooled: list[tuple[int, ScheduledRow, Pool]], *, query_end: Int32) -> None:

@@ -13,6 +13,7 @@ from octavo.runtime.base import Runtime, SamplerOutput
 from octavo.step import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.batch import Batch, build_batch
 from octavo.worker.rows import Rows
+from octavo.worker.steady import SteadyBatch
 
 
 class ModelRunner:
@@ -49,6 +50,8 @@ class ModelRunner:
 
         def finish() -> ModelRunnerOutput:
             out = wait()
+            if batch.is_decode:
+                return self._finish_decode(batch, out)
             num_sampled = len(batch.tokens_of.rows)
             tokens, logprobs = out.token_ids[:num_sampled], _logprobs(batch, out)
             self._rows.append(batch.tokens_of, tokens)
@@ -61,6 +64,18 @@ class ModelRunner:
             return result
 
         return finish
+
+    def _finish_decode(self, batch: Batch, out: SamplerOutput) -> ModelRunnerOutput:
+        rows, steady, tokens = self._rows, self._rows.steady, out.token_ids.tolist()
+        if steady is not None and steady.batch is batch and batch.tokens_of.total_admissions == rows.total_admissions:
+            steady.take(tokens)
+        else:
+            rows.append(batch.tokens_of, out.token_ids)
+            rows.steady = SteadyBatch(batch, rows) if rows.are_plain else None
+        if batch.sampling.mask_of is not None:
+            rows.steady = None
+        logprobs = [None if entry is None else [entry] for entry in _logprobs(batch, out)]
+        return ModelRunnerOutput([[token] for token in tokens], logprobs, out.foreign_seconds)
 
 
 def _pool(batch: Batch, out: SamplerOutput, result: ModelRunnerOutput) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import numpy.typing as npt
 from octavo.runtime.base import Float32, Int32, Int64
 from octavo.step import NewRow, ScheduledRow
 from octavo.worker.pools import Pool
+
+if TYPE_CHECKING:
+    from octavo.worker.steady import SteadyBatch
 
 _SETTINGS = (
     *("temperature", "top_k", "top_p", "min_p", "seeds", "num_logprobs"),
@@ -63,6 +66,7 @@ class Rows:
         self.num_prompt_logprobs = np.full(num_rows, -1, np.int32)
         self.pools: dict[int, Pool] = {}
         self._settings: tuple[bytes | None, dict[str, npt.NDArray[Any]]] = (None, {})  # of the rows of the last step
+        self.steady: SteadyBatch | None = None  # of the last step, where it was a decode that may go on
         self._bias: dict[int, RowBias] = {}
         self._seen: dict[int, dict[int, int]] = {}  # row -> token id -> times generated
 
@@ -134,6 +138,11 @@ class Rows:
             for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
                 if (seen := self._seen.get(row)) is not None:
                     seen[token] = seen.get(token, 0) + 1
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether no row has a bias or a penalty."""
+        return not (self._bias or self._seen)
 
     def tells_prompt(self, row: int, start: int) -> bool:
         """Whether log probabilities are wanted of prompt tokens behind position `start`."""

@@ -69,6 +69,7 @@ class NativeRuntime:
         self._step_pointer = ctypes.pointer(self._step)
         self._placed: dict[str, npt.NDArray[Any]] = {}  # arrays whose addresses stand in the step table
         self._inputs: StepInputs | None = None
+        self._filled: tuple[StepInputs, SamplingInputs, SamplerOutput] | None = None  # what the step table is made of
         self._weight_bytes: dict[tuple[str, ...], int] = {}
         self._kv_dtype = "float32"
         self._profile: Profile | None = None
@@ -153,6 +154,9 @@ class NativeRuntime:
     def sample(self, sampling: SamplingInputs) -> SamplerOutput:
         """Runs the step and chooses one token for each of the R positions.
 
+        Handed the same two objects as last time, whose arrays may hold new numbers but none has been replaced, it looks
+        at nothing again, and the results are in the same arrays too.
+
         Raises:
             NativeError: an index out of its bounds; nothing was touched.
             StepError: called without execute().
@@ -160,13 +164,12 @@ class NativeRuntime:
         inputs, self._inputs = self._inputs, None
         if inputs is None:
             raise StepError("sample() without execute()")
-        step = self._step
-        self._fill_inputs(step, inputs)
-        self._fill_sampling(step, sampling, step.num_logits)
-        output = _new_output(step.num_logits, int(max(0, sampling.num_logprobs.max(initial=0))))
-        step.max_logprobs = output.top_ids.shape[1]
-        for name in lib.OUTPUT_ARRAYS:
-            setattr(step, f"out_{name}", _address(getattr(output, name)))
+        if self._filled is None or self._filled[0] is not inputs or self._filled[1] is not sampling:
+            self._filled = None
+            output = self._fill(self._step, inputs, sampling)
+            self._filled = (inputs, sampling, output) if sampling.mask_of is None else None
+        else:
+            output = self._filled[2]
         self.num_foreign_calls += 1
         began = time.perf_counter()
         if self._profile is None:
@@ -240,6 +243,16 @@ class NativeRuntime:
 
     def _call(self, function: Any, *arguments: Any) -> None:
         lib.check(self._library, function(self._handle(), *arguments))
+
+    def _fill(self, step: lib.StepTable, inputs: StepInputs, sampling: SamplingInputs) -> SamplerOutput:
+        """Writes a step into the table; returns the arrays that its results will be in."""
+        self._fill_inputs(step, inputs)
+        self._fill_sampling(step, sampling, step.num_logits)
+        output = _new_output(step.num_logits, int(max(0, sampling.num_logprobs.max(initial=0))))
+        step.max_logprobs = output.top_ids.shape[1]
+        for name in lib.OUTPUT_ARRAYS:
+            setattr(step, f"out_{name}", _address(getattr(output, name)))
+        return output
 
     def _fill_inputs(self, step: lib.StepTable, inputs: StepInputs) -> None:
         if self._program is None:
