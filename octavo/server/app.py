@@ -9,7 +9,7 @@ GET /v1/models, /v1/models/{id}, /health, /health/live, /health/ready, /health/p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -45,6 +45,21 @@ class ErrorResponse(BaseModel):
     """OpenAI's error object."""
 
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(BaseModel):
+    """What went wrong."""
+
+    type: Annotated[str, Field(max_length=64)]
+    message: Annotated[str, Field(max_length=65536)]
+
+
+class AnthropicErrorResponse(BaseModel):
+    """Anthropic's error object."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+    request_id: Annotated[str, Field(max_length=128)]
 
 
 def create_app(
@@ -93,12 +108,12 @@ def create_app(
 
 
 def _add_generation(app: FastAPI, front: Front) -> None:
-    @_post(app, "/v1/chat/completions")
+    @_post(app, "/v1/chat/completions", streams=True)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         front.check_open()
         return await chat(front, body, Caller.of(request))
 
-    @_post(app, "/v1/completions")
+    @_post(app, "/v1/completions", streams=True)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         front.check_open()
         return await complete(front, body, Caller.of(request))
@@ -118,7 +133,7 @@ def _add_vectors(app: FastAPI, front: Front) -> None:
 
 
 def _add_anthropic(app: FastAPI, front: Front) -> None:
-    @_post(app, "/v1/messages")
+    @_post(app, "/v1/messages", streams=True)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         front.check_open()
         job = await prepare(Messages, front, chat_body(body), Caller.of(request), "msg_")
@@ -162,7 +177,7 @@ def _add_information(app: FastAPI, front: Front) -> None:
     async def model(model: Annotated[str, Field(max_length=256)]) -> Response:
         return _json(_card(front, front.model(model)))
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def metrics() -> Response:
         return Response(engine.metrics.render(), media_type=engine.metrics.content_type)
 
@@ -198,11 +213,17 @@ def _add_health(app: FastAPI, front: Front) -> None:
         app.head(path, include_in_schema=False)(handler)
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+def _errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {"4XX": {"model": model}, "5XX": {"model": model}}
 
 
-def _post(app: FastAPI, path: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return app.post(path, responses=_ERRORS)
+_ERRORS = _errors(ErrorResponse)
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
+
+
+def _post(app: FastAPI, path: str, *, streams: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    told = _errors(AnthropicErrorResponse) if path.startswith(errors.ANTHROPIC_PATH) else _ERRORS
+    return app.post(path, responses={**told, **(_STREAM if streams else {})})
 
 
 def _card(front: Front, name: str) -> dict[str, Any]:
