@@ -1,8 +1,9 @@
 """The CUDA C++ operators as torch custom ops (`torch.ops.octavo.*`), and where they take the place of Triton kernels.
 
-`--cuda-ops cuda` selects them for what they can: decode attention (head sizes 64, 128, 256, up to 8 query heads a KV
-head, blocks of 16, bfloat16 or fp8 KV), LayerNorm with residual, and bias + GELU. LayerNorm + GELU in one pass is here
-for the study: no decoder computes GELU(LN(x)).
+`--attention-backend` selects decode attention (head sizes 64, 128, 256, up to 8 query heads a KV head, blocks of 16,
+bfloat16 or fp8 KV) and, on Hopper, prefill attention (head sizes 64 and 128, bfloat16 KV, no window or soft-cap);
+`--cuda-ops cuda` LayerNorm with residual, and bias + GELU. LayerNorm + GELU in one pass is here for the study: no
+decoder computes GELU(LN(x)).
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +25,10 @@ from octavo.runtime.cuda.kernels.attention import MIN_CHUNK, AttentionInputs, Pa
 _POINTERS = (
     *("q", "keys", "values", "out", "mixed", "sums", "arrived", "rows", "query_start_loc", "seq_lens", "tables"),
     "table_stride",
+)
+_PREFILL_POINTERS = (
+    *("q", "keys", "values", "out", "tile_rows", "tile_starts", "query_start_loc", "seq_lens", "tables"),
+    *("table_stride", "progress"),
 )
 _INTS = ("num_heads", "num_kv_heads", "num_splits")
 _FLOATS = ("scale", "v_scale", "softcap")
@@ -37,11 +45,28 @@ class _Decode(ctypes.Structure):
     ]
 
 
+class _Prefill(ctypes.Structure):
+    """struct Prefill of cpp/prefill.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _PREFILL_POINTERS),
+        ("num_blocks", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("num_tokens", "num_tiles", "num_heads", "num_kv_heads", "first_table")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+_OPERATORS = torch.library.Library("octavo", "DEF")  # type: ignore[no-untyped-call]
+_Function = TypeVar("_Function", bound=Callable[..., None])
+_LOADING = threading.Lock()  # two threads may ask for it at start
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(built_library()))
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
     library.octavo_decode_attention.argtypes = [ctypes.POINTER(_Decode), *[integer] * 5, pointer]
+    library.octavo_prefill_attention.argtypes = [ctypes.POINTER(_Prefill), integer, pointer]
     library.octavo_layer_norm.argtypes = [*[pointer] * 6, real, *[integer] * 3, pointer]
     library.octavo_bias_gelu.argtypes = [*[pointer] * 3, *[integer] * 3, pointer]
     return library
@@ -49,7 +74,23 @@ def _library() -> ctypes.CDLL:
 
 def load() -> None:
     """Loads the library, and builds it first if need be. Raises ConfigError where that cannot be done."""
-    _library()
+    with _LOADING:
+        _library()
+
+
+def _operator(*written: str) -> Callable[[_Function], _Function]:
+    """Makes a function torch.ops.octavo.NAME; it writes the arguments of these names.
+
+    torch.library.custom_op() would do so, too, but imports a compiler at the first call, which takes seconds.
+    """
+
+    def register(function: _Function) -> _Function:
+        name = function.__name__.lstrip("_")
+        _OPERATORS.define(name + torch.library.infer_schema(function, mutates_args=written))  # type: ignore[no-untyped-call]
+        _OPERATORS.impl(name, function, "CUDA")  # type: ignore[no-untyped-call]
+        return function
+
+    return register
 
 
 def can_norm(width: int) -> bool:
@@ -106,7 +147,7 @@ def decode_attention(
     )  # fmt: skip
 
 
-@torch.library.custom_op("octavo::decode_attention", mutates_args=("out", "mixed", "sums", "arrived"))
+@_operator("out", "mixed", "sums", "arrived")
 def _decode_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -138,7 +179,74 @@ def _decode_attention(
     _check("decode_attention", code)
 
 
-@torch.library.custom_op("octavo::layer_norm", mutates_args=("out", "residual_out"))
+PREFILL_ROWS = 128  # queries x query heads of a KV head that a program of prefill_attention takes
+
+
+def can_prefill(node: Attention, block_size: int, kv_bytes: int) -> bool:
+    """Whether prefill attention of this shape has a kernel here: for Hopper, whose instructions it is written in."""
+    return (
+        kv_bytes == 2
+        and block_size == 16
+        and node.head_dim in (64, 128)
+        and node.num_heads <= PREFILL_ROWS * node.num_kv_heads
+        and not node.window
+        and not node.softcap
+        and torch.cuda.get_device_capability() == (9, 0)
+    )
+
+
+def prefill_attention(
+    inputs: AttentionInputs,  # its tiles hold PREFILL_ROWS // query heads of a KV head queries
+    node: Attention,
+    group: int,
+    q: torch.Tensor,  # bfloat16 [T, H * D]
+    keys: torch.Tensor,  # bfloat16
+    values: torch.Tensor,
+    out: torch.Tensor,  # bfloat16 [T, H * D]
+) -> None:
+    """kernels.attention.prefill_attention in CUDA C++."""
+    torch.ops.octavo.prefill_attention(
+        q, keys, values, out, inputs.tile_rows, inputs.tile_starts, inputs.query_start_loc, inputs.seq_lens,
+        inputs.tables, inputs.table_stride, _progress(q.device), inputs.num_tiles, group * inputs.num_requests,
+        [node.num_heads, node.num_kv_heads, node.head_dim], node.scale * math.log2(math.e),
+    )  # fmt: skip
+
+
+@functools.cache
+def _progress(device: torch.device) -> torch.Tensor:
+    """What programs of prefill_attention share; they leave it zero. One launch at a time."""
+    with torch.inference_mode(mode=False):
+        return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@_operator("out", "progress")
+def _prefill_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    tile_rows: torch.Tensor,
+    tile_starts: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tables: torch.Tensor,
+    table_stride: torch.Tensor,
+    progress: torch.Tensor,
+    num_tiles: int,
+    first_table: int,
+    shape: list[int],
+    scale: float,
+) -> None:
+    """`shape`: heads, KV heads, head size."""
+    num_heads, num_kv_heads, head_dim = shape
+    arrays = (tile_rows, tile_starts, query_start_loc, seq_lens, tables, table_stride, progress)
+    pointers = [t.data_ptr() for t in (q, keys, values, out, *arrays)]
+    prefill = _Prefill(*pointers, keys.shape[0], q.shape[0], num_tiles, num_heads, num_kv_heads, first_table, scale)
+    code = _library().octavo_prefill_attention(ctypes.byref(prefill), head_dim, _stream())
+    _check("prefill_attention", code)
+
+
+@_operator("out", "residual_out")
 def layer_norm(
     x: torch.Tensor,  # bfloat16 [rows, width], width a multiple of 8
     residual: torch.Tensor | None,
@@ -156,7 +264,7 @@ def layer_norm(
     _check("layer_norm", code)
 
 
-@torch.library.custom_op("octavo::bias_gelu", mutates_args=("out",))
+@_operator("out")
 def bias_gelu(
     product: torch.Tensor,  # bfloat16 [rows, width], width a multiple of 8
     bias: torch.Tensor,  # float32 [width]

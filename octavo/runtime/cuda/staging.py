@@ -99,7 +99,7 @@ def send_step(
     """Stages a step; its views are made for launching it."""
     counts = np.diff(inputs.query_start_loc)
     single = _singles(inputs, counts)
-    tiles = _tiles(counts, tile_queries)
+    tiles = _tiles(counts, inputs.seq_lens, tile_queries)
     spans = staging.send(_arrays(inputs, single, tiles, _sampling_arrays(sampling, trash_row)))
     return _views(staging, spans, len(inputs.seq_lens), len(single), len(tiles[0]))
 
@@ -125,7 +125,7 @@ def send_padded(
     single, tiles = _longest_first(inputs.seq_lens), (_NONE, _NONE)
     if not shape.is_decode:
         counts = np.diff(inputs.query_start_loc)
-        tiles = _tiles(counts, tile_queries)
+        tiles = _tiles(counts, inputs.seq_lens, tile_queries)
         most_tiles = _most_tiles(shape, tile_queries)
         if len(tiles[0]) > most_tiles:
             return None
@@ -241,11 +241,15 @@ def _extended(array: npt.NDArray[Scalar], shape: tuple[int, ...], value: int) ->
     return out
 
 
-def _tiles(counts: Array, tile_queries: int) -> tuple[Array, Array]:
-    """For the requests with several queries: which request each tile of queries belongs to, and its first query."""
+def _tiles(counts: Array, seq_lens: Array, tile_queries: int) -> tuple[Array, Array]:
+    """For the requests with several queries: which request each tile of queries belongs to, and its first query.
+
+    Those that see most keys come first.
+    """
     many = np.flatnonzero(counts > 1)
     tiles = -(-counts[many] // tile_queries)
-    rows = np.repeat(many, tiles).astype(np.int32)
+    rows = np.repeat(many, tiles)
     ends = np.cumsum(tiles)
     starts = (np.arange(len(rows)) - np.repeat(ends - tiles, tiles)) * tile_queries
-    return rows, starts.astype(np.int32)
+    order = np.argsort(counts[rows] - seq_lens[rows] - starts, kind="stable")
+    return rows[order].astype(np.int32), starts[order].astype(np.int32)

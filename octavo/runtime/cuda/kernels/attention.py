@@ -297,7 +297,7 @@ def _prefill(q, keys, values, out, tile_rows, tile_starts, query_start_loc, seq_
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     QUERIES: tl.constexpr = BLOCK_M // GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts of a request first
+    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     request = tl.load(tile_rows + tile)
     first = tl.load(tile_starts + tile)
