@@ -20,6 +20,7 @@ PROMPT_ROWS = 64  # prompt positions of a step that something is told of
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 CudaOps = Literal["triton", "cuda"]
+AttentionBackend = Literal["auto", "triton", "cuda"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
 SchedulingPolicy = Literal["fcfs", "priority", "fair", "slo"]
 EvictionPolicy = Literal["lru", "lfu"]
@@ -79,7 +80,8 @@ class EngineConfig:
     max_logprobs: int = 20
     enforce_eager: bool = False  # read on a GPU only: no graphs
     fuse_ops: bool = True  # read on a GPU only: norms and sums inside products, kernels that overlap
-    cuda_ops: CudaOps = "triton"  # read on a GPU only
+    attention_backend: AttentionBackend = "auto"  # read on a GPU only; auto: the faster one for each shape
+    cuda_ops: CudaOps = "triton"  # read on a GPU only: norms and activations
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     trust_remote_code: bool = False

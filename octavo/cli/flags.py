@@ -120,7 +120,14 @@ FLAGS: dict[str, Flag] = {
     "num_threads": Flag("Execution", "Threads of the native runtime; default: the cores this process may use."),
     "enforce_eager": Flag("Execution", "No CUDA graphs; read on a GPU only."),
     "fuse_ops": Flag("Execution", "Norms and sums inside products, kernels that overlap; read on a GPU only."),
-    "cuda_ops": Flag("Execution", "triton, or cuda: C++ operators where there is one, built with nvcc; GPU only."),
+    "attention_backend": Flag(
+        "Execution",
+        "triton; cuda: C++ kernels where there is one, built with nvcc; auto: those where they are faster and nvcc is "
+        "found. Read on a GPU only.",
+    ),
+    "cuda_ops": Flag(
+        "Execution", "Norms and activations: triton, or cuda: C++ operators, built with nvcc; read on a GPU only."
+    ),
     "tensor_parallel_size": Flag("Execution", f"Devices that share each layer. {_LATER}", short="-tp"),
     "pipeline_parallel_size": Flag("Execution", f"Devices that share the layers. {_LATER}", short="-pp"),
 }

@@ -68,6 +68,7 @@ def create(
     *,
     enforce_eager: bool = False,
     fuse_ops: bool = True,
+    attention_backend: str = "auto",
     cuda_ops: str = "triton",
 ) -> Runtime:
     """Makes the chosen runtime; compiled code is loaded here and nowhere earlier."""
@@ -78,7 +79,10 @@ def create(
     if choice.runtime == "cuda":
         from octavo.runtime.cuda import CudaRuntime
 
-        return CudaRuntime(dtype, use_graphs=not enforce_eager, fuse_ops=fuse_ops, cuda_ops=cuda_ops)
+        return CudaRuntime(
+            dtype, use_graphs=not enforce_eager, fuse_ops=fuse_ops, attention_backend=attention_backend,
+            cuda_ops=cuda_ops,
+        )  # fmt: skip
     from octavo.runtime.native import NativeRuntime
 
     return NativeRuntime(num_threads)

@@ -61,6 +61,7 @@ class Worker:
             dtype,
             enforce_eager=config.enforce_eager,
             fuse_ops=config.fuse_ops,
+            attention_backend=config.attention_backend,
             cuda_ops=config.cuda_ops,
         )
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)

@@ -157,7 +157,8 @@ def test_experts_are_refused_before_anything_is_packed(device):
 def test_fp8_is_refused_by_the_name_of_a_card_that_does_not_convert_it(monkeypatch, capability, is_refused):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
-    runtime, program = CudaRuntime("bfloat16", use_graphs=False, device="cuda"), decoder_program()
+    runtime = CudaRuntime("bfloat16", use_graphs=False, device="cuda", attention_backend="triton")
+    program = decoder_program()
     if is_refused:
         with pytest.raises(UnsupportedError, match=r"A100 .*8\.9.*--kv-cache-dtype auto"):
             runtime.kv_bytes_per_block(program, 16, "fp8")
@@ -254,6 +255,17 @@ def test_graphs_give_what_eager_steps_give(device):
     plan += [[Piece(0, 37 + n, 1), Piece(1, 3 + n, 1), Piece(2, 9 + n, 1)] for n in range(3)]
     with_graphs = compare(device, decoder_program(), plan, logits="last")
     assert with_graphs.num_replays == 3
+    assert compare(device, decoder_program(), plan, logits="last", use_graphs=False).num_replays == 0
+
+
+@pytest.mark.gpu
+def test_graphs_of_mixed_steps_give_what_eager_steps_give(device):
+    plan = [
+        [Piece(0, 0, 37), Piece(1, 0, 3)],
+        [Piece(0, 37, 1), Piece(1, 3, 20), Piece(2, 0, 9)],
+        [Piece(0, 38, 1), Piece(1, 23, 1), Piece(2, 9, 30)],
+    ]
+    assert compare(device, decoder_program(), plan, logits="last").num_replays == 2
     assert compare(device, decoder_program(), plan, logits="last", use_graphs=False).num_replays == 0
 
 

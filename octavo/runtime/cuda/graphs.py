@@ -90,8 +90,7 @@ class Graphs:
     def capture(self, key: Key, launch: Callable[[], None]) -> None:
         """Records what `launch` launches; nothing runs. All of it must be compiled and loaded."""
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):  # torch.cuda.graph() would also collect garbage, each time
+        with torch.cuda.stream(self._stream):  # torch.cuda.graph() would also wait and collect garbage, each time
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 launch()

@@ -25,6 +25,7 @@ from octavo.program.ops import (
     Weight,
 )
 from octavo.program.program import Program
+from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.fusion import Fusion, find_fusion
 from octavo.runtime.cuda.kernels import attention, linear, rope, rows
 from octavo.runtime.cuda.packing import rope_tables
@@ -92,12 +93,13 @@ class Launches:
         kv: KVPool,
         max_decodes: int,
         row_tokens: torch.Tensor,
+        backend: AttentionBackend,
         *,
         fuses: bool = True,
         uses_cpp: bool = False,
     ) -> None:
         self._operators = load_operators() if uses_cpp else None
-        self._row_tokens = row_tokens
+        self._row_tokens, self._backend = row_tokens, backend
         self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
         self._device = arena.view(program.logits).device
         self._fusion = find_fusion(program) if fuses else Fusion()
@@ -263,17 +265,15 @@ class Launches:
     def _attention(self, node: Attention) -> Launch:
         q, out = self._arena.view(node.q), self._arena.view(node.out)
         layer, kv = self._program.kv_layers[node.kv_layer], self._kv
-        partials, chained, operators = self._partials, self._chained, self._operators
+        partials, chained, backend = self._partials, self._chained, self._backend
 
         def launch(step: DeviceStep) -> None:
             inputs, keys, values = step.attention, kv.keys[layer.place], kv.values[layer.place]
             if inputs.num_decodes:
-                decode = attention.decode_attention
-                if operators is not None and operators.can_decode(node, keys.shape[2], keys.element_size()):
-                    decode = operators.decode_attention
+                decode = backend.decode(node, inputs.num_decodes, keys.shape[2], keys.element_size())
                 decode(inputs, node, layer.group, q, keys, values, out, partials, chained=chained)
             if inputs.num_tiles:
-                attention.prefill_attention(inputs, node, layer.group, q, keys, values, out)
+                backend.prefill(inputs, node, layer.group, q, keys, values, out)
 
         return launch
 

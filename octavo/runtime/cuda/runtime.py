@@ -15,6 +15,7 @@ from octavo.program.ops import Attention, Experts
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.graphs import (
     DRAWS,
     GREEDY,
@@ -27,7 +28,6 @@ from octavo.runtime.cuda.graphs import (
     mixed_shape,
     most_mixed_tokens,
 )
-from octavo.runtime.cuda.kernels.attention import queries_per_tile
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_experts
 from octavo.runtime.cuda.launching import only_compiling, quick_launches
 from octavo.runtime.cuda.packing import pack, packed_bytes
@@ -51,7 +51,8 @@ class CudaRuntime:
         device: "cuda", or "cpu" to run the kernels under Triton's interpreter.
         max_depth: steps that may be in flight.
         fuse_ops: norms and residual sums inside products of few rows, kernels that start before the last has ended.
-        cuda_ops: "triton", or "cuda" for C++ operators where there is one (bfloat16 only), built if need be.
+        attention_backend: "auto", "triton" or "cuda", see AttentionBackend.
+        cuda_ops: "triton", or "cuda" for C++ norms and activations (bfloat16 only), built if need be.
 
     Raises:
         UnsupportedError: another dtype, or one that the C++ operators have not.
@@ -67,6 +68,7 @@ class CudaRuntime:
         device: str = "cuda",
         max_depth: int = 2,
         fuse_ops: bool = True,
+        attention_backend: str = "auto",
         cuda_ops: str = "triton",
     ) -> None:
         if cuda_ops == "cuda" and dtype != "bfloat16":
@@ -74,10 +76,12 @@ class CudaRuntime:
         self._options = {"fuses": fuse_ops, "uses_cpp": cuda_ops == "cuda"}
         self._dtype = _torch_dtype(dtype)
         self._device = torch.device(device)
+        self._backend = AttentionBackend(attention_backend, self._dtype, self._device)
         self.max_depth = max_depth
         self.num_foreign_calls = 0
         self.num_replays = 0  # steps that ran as a graph
         self._graphs = Graphs() if use_graphs and self._device.type == "cuda" else None
+        self._launched: set[tuple[Shape, str]] = set()  # what its kernels are loaded for
         self._padded: dict[Shape, DeviceStep] = {}  # the views of what its graphs read
         self._program: Program | None = None
         self._launches: list[Launch] = []
@@ -112,7 +116,6 @@ class CudaRuntime:
         self._limits = (max_num_tokens, max_num_logits, max_num_requests)
         num_weights = sum(math.prod(weight.shape) for weight in program.weights)
         self._most_mixed = min(max_num_tokens, most_mixed_tokens(num_weights))
-        self._tile_queries = _queries_per_tile(program, self._dtype)
         try:
             for done, weight in enumerate(program.weights, start=1):
                 self._weights[weight.parts] = pack(weight, weights, self._dtype, self._device)
@@ -124,8 +127,9 @@ class CudaRuntime:
             )
             row_tokens = self._sampler.row_tokens
             self._launches = Launches(
-                program, self._weights, self._arena, self._kv, max_num_requests, row_tokens, **self._options
-            ).make()
+                program, self._weights, self._arena, self._kv, max_num_requests, row_tokens, self._backend,
+                **self._options,
+            ).make()  # fmt: skip
             self._results = Results(max_num_logits, self.max_depth + 1, self._device)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for the weights: {error}") from None
@@ -281,6 +285,8 @@ class CudaRuntime:
         program, kv_type = self._loaded(), self._kv_type(dtype)
         max_tokens, max_logits, max_requests = self._limits
         self._null_block, self._block_size = num_blocks, block_size
+        layers = [n for n in program.nodes if isinstance(n, Attention)]
+        self._tile_queries = self._backend.prepare(layers, block_size, kv_type.itemsize)
         for layer in program.kv_places:
             shape = (num_blocks + 1, layer.num_kv_heads, block_size, layer.head_dim)
             for pool in (self._kv.keys, self._kv.values):
@@ -294,6 +300,7 @@ class CudaRuntime:
         """Undoes _make_pool(), and drops the graphs, which hold its addresses."""
         if self._graphs is not None:
             self._graphs.clear()
+        self._launched.clear()
         self._padded.clear()
         self._kv.keys.clear()
         self._kv.values.clear()
@@ -352,14 +359,20 @@ class CudaRuntime:
         return None if spans is None else self._padded[shape]
 
     def _replay(self, step: DeviceStep, shape: Shape, ending: str) -> None:
-        """Runs a graph on what was sent; one that is not there yet is captured after its first run."""
+        """Runs a graph on what was sent. Of a decode it is captured after the first run, at start; of a step with
+        prompts in front of the second, so that no step waits for both."""
         assert self._graphs is not None
-        if (shape, ending) in self._graphs:
-            self._graphs.replay((shape, ending))
-            self.num_replays += 1
-        else:
+        key = (shape, ending)
+        if key not in self._graphs and key not in self._launched:
             self._launch(step, ending)
-            self._graphs.capture((shape, ending), partial(self._launch, step, ending))
+            if shape.is_decode:
+                self._graphs.capture(key, partial(self._launch, step, ending))
+            self._launched.add(key)
+            return
+        if key not in self._graphs:
+            self._graphs.capture(key, partial(self._launch, step, ending))
+        self._graphs.replay(key)
+        self.num_replays += 1
 
     def _launch(self, step: DeviceStep, ending: str) -> None:
         """Launches the program and, unless biases and penalties come between, what chooses the tokens."""
@@ -411,18 +424,6 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     if dtype not in _DTYPES:
         raise UnsupportedError(f"the cuda runtime computes in {' or '.join(_DTYPES)}, not {dtype}")
     return _DTYPES[dtype]
-
-
-def _queries_per_tile(program: Program, dtype: torch.dtype) -> int:
-    """Of the prefill attention; raises UnsupportedError where layers differ."""
-    tiles = {
-        queries_per_tile(n.head_dim, n.num_heads // n.num_kv_heads, dtype.itemsize)
-        for n in program.nodes
-        if isinstance(n, Attention)
-    }
-    if len(tiles) > 1:
-        raise UnsupportedError("the cuda runtime needs attention layers of one shape: take --runtime native")
-    return tiles.pop() if tiles else 1
 
 
 def _ending(sampling: SamplingInputs) -> str:

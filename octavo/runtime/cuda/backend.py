@@ -1,0 +1,82 @@
+"""Whose attention kernels run: Triton's, or the C++ ones where they were measured to be faster (docs/kernels.md)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from octavo.errors import ConfigError, UnsupportedError
+from octavo.program.ops import Attention
+from octavo.runtime.cuda import operators
+from octavo.runtime.cuda.kernels import attention
+
+log = logging.getLogger("octavo.runtime")
+
+
+class AttentionBackend:
+    """Chooses for each launch. What C++ needs is built in a thread, which the weights need not wait for.
+
+    Args:
+        name: "triton"; "cuda" for C++ kernels wherever there is one; "auto" for where they are faster.
+        dtype: what is computed in; the C++ kernels know bfloat16 alone.
+        device: where.
+
+    Raises:
+        UnsupportedError: "cuda" in another type.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        self._is_asked_for = name == "cuda"
+        self._dtype = dtype
+        self._built: Future[None] | None = None
+        self._has_cpp = False
+        self.prefill: Callable[..., None] = attention.prefill_attention
+        if self._is_asked_for and dtype != torch.bfloat16:
+            raise UnsupportedError(f"--attention-backend cuda: its kernels compute in bfloat16, not {dtype}: take auto")
+        if name != "triton" and dtype == torch.bfloat16 and device.type == "cuda":
+            pool = ThreadPoolExecutor(1)
+            self._built = pool.submit(operators.load)
+            pool.shutdown(wait=False)
+
+    def prepare(self, nodes: Sequence[Attention], block_size: int, kv_bytes: int) -> int:
+        """Chooses the prefill kernel for a KV pool; returns the queries of its tiles.
+
+        Raises:
+            ConfigError: C++ kernels were asked for and cannot be built.
+            UnsupportedError: attention layers of several shapes.
+        """
+        self._wait()
+        in_cpp = self._has_cpp and all(operators.can_prefill(n, block_size, kv_bytes) for n in nodes)
+        self.prefill = operators.prefill_attention if in_cpp else attention.prefill_attention
+        tiles = set()
+        for node in nodes:
+            group = node.num_heads // node.num_kv_heads
+            rows = attention.queries_per_tile(node.head_dim, group, self._dtype.itemsize)
+            tiles.add(operators.PREFILL_ROWS // group if in_cpp else rows)
+        if len(tiles) > 1:
+            raise UnsupportedError("the cuda runtime needs attention layers of one shape: take --runtime native")
+        return tiles.pop() if tiles else 1
+
+    def decode(self, node: Attention, num_decodes: int, block_size: int, kv_bytes: int) -> Callable[..., None]:
+        """The decode kernel for so many requests: C++ gains where few share the card, and with narrow KV."""
+        if self._has_cpp and operators.can_decode(node, block_size, kv_bytes):
+            is_split = attention.num_splits(num_decodes, node.num_kv_heads) > 1
+            if self._is_asked_for or is_split or kv_bytes == 1:
+                return operators.decode_attention
+        return attention.decode_attention
+
+    def _wait(self) -> None:
+        """For the build; where it fails, Triton's kernels are as right."""
+        if self._built is None:
+            return
+        try:
+            self._built.result()
+            self._has_cpp = True
+        except ConfigError as error:
+            if self._is_asked_for:
+                raise
+            log.info("attention by Triton alone: %s", error)
+        self._built = None
