@@ -2,17 +2,19 @@
 
     python tools/gpu_check.py [STAGE ...]     stages, in this order, all by default: tests kernels qwen3-0.6b llama-2-7b
 
-`tests` runs tests/gpu there; `kernels` times each kernel against the card's limits, `sampler` those of sampling alone;
-the shapes run the workloads of lab/gpu_workloads.py with random weights in a process of their own. `--workloads G2,G4`
-chooses; beside G1 to G5 there are G6 (arrivals over time at 80 % of G1's rate), `sync` (G2 and G1 with one step in
-flight) and `channel` (G1 through AsyncEngine; needs msgspec and prometheus_client). Of G1 to G3 eight requests are
-checked token by token. Prints RESULT lines, and writes them as JSON to $OUT (default: the current folder). No stage
-but `channel` needs a web package, none a tokenizer.
+`tests` runs tests/gpu there; `model` compares the tokens of `--model FILE` with the CPU's; `kernels` times each kernel
+against the card's limits, `sampler` those of sampling alone; the shapes run the workloads of lab/gpu_workloads.py with
+random weights in a process of their own. `--workloads G2,G4` chooses; beside G1 to G5 there are G6 (arrivals over time
+at 80 % of G1's rate), `sync` (G2 and G1 with one step in flight) and `channel` (G1 through AsyncEngine; needs msgspec
+and prometheus_client). Of G1 to G3 eight requests are checked token by token. Prints RESULT lines, writes them as JSON
+to $OUT (default: the current folder), and ends with status 1 where something failed. No stage but `channel` needs a web
+package, none but `model` a tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import statistics
@@ -22,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,11 @@ def result(name: str, **values: Any) -> None:
     print(f"RESULT {name:34} {shown}", flush=True)
 
 
+def out_folder() -> Path:
+    """Where files go."""
+    return Path(os.environ.get("OUT", "."))
+
+
 def guarded(name: str, function: Callable[[], None]) -> None:
     """A failure becomes a RESULT line and a traceback; the rest goes on."""
     try:
@@ -60,35 +68,53 @@ def guarded(name: str, function: Callable[[], None]) -> None:
 
 
 def stage_tests() -> None:
-    """tests/gpu on the card."""
+    """tests/gpu on the card, in several processes where pytest-xdist is there: most of their time is compilation."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--tb=short"]
     options = ["-o", "addopts=", "-o", "filterwarnings=", "-W", "ignore", "--maxfail=25", "--durations=5"]
+    options += ["-n", "8"] if find_spec("xdist") else []
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = time.perf_counter()
-    done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    text = done.stdout + done.stderr
-    if done.returncode:
+    start, log = time.perf_counter(), out_folder() / "gpu-tests.txt"
+    try:
+        with log.open("w") as file:  # what was printed is there even if it takes too long
+            done = subprocess.run([*command, *options], cwd=ROOT, env=env, stdout=file, stderr=file, timeout=240)
+        is_ok = done.returncode == 0
+    except subprocess.TimeoutExpired:
+        is_ok = False
+    text = log.read_text()
+    if not is_ok:
         print(text[-9000:])
     lines = [line for line in text.splitlines() if line.strip()]
-    result("tests/gpu", ok=done.returncode == 0, summary=lines[-1] if lines else "", s=time.perf_counter() - start)
+    result("tests/gpu", ok=is_ok, summary=lines[-1] if lines else "", s=time.perf_counter() - start)
+
+
+def stage_model(model: str) -> None:
+    """A checkpoint's tokens on the card and on the CPU."""
+    from gpu_model import check_model
+
+    check_model(model, result, guarded)
 
 
 def stage_kernels() -> None:
     """Each kernel alone, against the card's limits; then the sampler."""
     from gpu_kernels import time_kernels
 
-    time_kernels(result, guarded)
-    stage_sampler()
+    stage_sampler(time_kernels(result, guarded))
 
 
-def stage_sampler() -> None:
+def stage_sampler(limits: dict[str, float] | None = None) -> None:
     """From logits to tokens, alone."""
+    from gpu_kernels import measure_limits
+
+    tbs = (limits or measure_limits(result))["tbs"]
     for rows, vocab in [(1, 151936), (256, 151936), (256, 32000)]:
-        guarded("sampler", lambda r=rows, v=vocab: time_sampler(r, v))
+        guarded("sampler", lambda r=rows, v=vocab: time_sampler(r, v, tbs))
 
 
-def time_sampler(rows: int, vocab: int) -> None:
-    """From logits to tokens: greedy, top-k and top-p, and flat rows, which take the passes over all logits."""
+def time_sampler(rows: int, vocab: int, tbs: float) -> None:
+    """From logits to tokens: greedy, top-k and top-p, and flat rows, which take the passes over all logits.
+
+    `passes`: how often the logits could be read from memory in that time.
+    """
     import torch
     from gpu_kernels import timed
 
@@ -109,7 +135,7 @@ def time_sampler(rows: int, vocab: int) -> None:
         logits = spread * scale
         s = timed(lambda _, x=logits, h=how, d=temperature > 0: sampler.launch(x, h, draws=d))
         wide = sampler.num_wide if temperature else 0
-        result(f"sampler {name} {rows}x{vocab}", us=s * 1e6, wide=wide, passes=s / (logits.numel() * 2 / 4.3e12))
+        result(f"sampler {name} {rows}x{vocab}", us=s * 1e6, wide=wide, passes=s * tbs * 1e12 / (logits.numel() * 2))
 
 
 def run_shape(shape: str, only: list[str], repetitions: int) -> None:
@@ -201,16 +227,34 @@ def stage_shape(shape: str, args: argparse.Namespace) -> None:
         result(shape, failed=f"exit status {process.returncode}")
 
 
+def engine_settings(text: str) -> dict[str, Any]:
+    """`kv_cache_dtype=fp8,fuse_ops=False`: what is no literal of Python is a string."""
+    settings: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        name, _, value = pair.partition("=")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    return settings
+
+
+def has_failed() -> bool:
+    """Whether one of the results says so."""
+    return any("failed" in line or not line.get("ok", True) for line in RESULTS)
+
+
 def main() -> None:
-    """Parses, runs the stages, writes the JSON."""
+    """Parses, runs the stages, writes the JSON; the exit status says whether all went well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", default=["tests", "kernels", *SHAPES])
     parser.add_argument("--workloads", default="G2,G4,G3,G1,G5")
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--engine", default="", help="settings of the engine, such as kv_cache_dtype=fp8,cuda_ops=cuda")
+    parser.add_argument("--model", default="smollm2", help="of the stage `model`")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    ENGINE.update(pair.split("=") for pair in args.engine.split(",") if pair)
+    ENGINE.update(engine_settings(args.engine))
     if args.inside:
         guarded(args.inside, lambda: run_shape(args.inside, args.workloads.split(","), args.repetitions))
         print("JSON " + json.dumps(RESULTS), flush=True)
@@ -220,15 +264,18 @@ def main() -> None:
         print(f"---- {stage} ({time.perf_counter() - start:.0f} s)", flush=True)
         if stage == "tests":
             guarded(stage, stage_tests)
+        elif stage == "model":
+            guarded(stage, lambda: stage_model(args.model))
         elif stage == "kernels":
             guarded(stage, stage_kernels)
         elif stage == "sampler":
             guarded(stage, stage_sampler)
         else:
             guarded(stage, lambda s=stage: stage_shape(s, args))
-    out = Path(os.environ.get("OUT", ".")) / "gpu_check.json"
+    out = out_folder() / "gpu_check.json"
     out.write_text(json.dumps({"when": time.strftime("%Y-%m-%d"), "argv": sys.argv[1:], "results": RESULTS}, indent=1))
     print(f"wrote {out} after {time.perf_counter() - start:.0f} s")
+    sys.exit(has_failed())
 
 
 if __name__ == "__main__":

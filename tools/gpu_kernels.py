@@ -2,7 +2,8 @@
 
 The limits (read rate, rate of a large bf16 product) are measured first, in the same process; `percent` is of the one
 that binds. Shapes are those of a 0.6B, a 7B and a grouped-query 8B model, and of other head sizes. Inputs rotate where
-they would fit the card's cache. That results are right is shown by tests/gpu, against the reference.
+they would fit the card's cache; where even ten sets do (`in_l2`), the rate is that of the cache. That results are right
+is shown by tests/gpu, against the reference.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ DECODES = [  # requests, heads, KV heads, head size, context
 PREFILLS = [(4, 16, 8, 128, 2048), (4, 32, 32, 128, 2048), (1, 32, 8, 128, 8192), (8, 9, 3, 64, 1024)]
 
 
-def time_kernels(report: Report, guarded: Callable[[str, Callable[[], None]], None]) -> None:
-    """Reports one line for each kernel and shape."""
+def time_kernels(report: Report, guarded: Callable[[str, Callable[[], None]], None]) -> dict[str, float]:
+    """Reports one line for each kernel and shape; returns the card's limits."""
     limits: dict[str, float] = {}
     guarded("limits", lambda: limits.update(measure_limits(report)))
     for shape in LINEARS:
@@ -41,6 +42,7 @@ def time_kernels(report: Report, guarded: Callable[[str, Callable[[], None]], No
         guarded("prefill", lambda s=shape: time_prefill(report, limits, *s))
     for rows, width in [(1, 1024), (256, 4096), (8192, 4096)]:
         guarded("norm", lambda r=rows, w=width: time_norms(report, limits, r, w))
+    return limits
 
 
 def timed(function: Callable[[int], None], num_sets: int = 1, repeat: int = 20) -> float:
@@ -93,7 +95,7 @@ def time_linear(
 
     stacked = num_out * (2 if activation.endswith("_mul") else 1)
     num_bytes = stacked * num_in * 2
-    sets = max(1, min(10, (200 << 20) // num_bytes + 1))
+    sets = sets_for(num_bytes)
     weights = [torch.randn(stacked, num_in, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
     x = torch.randn(rows, num_in, device=DEVICE, dtype=torch.bfloat16)
     out = torch.empty(rows, num_out, device=DEVICE, dtype=torch.bfloat16)
@@ -110,14 +112,15 @@ def time_linear(
     )  # fmt: skip
 
 
-def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_heads: int, dim: int) -> tuple[Any, ...]:
-    """A paged pool with shuffled blocks in bf16, the inputs of a step over it, and the node."""
+def attention_inputs(
+    lengths: list[int], queries: list[int], heads: int, kv_heads: int, dim: int, tile: int = 1
+) -> tuple[Any, ...]:
+    """A paged pool with shuffled blocks in bf16, the inputs of a step over it in tiles of queries, and the node."""
     import numpy as np
     import torch
 
     from octavo.program.ops import Attention, Buffer, Rows
     from octavo.runtime.base import SamplingInputs, StepInputs
-    from octavo.runtime.cuda.kernels.attention import queries_per_tile
     from octavo.runtime.cuda.staging import Staging, send_step
 
     width = -(-max(lengths) // 16)
@@ -137,13 +140,17 @@ def attention_inputs(lengths: list[int], queries: list[int], heads: int, kv_head
     )
     device = torch.device(DEVICE)
     staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), 1, device)
-    tile = queries_per_tile(dim, heads // kv_heads, 2)
     step = send_step(staging, inputs, SamplingInputs.greedy(len(lengths)), tile_queries=tile, trash_row=0)
     pools = [torch.randn(num_blocks, kv_heads, 16, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
     q = torch.randn(num_tokens, heads * dim, device=device, dtype=torch.bfloat16)
     handle = Buffer("q", Rows.TOKENS, heads * dim)
     node = Attention("attention", handle, handle, 0, heads, kv_heads, dim, scale=dim**-0.5)
     return step.attention, node, q, pools, torch.empty_like(q)
+
+
+def sets_for(num_bytes: int) -> int:
+    """Of how many sets of inputs timing must choose in turn, so that none is found in the card's cache."""
+    return max(1, min(10, (200 << 20) // num_bytes + 1))
 
 
 def time_decode(
@@ -156,39 +163,52 @@ def time_decode(
     dim: int,
     length: int,
 ) -> None:
-    """One layer's decode attention, Triton's and the C++ one; pools larger than the cache come from memory."""
+    """One layer's decode attention, Triton's and the C++ one; K and V come from memory, unless `in_l2` says so."""
     import torch
 
     from octavo.runtime.cuda import build, operators
     from octavo.runtime.cuda.kernels import attention
 
     inputs, node, q, pools, out = attention_inputs([length] * batch, [1] * batch, heads, kv_heads, dim)
-    pools = [pool.to(getattr(torch, kv)) for pool in pools]
     rows = attention.partial_rows(batch, heads, kv_heads)
     arrived = torch.zeros(batch * kv_heads, device=DEVICE, dtype=torch.int32)
     partials = attention.Partials(torch.empty(rows * dim, device=DEVICE), torch.empty(rows, device=DEVICE), arrived)
-    moved = 2 * batch * length * kv_heads * dim * pools[0].element_size()
-    s = timed(lambda _: attention.decode_attention(inputs, node, 0, q, *pools, out, partials), repeat=9)
-    values = {"us": s * 1e6, "tbs": moved / s / 1e12, "percent": moved / s / 1e10 / limits["tbs"]}
-    if build.find_nvcc() and operators.can_decode(node, 16, pools[0].element_size()):
-        s = timed(lambda _: operators.decode_attention(inputs, node, 0, q, *pools, out, partials), repeat=9)
-        values |= {"cpp_us": s * 1e6, "cpp_tbs": moved / s / 1e12}
-    report(f"decode b{batch} h{heads}/{kv_heads}x{dim} len{length} {kv}", **values)
+    moved = 2 * batch * length * kv_heads * dim * getattr(torch, kv).itemsize
+    count = sets_for(moved)
+    sets = [[pool.roll(i, 0).to(getattr(torch, kv)) for pool in pools] for i in range(count)]
+    values: dict[str, Any] = {}
+    decodes: dict[str, Any] = {"": attention.decode_attention}
+    if build.find_nvcc() and operators.can_decode(node, 16, sets[0][0].element_size()):
+        decodes["cpp_"] = operators.decode_attention
+    for name, decode in decodes.items():
+        s = timed(lambda i, d=decode: d(inputs, node, 0, q, *sets[i], out, partials), count)
+        rate = moved / s / 1e12
+        values |= {f"{name}us": s * 1e6, f"{name}tbs": rate, f"{name}percent": 100 * rate / limits["tbs"]}
+    report(f"decode b{batch} h{heads}/{kv_heads}x{dim} len{length} {kv}", in_l2=count * moved < 50e6, **values)
 
 
 def time_prefill(
     report: Report, limits: dict[str, float], count: int, heads: int, kv_heads: int, dim: int, length: int
 ) -> None:
-    """One layer's prefill attention, and torch's over contiguous K and V for comparison."""
+    """One layer's prefill attention, Triton's and the C++ one, and torch's over contiguous K and V for comparison."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from octavo.runtime.cuda import build, operators
     from octavo.runtime.cuda.kernels import attention
 
-    inputs, node, q, pools, out = attention_inputs([length] * count, [length] * count, heads, kv_heads, dim)
-    work = 4 * count * heads * dim * length * (length + 1) / 2
-    s = timed(lambda _: attention.prefill_attention(inputs, node, 0, q, *pools, out), repeat=5)
-    values = {"us": s * 1e6, "tflops": work / s / 1e12, "percent": work / s / 1e10 / limits["tflops"]}
+    work, group = 4 * count * heads * dim * length * (length + 1) / 2, heads // kv_heads
+    prefills: dict[str, Any] = {"": (attention.prefill_attention, attention.queries_per_tile(dim, group, 2))}
+    if build.find_nvcc():
+        prefills["cpp_"] = (operators.prefill_attention, operators.PREFILL_ROWS // group)
+    values: dict[str, Any] = {}
+    for name, (prefill, tile) in prefills.items():
+        inputs, node, q, pools, out = attention_inputs([length] * count, [length] * count, heads, kv_heads, dim, tile)
+        if name and not operators.can_prefill(node, 16, 2):
+            continue
+        s = timed(lambda _, p=prefill, i=inputs, n=node, x=(q, *pools, out): p(i, n, 0, *x), repeat=5)
+        rate = work / s / 1e12
+        values |= {f"{name}us": s * 1e6, f"{name}tflops": rate, f"{name}percent": 100 * rate / limits["tflops"]}
     rows = [
         torch.randn(count, length, n, dim, device=DEVICE, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
     ]
@@ -208,37 +228,39 @@ def time_norms(report: Report, limits: dict[str, float], rows: int, width: int) 
     from octavo.runtime.cuda import build, operators
     from octavo.runtime.cuda.kernels.rows import epilogue, norm
 
-    x, residual, out = (torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    sets = sets_for(6 * rows * width)
+    tensors = [torch.randn(sets, rows, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+    xs, residuals, outs = (list(t) for t in tensors)
     weight, bias = torch.ones(width, device=DEVICE), torch.zeros(width, device=DEVICE)
     moved, plain = 4 * rows * width * 2, {"scale": 1.0, "softcap": 0.0}
     runs: dict[str, tuple[int, Callable[[int], None], Callable[[int], None] | None]] = {
         "rms norm": (
             moved,
-            lambda _: norm(rows, x, residual, weight, None, out, residual, eps=1e-5, is_layer=False),
+            lambda i: norm(rows, xs[i], residuals[i], weight, None, outs[i], residuals[i], eps=1e-5, is_layer=False),
             None,
         ),
         "layer norm": (
             moved,
-            lambda _: norm(rows, x, residual, weight, bias, out, residual, eps=1e-5, is_layer=True),
-            lambda _: operators.layer_norm(x, residual, weight, bias, out, residual, 1e-5, rows, False),
+            lambda i: norm(rows, xs[i], residuals[i], weight, bias, outs[i], residuals[i], eps=1e-5, is_layer=True),
+            lambda i: operators.layer_norm(xs[i], residuals[i], weight, bias, outs[i], residuals[i], 1e-5, rows, False),
         ),
         "layer norm + gelu": (
             moved // 2,
-            lambda _: (
-                norm(rows, x, None, weight, bias, out, None, eps=1e-5, is_layer=True),
-                epilogue(rows, out, None, out, activation="gelu", **plain),
+            lambda i: (
+                norm(rows, xs[i], None, weight, bias, outs[i], None, eps=1e-5, is_layer=True),
+                epilogue(rows, outs[i], None, outs[i], activation="gelu", **plain),
             )[0],
-            lambda _: operators.layer_norm(x, None, weight, bias, out, None, 1e-5, rows, True),
+            lambda i: operators.layer_norm(xs[i], None, weight, bias, outs[i], None, 1e-5, rows, True),
         ),
         "bias + gelu": (
             moved // 2,
-            lambda _: epilogue(rows, x, bias, out, activation="gelu", **plain),
-            lambda _: operators.bias_gelu(x, bias, out, rows, False),
+            lambda i: epilogue(rows, xs[i], bias, outs[i], activation="gelu", **plain),
+            lambda i: operators.bias_gelu(xs[i], bias, outs[i], rows, False),
         ),
     }  # fmt: skip
     for name, (size, triton_run, cpp_run) in runs.items():
-        s = timed(triton_run)
+        s = timed(triton_run, sets)
         values = {"us": s * 1e6, "tbs": size / s / 1e12, "percent": size / s / 1e10 / limits["tbs"]}
         if cpp_run is not None and build.find_nvcc():
-            values["cpp_us"] = timed(cpp_run) * 1e6
-        report(f"{name} {rows}x{width}", **values)
+            values["cpp_us"] = timed(cpp_run, sets) * 1e6
+        report(f"{name} {rows}x{width}", in_l2=sets * size < 50e6, **values)

@@ -6,13 +6,14 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 Result = Callable[..., None]
-MARGIN = 0.03  # of the largest logit: what bfloat16 may turn around
+MARGIN = {"bfloat16": 0.03, "fp8": 0.1}  # of the largest logit: what the type of KV may turn around
+LEAST_AGREEMENT = 0.99
 
 
 def host_times(records: list[Any]) -> dict[str, float]:
@@ -31,32 +32,45 @@ def host_times(records: list[Any]) -> dict[str, float]:
 
 
 def check_tokens(llm: Any, name: str, work: Any, outputs: list[Any], result: Result) -> None:
-    """Eight requests again, the whole sequence at once and without graphs: how often is their token the likeliest?"""
+    """Eight requests again, the whole sequence at once and without graphs: how often is their token the likeliest?
+
+    Raises:
+        AssertionError: too seldom, where the margin is clear; or it is clear nowhere, which shows nothing.
+    """
+    runtime = llm._executor.worker.runtime
+    margin = MARGIN.get(llm.config.kv_cache_dtype, MARGIN["bfloat16"])
+    graphs, runtime._graphs = runtime._graphs, None
+    agreed = clear = total = 0
+    try:
+        for index in np.linspace(0, len(outputs) - 1, min(8, len(outputs))).astype(int):
+            for logits, chosen in _teacher_forced(llm, work.requests[index][0], outputs[index].outputs[0].token_ids):
+                best, ids_of_best = logits.topk(2, 1)
+                is_clear = best[:, 0] - best[:, 1] > margin * logits.abs().max()
+                agreed += int((is_clear & (ids_of_best[:, 0] == chosen)).sum())
+                clear += int(is_clear.sum())
+                total += len(chosen)
+    finally:
+        runtime._graphs = graphs
+    agree = agreed / max(clear, 1)
+    result(f"{name} teacher-forced", tokens=total, clear=clear, agree=agree, margin=margin)
+    assert clear > 0, "no token is clearly the likeliest: this shows nothing"
+    assert agree >= LEAST_AGREEMENT, f"{agreed} of {clear} clear tokens agree with the eager steps: too few"
+
+
+def _teacher_forced(llm: Any, prompt: list[int], tokens: Sequence[int]) -> Iterator[tuple[Any, Any]]:
+    """(logits, token that was chosen) in pieces of as many rows as a step may sample."""
     import torch
 
     from octavo.runtime.base import SamplingInputs, StepInputs
 
-    runtime = llm._executor.worker.runtime
-    most_rows, block_size = llm.config.max_num_seqs, llm.config.block_size
-    graphs, runtime._graphs = runtime._graphs, None
-    agreed = clear = total = 0
-    for index in np.linspace(0, len(outputs) - 1, min(8, len(outputs))).astype(int):
-        prompt, tokens = work.requests[index][0], list(outputs[index].outputs[0].token_ids)
-        ids = np.array([*prompt, *tokens[:-1]], np.int32)
-        for first in range(len(prompt) - 1, len(ids), most_rows):
-            end = min(first + most_rows, len(ids))
-            step = StepInputs.one_request(ids[:end], first_logits=first, block_size=block_size)
-            runtime.execute(step)
-            runtime.sample(SamplingInputs.greedy(end - first))
-            logits = runtime._logits_on_device().float()
-            best, ids_of_best = logits.topk(2, 1)
-            chosen = torch.tensor(tokens[first - len(prompt) + 1 : end - len(prompt) + 1], device=logits.device)
-            is_clear = best[:, 0] - best[:, 1] > MARGIN * logits.abs().max()
-            agreed += int((is_clear & (ids_of_best[:, 0] == chosen)).sum())
-            clear += int(is_clear.sum())
-            total += len(chosen)
-    runtime._graphs = graphs
-    result(f"{name} teacher-forced", tokens=total, clear=clear, agree=agreed / max(clear, 1))
+    runtime, most_rows = llm._executor.worker.runtime, llm.config.max_num_seqs
+    ids = np.array([*prompt, *tokens[:-1]], np.int32)
+    for first in range(len(prompt) - 1, len(ids), most_rows):
+        end = min(first + most_rows, len(ids))
+        runtime.execute(StepInputs.one_request(ids[:end], first_logits=first, block_size=llm.config.block_size))
+        runtime.sample(SamplingInputs.greedy(end - first))
+        logits = runtime._logits_on_device().float()
+        yield logits, torch.tensor(tokens[first - len(prompt) + 1 : end - len(prompt) + 1], device=logits.device)
 
 
 def poisson(llm: Any, shape: str, work: Any, rate: float, result: Result) -> None:
