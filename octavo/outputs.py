@@ -99,6 +99,11 @@ class RequestMetrics:
     finished_time: float | None = None
     queue_seconds: float = 0.0  # from arrival to first scheduling
 
+    def copy(self) -> RequestMetrics:
+        """As they are now."""
+        first, last = self.first_token_time, self.last_token_time
+        return RequestMetrics(self.arrival_time, first, last, self.finished_time, self.queue_seconds)
+
 
 @dataclass(slots=True)
 class RequestOutput:

@@ -26,7 +26,7 @@ from octavo.engine.child import EngineProcess
 from octavo.engine.frontend import Frontend, Prompt
 from octavo.engine.grammar import GrammarCompiler
 from octavo.engine.groups import Group, Update
-from octavo.engine.outbox import Outbox
+from octavo.engine.outbox import Outbox, Relay
 from octavo.engine.template import TemplateRenderer
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
@@ -147,6 +147,7 @@ class AsyncEngine:
         timeout: float | None = None,
         pooling: Pooling | None = None,
         on_tokens: Callable[[int], None] | None = None,
+        relay: Relay | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams the answer; `params.output_kind` decides whether outputs are cumulative, deltas, or one at the end.
 
@@ -158,6 +159,7 @@ class AsyncEngine:
             timeout: seconds after which the request is ended with TimeLimitError.
             pooling: nothing is generated; the one output has the prompt's `vector`.
             on_tokens: hears how many tokens a step brought, whoever takes them and however the request ends.
+            relay: is shown outputs that come while the iterator is waited for; True: it has taken that one.
 
         Leaving the iterator (break, aclose, cancellation) aborts the request at the next step boundary.
 
@@ -189,7 +191,7 @@ class AsyncEngine:
             pooling=pooling,
         )
         group.on_tokens = on_tokens
-        outbox = self._outboxes[id(group)] = Outbox(params.output_kind)
+        outbox = self._outboxes[id(group)] = Outbox(params.output_kind, relay)
         try:
             for request in requests:
                 self._process.channel.send(request)

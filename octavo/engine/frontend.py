@@ -362,7 +362,7 @@ class Frontend:
             group.metrics.finished_time = now
         if update.output is not None:
             update.output.finished = group.finished
-            update.output.metrics = replace(group.metrics)
+            update.output.metrics = group.metrics.copy()
 
     def _output(self, group: Group, outputs: list[CompletionOutput]) -> RequestOutput:
         return RequestOutput(

@@ -47,7 +47,7 @@ class Group:
 
     @property
     def finished(self) -> bool:
-        return all(child.finished for child in self.children)
+        return None not in [child.output.finish_reason for child in self.children]  # asked for each token: no generator
 
     def answers(self) -> list[CompletionOutput]:
         """Copies of all answers; of the n best where more were made."""
@@ -62,7 +62,10 @@ class Group:
 
     @property
     def error(self) -> Exception | None:
-        return next((child.error for child in self.children if child.error), None)
+        for child in self.children:
+            if child.error is not None:
+                return child.error
+        return None
 
 
 @dataclass(slots=True)

@@ -1,24 +1,40 @@
-"""Between the engine's reader and one consumer. Bounded: at most one output waits, later ones merge into it."""
+"""Between the engine's reader and one consumer. Bounded: at most one output waits, later ones merge into it.
+
+A consumer that only writes what it gets to a socket may leave a relay: outputs that come while it waits go there first,
+and it need not wake up for each.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind
 
+Relay = Callable[[RequestOutput], bool]
+
 
 class Outbox:
-    """A slow consumer never holds the engine and never piles up outputs; it gets larger ones."""
+    """A slow consumer never holds the engine and never piles up outputs; it gets larger ones. `relay` says whether it
+    has taken an output; what it raises ends the stream."""
 
-    def __init__(self, kind: RequestOutputKind) -> None:
+    def __init__(self, kind: RequestOutputKind, relay: Relay | None = None) -> None:
         self._deltas = kind is RequestOutputKind.DELTA
+        self._relay = relay
+        self._is_awaited = False
         self._waiting: RequestOutput | Exception | None = None
         self._filled = asyncio.Event()
 
     def put(self, item: RequestOutput | Exception) -> None:
         """Hands over an output, or the error that ends the stream."""
         waiting = self._waiting
+        if self._relay is not None and self._is_awaited and waiting is None and isinstance(item, RequestOutput):
+            try:
+                if self._relay(item):
+                    return
+            except Exception as error:
+                item = error
         if self._deltas and isinstance(waiting, RequestOutput) and isinstance(item, RequestOutput):
             _add(waiting, item)
         else:  # a cumulative output replaces the one before it
@@ -27,7 +43,11 @@ class Outbox:
 
     async def take(self) -> RequestOutput | Exception:
         """What has gathered since the last time; waits for something."""
-        await self._filled.wait()
+        self._is_awaited = True
+        try:
+            await self._filled.wait()
+        finally:
+            self._is_awaited = False
         self._filled.clear()
         item, self._waiting = self._waiting, None
         assert item is not None

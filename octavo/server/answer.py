@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.outputs import RequestOutput
 from octavo.server.errors import Failure, failure_of
+from octavo.server.wire import Wire
 
 DONE = b"data: [DONE]\n\n"
 PING = b": still here\n\n"  # a comment: clients skip it
@@ -44,9 +45,11 @@ class Answer(Response):
         self.ping_seconds = ping_seconds
         self._begun = False
         self._num_sent = 0  # parts
+        self._wire: Wire | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer until it ends or the client is gone."""
+        self._wire = scope["state"].get("wire")
         work = asyncio.create_task(self._send(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
         try:
@@ -87,8 +90,22 @@ class Answer(Response):
                 await self._part(send, self.broken(failure))  # the status is sent: the error goes into the stream
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    @property
+    def is_free(self) -> bool:
+        """Whether write() may be called: a stream that has begun, to a client that takes what it gets."""
+        return self._begun and self._wire is not None and self._wire.is_free
+
+    def write(self, part: bytes) -> None:
+        """Sends a piece of a stream at once."""
+        assert self._wire is not None
+        self._wire.write(part)
+        self._num_sent += 1
+
     async def _part(self, send: Send, part: bytes) -> None:
         """Sends a piece of a stream, behind its head if it is the first."""
+        if self.is_free:
+            self.write(part)
+            return
         if not self._begun:
             self._begun = True
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]

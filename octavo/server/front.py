@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,7 @@ class Front:
         request_id: str,
         key: Key,
         pooling: Pooling | None = None,
+        relay: Callable[[RequestOutput], bool] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Hands a prompt to the engine. Clients may repeat their ids; the engine's get a number behind."""
         key.spend(len(ids))
@@ -119,6 +120,7 @@ class Front:
             timeout=body.timeout,
             pooling=pooling,
             on_tokens=key.spend,
+            relay=relay,
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -53,6 +53,9 @@ class Generation(ABC):
         self.timing = Timing()
         self.messages: list[Message] | None = None  # by choice, where text is not all there is
         self.is_named = False  # a function that must be called
+        self._has_opened = False  # the stream's first chunks are sent
+        self._answer: Answer
+        self._writer: ChunkWriter
         self.usage = Usage()
         self.told: dict[int, list[dict[int, Logprob] | None] | None] = {}  # of each prompt, where asked for
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
@@ -91,7 +94,8 @@ class Generation(ABC):
         stream = bool(self.body.stream)
         parts = self._events() if stream else self._whole()
         ping = self.front.ping_seconds
-        return Answer(parts, broken=self.broken, stream=stream, ping_seconds=ping)
+        self._answer = Answer(parts, broken=self.broken, stream=stream, ping_seconds=ping)
+        return self._answer
 
     def broken(self, failure: Failure) -> bytes:
         """What ends a stream in which something went wrong."""
@@ -99,7 +103,8 @@ class Generation(ABC):
 
     def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         generate, key = self.front.generate, self.caller.key
-        return merge([generate(ids, self.params, self.body, self.id, key) for ids in self.prompts])
+        relay = self._relay if self.body.stream and len(self.prompts) == 1 else None
+        return merge([generate(ids, self.params, self.body, self.id, key, relay=relay) for ids in self.prompts])
 
     async def _whole(self) -> AsyncGenerator[bytes, None]:
         usage = self.usage
@@ -118,14 +123,13 @@ class Generation(ABC):
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         body, usage = self.body, self.usage
-        writer = ChunkWriter(
+        writer = self._writer = ChunkWriter(
             {**self._head, "object": self.chunk_object},
             self.num_choices,
             chat=self.is_chat,
             usage=usage if body.include_usage else None,
             continuous=body.continuous_usage,
         )
-        tells_tokens = self.writers is not None or bool(body.return_token_ids)
         begun = [False] * len(self.prompts)
         async with aclosing(self._outputs()) as outputs:
             async for number, output in outputs:
@@ -135,22 +139,37 @@ class Generation(ABC):
                     usage.add_prompt(output)
                     self.told[number] = output.prompt_logprobs
                     parts = self.opening(writer, number)
-                for answer in output.outputs:
-                    usage.completion_tokens += len(answer.token_ids)
-                    index = number * self.n + answer.index
-                    if self.messages is not None:
-                        parts += self._message_parts(writer, index, answer)
-                    elif tells_tokens and answer.token_ids:
-                        parts.append(writer.choice(index, answer.text, **self._token_fields(index, answer)))
-                    elif answer.text:
-                        parts.append(writer.text(index, answer.text))
-                    if answer.finish_reason is not None:
-                        parts.append(writer.choice(index, "", **self._ending(index, answer)))
+                parts += self._chunks(writer, number, output)
                 if output.finished:
                     self.timing.add(output)
                 if parts:
                     yield b"".join(parts)
+                self._has_opened = True
         yield writer.last(self.timing)
+
+    def _relay(self, output: RequestOutput) -> bool:
+        """Sends what came while `_events` waits, without waking it. Its first output and its last are its own."""
+        if not self._has_opened or output.finished or not self._answer.is_free:
+            return False
+        if parts := self._chunks(self._writer, 0, output):
+            self._answer.write(b"".join(parts))
+        return True
+
+    def _chunks(self, writer: ChunkWriter, number: int, output: RequestOutput) -> list[bytes]:
+        """The chunks of what came to prompt `number`; counts its tokens."""
+        parts = []
+        for answer in output.outputs:
+            self.usage.completion_tokens += len(answer.token_ids)
+            index = number * self.n + answer.index
+            if self.messages is not None:
+                parts += self._message_parts(writer, index, answer)
+            elif answer.token_ids and (self.writers is not None or self.body.return_token_ids):
+                parts.append(writer.choice(index, answer.text, **self._token_fields(index, answer)))
+            elif answer.text:
+                parts.append(writer.text(index, answer.text))
+            if answer.finish_reason is not None:
+                parts.append(writer.choice(index, "", **self._ending(index, answer)))
+        return parts
 
     def _finished(self, number: int, answer: CompletionOutput) -> dict[str, Any]:
         index = number * self.n + answer.index

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.errors import ConfigError, EngineDeadError
+from octavo.server.wire import Wire
 
 if TYPE_CHECKING:
     from octavo.server.front import Front
@@ -72,7 +73,7 @@ async def run_server(
     front: Front = app.state.front
     listener = _bind(host, port)
     config = uvicorn.Config(
-        app,
+        Wire.under(app),
         # h11 bounds the head of a request (64 KiB), which httptools, if installed, would not
         http=type("Connection", (_Connection,), {"head_seconds": head_seconds}),
         ws="none",

@@ -129,10 +129,10 @@ class Tokenizer:
         if name is None:
             return b""
         if self._byte_level:
-            values = [_BYTE_OF_CHARACTER.get(character) for character in name]
-            if token in self._added or None in values:
+            try:
+                return name.encode() if token in self._added else bytes(map(_BYTE_OF_CHARACTER.__getitem__, name))
+            except KeyError:
                 return name.encode()
-            return bytes(value for value in values if value is not None)
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return bytes.fromhex(name[3:5])
         return name.replace(SPACE, " ").encode()

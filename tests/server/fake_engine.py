@@ -88,6 +88,7 @@ class FakeEngine:
         self.seen: list[SimpleNamespace] = []  # every call of generate
         self.running: set[str] = set()
         self.aborted: list[str] = []
+        self.num_relayed = 0  # outputs that went to the client past the iterator
 
     async def generate(self, prompt, params: SamplingParams, request_id: str, **options):
         self.seen.append(SimpleNamespace(prompt=prompt, params=params, request_id=request_id, **options))
@@ -101,7 +102,11 @@ class FakeEngine:
                 prompt, params, request_id, options.get("on_tokens"), options.get("pooling")
             ):
                 ended = output.finished
-                yield output
+                relay = None if ended else options.get("relay")
+                if relay is not None and relay(output):
+                    self.num_relayed += 1
+                else:
+                    yield output
         finally:
             self.running.discard(request_id)
             if not ended:

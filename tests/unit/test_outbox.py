@@ -34,6 +34,38 @@ def test_cumulative_outputs_replace():
     assert take(box).outputs[0].token_ids == [1, 2]
 
 
+def test_a_relay_is_asked_while_the_consumer_waits_and_at_no_other_time():
+    relayed, answer = [], True
+
+    def relay(item):
+        relayed.append(item.outputs[0].text)
+        if answer is None:
+            raise ValueError("x")
+        return answer
+
+    async def go():
+        nonlocal answer
+        box = Outbox(RequestOutputKind.DELTA, relay)
+        box.put(output([1], "a"))
+        assert (await box.take()).outputs[0].text == "a"
+        waiting = asyncio.create_task(box.take())
+        await asyncio.sleep(0)
+        box.put(output([2], "b"))
+        answer = False
+        box.put(output([3], "c"))  # not taken: it waits, and what comes behind it must not pass it
+        box.put(output([4], "d"))
+        assert (await waiting).outputs[0].text == "cd"
+        box.put(output([5], "e"))
+        assert (await box.take()).outputs[0].text == "e"
+        waiting, answer = asyncio.create_task(box.take()), None
+        await asyncio.sleep(0)
+        box.put(output([6], "f"))
+        assert isinstance(await waiting, ValueError)
+
+    asyncio.run(go())
+    assert relayed == ["b", "c", "f"]
+
+
 def test_an_error_is_not_lost_behind_an_output():
     box = Outbox(RequestOutputKind.DELTA)
     box.put(output([1], "a"))
