@@ -120,7 +120,7 @@ def time_sampler(rows: int, vocab: int, tbs: float) -> None:
 
     from octavo.runtime.cuda.sampler import Sampler, SamplerRows
 
-    sampler = Sampler(rows, vocab, torch.bfloat16, torch.device(DEVICE), num_rows_kept=rows)
+    sampler = Sampler(rows, vocab, torch.device(DEVICE), num_rows_kept=rows)
     spread = torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16)
     index = torch.arange(rows, device=DEVICE, dtype=torch.int32)
     for name, scale, temperature, top_k, top_p in (

@@ -209,7 +209,8 @@ class LoadReport:
 
 
 class Runtime(Protocol):
-    """Runs one program. Calls come from one thread, in this order: load, allocate_kv, then (execute, sample)*."""
+    """Runs one program. Calls come from one thread, in this order: load, rehearse, allocate_kv, then
+    (execute, sample)*. rehearse() may be left out: then free_bytes() does not know what a step takes."""
 
     name: str
     num_foreign_calls: int  # calls into compiled code so far; one per step

@@ -7,8 +7,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from octavo.runtime.base import SamplerOutput  # noqa: E402
-from octavo.runtime.cuda.sampler import Sampler, SamplerRows, noise_keys  # noqa: E402
-from octavo.runtime.reference.sampler import sample  # noqa: E402
+from octavo.runtime.cuda.sampler import Sampler, SamplerRows  # noqa: E402
+from octavo.runtime.reference.sampler import noise_keys, sample  # noqa: E402
 from tests.runtime.programs import sampling  # noqa: E402
 
 VOCAB = 150
@@ -30,7 +30,7 @@ def draw(device, logits, inputs, dtype=torch.float32, way="few", repeat=1):
     """Samples rows of logits, each `repeat` times; returns the output, and how many rows took the passes over all."""
     num_rows = len(inputs.top_k)
     options = {"num_rows_kept": num_rows, "chunk": CHUNK, **WAYS[way]}
-    sampler = Sampler(num_rows, logits.shape[1], dtype, torch.device(device), **options)
+    sampler = Sampler(num_rows, logits.shape[1], torch.device(device), **options)
     raw = torch.from_numpy(logits).to(device, dtype)
     raw = raw.repeat_interleave(repeat, 0) if repeat > 1 else raw
     draws = bool((inputs.temperature > 0).any())

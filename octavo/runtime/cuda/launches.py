@@ -61,17 +61,13 @@ class Arena:
             b: slots[slot][: most[b.rows] * b.width].view(most[b.rows], b.width)
             for b, slot in zip(program.buffers, plan.slot_of, strict=True)
         }
-        gated = [n for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
-        product = max((most[n.out.rows] * 2 * n.out.width for n in gated), default=0)
-        self._product = torch.empty(product, dtype=dtype, device=device)
+        self._product = torch.empty(_product_elements(program, most), dtype=dtype, device=device)
 
     @staticmethod
     def elements(program: Program, max_tokens: int, max_logits: int) -> int:
         """Elements of the slots and of the product that gated activations read."""
         most = {Rows.TOKENS: max_tokens, Rows.LOGITS: max_logits}
-        gated = [n for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
-        product = max((most[n.out.rows] * 2 * n.out.width for n in gated), default=0)
-        return program.plan_buffers().elements(max_tokens, max_logits) + product
+        return program.plan_buffers().elements(max_tokens, max_logits) + _product_elements(program, most)
 
     def view(self, buffer: Buffer) -> torch.Tensor:
         """[max rows, width]"""
@@ -281,6 +277,12 @@ class Launches:
 def no_experts(node: Experts) -> UnsupportedError:
     """The refusal of a mixture of experts."""
     return UnsupportedError(f"{node.label}: the cuda runtime has no experts (MoE) yet: take --runtime native")
+
+
+def _product_elements(program: Program, most: dict[Rows, int]) -> int:
+    """Of the largest product that a gated activation halves."""
+    gated = [n for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
+    return max((most[n.out.rows] * 2 * n.out.width for n in gated), default=0)
 
 
 def _is_gelu(node: Linear) -> bool:

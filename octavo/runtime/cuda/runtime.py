@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,6 +29,7 @@ from octavo.runtime.cuda.graphs import (
 )
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_experts
 from octavo.runtime.cuda.launching import only_compiling, quick_launches
+from octavo.runtime.cuda.null_steps import adjusting, null_sampling, null_step
 from octavo.runtime.cuda.packing import pack, packed_bytes
 from octavo.runtime.cuda.results import Results
 from octavo.runtime.cuda.sampler import Sampler
@@ -122,9 +122,7 @@ class CudaRuntime:
                 if progress is not None:
                     progress(done)
             self._arena = Arena(program, max_num_tokens, max_num_logits, self._dtype, self._device)
-            self._sampler = Sampler(
-                max_num_logits, program.vocab_size, self._dtype, self._device, num_rows_kept=max_num_requests
-            )
+            self._sampler = Sampler(max_num_logits, program.vocab_size, self._device, num_rows_kept=max_num_requests)
             row_tokens = self._sampler.row_tokens
             self._launches = Launches(
                 program, self._weights, self._arena, self._kv, max_num_requests, row_tokens, self._backend,
@@ -317,22 +315,22 @@ class CudaRuntime:
         ]
         for ending in (GREEDY, DRAWS):
             for counts in ([min(64, most_tokens)], *([1] * size for size in self._sizes())):
-                self._launch(self._send(self._null_step(counts), _null_sampling(len(counts), ending)), ending)
+                self._launch(self._send(self._null_step(counts), null_sampling(len(counts), ending)), ending)
             for shape in mixed:
                 counts = [3, 1][: shape.num_rows]
-                if step := self._send_padded(self._null_step(counts), _null_sampling(len(counts), ending), shape):
+                if step := self._send_padded(self._null_step(counts), null_sampling(len(counts), ending), shape):
                     self._launch(step, ending)
-            sampling = _adjusting(_null_sampling(1, ending), self._loaded().vocab_size)
+            sampling = adjusting(null_sampling(1, ending), self._loaded().vocab_size)
             step = self._send(self._null_step([1]), sampling)
             self._launch_adjusted(self._arena.view(self._loaded().logits)[:1], step, sampling)
 
     def _null_step(self, counts: list[int]) -> StepInputs:
-        return _null_step(counts, self._null_block, self._block_size, self._loaded().num_kv_groups)
+        return null_step(counts, self._null_block, self._block_size, self._loaded().num_kv_groups)
 
     def _run_null_step(self, counts: list[int], ending: str) -> None:
         """Runs a step that means nothing; a decode is captured by it, if it was not."""
         self.execute(self._null_step(counts))
-        self.sample_later(_null_sampling(len(counts), ending))()
+        self.sample_later(null_sampling(len(counts), ending))()
 
     def _shape(self, inputs: StepInputs) -> Shape | None:
         """What the step is padded to for a graph; None where it has to be launched piece by piece."""
@@ -451,38 +449,3 @@ def _nothing() -> SamplerOutput:
     """The result of a step in which nobody samples."""
     none = np.zeros(0, np.int32)
     return SamplerOutput.without_logprobs(none, none)
-
-
-def _null_sampling(num_rows: int, ending: str) -> SamplingInputs:
-    """Greedy, or the draw of everything that a step of this ending can hold."""
-    sampling = SamplingInputs.greedy(num_rows)
-    if ending == DRAWS:
-        sampling.temperature += 1
-    return sampling
-
-
-def _adjusting(sampling: SamplingInputs, vocab: int) -> SamplingInputs:
-    """The same with a bias, a penalty and a mask on the first row, none of which changes anything."""
-    one, first = np.zeros(1, np.int32), np.ones(len(sampling.top_k) + 1, np.int32)
-    first[0] = 0
-    return replace(
-        sampling, bias_start=first, bias_ids=one, bias_values=np.zeros(1, np.float32), seen_start=first, seen_ids=one,
-        seen_counts=one, mask_of=-first[:-1],
-        masks=np.full((1, -(-vocab // 32)), 2**32 - 1, np.uint32),
-    )  # fmt: skip
-
-
-def _null_step(counts: list[int], null_block: int, block_size: int, num_groups: int) -> StepInputs:
-    """Prompts of these lengths whose KV lies, all of it, in the null block: its numbers mean nothing."""
-    num_tokens, num_requests = sum(counts), len(counts)
-    ends = np.cumsum(counts)
-    width = -(-max(counts) // block_size)
-    return StepInputs(
-        token_ids=np.zeros(num_tokens, np.int32),
-        positions=np.zeros(num_tokens, np.int32),
-        slots=np.full((num_groups, num_tokens), null_block * block_size, np.int64),
-        query_start_loc=np.concatenate(([0], ends)).astype(np.int32),
-        seq_lens=np.array(counts, np.int32),
-        block_tables=np.full((num_groups, num_requests, width), null_block, np.int32),
-        logits_indices=(ends - 1).astype(np.int32),
-    )

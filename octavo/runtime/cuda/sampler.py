@@ -10,22 +10,13 @@ import torch
 import triton
 
 from octavo.errors import UnsupportedModelError
-from octavo.runtime.base import SamplerOutput, SamplingInputs, UInt64
+from octavo.runtime.base import SamplerOutput, SamplingInputs
 from octavo.runtime.cuda.kernels import sampling as kernels
-from octavo.runtime.reference.sampler import mix
 
 CHUNK = 4096  # logits that one program reads
 PIECE = 64  # logits of which one maximum is kept
 ROOM = 2048  # ids that the fast way to a token may look at
 _LOGPROB_ROWS = 16  # rows whose alternatives are looked for at once: bounds the memory of the sort
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def noise_keys(seeds: UInt64, positions: np.ndarray[tuple[int], np.dtype[np.int64]]) -> UInt64:
-    """One Philox key for each (seed, position), mixed so that neighbours share nothing."""
-    counter = positions.astype(np.uint64) + np.uint64(1)
-    keys: UInt64 = mix(mix(seeds + _GOLDEN) + counter * _GOLDEN)
-    return keys
 
 
 @dataclass(slots=True)
@@ -37,7 +28,7 @@ class SamplerRows:
     temperature: torch.Tensor  # float32
     top_p: torch.Tensor
     min_p: torch.Tensor
-    noise_keys: torch.Tensor  # int64
+    noise_keys: torch.Tensor  # int64: a Philox key each
 
 
 class Sampler:
@@ -53,7 +44,6 @@ class Sampler:
         self,
         max_rows: int,
         vocab: int,
-        dtype: torch.dtype,
         device: torch.device,
         *,
         num_rows_kept: int = 0,
@@ -63,7 +53,7 @@ class Sampler:
     ) -> None:
         if vocab >= 1 << 21:
             raise UnsupportedModelError(f"a vocabulary of {vocab:,} ids: the cuda sampler takes fewer than {1 << 21:,}")
-        self._vocab, self._device, self._dtype = vocab, device, dtype
+        self._vocab, self._device = vocab, device
         self._chunk, self._piece, self._room = chunk, piece, room
         self._num_chunks = triton.cdiv(vocab, chunk)
         self._num_pieces = self._num_chunks * (chunk // piece)

@@ -13,7 +13,8 @@ import torch
 from octavo.runtime.base import SamplingInputs, StepInputs
 from octavo.runtime.cuda.graphs import Shape
 from octavo.runtime.cuda.kernels.attention import AttentionInputs
-from octavo.runtime.cuda.sampler import SamplerRows, noise_keys
+from octavo.runtime.cuda.sampler import SamplerRows
+from octavo.runtime.reference.sampler import noise_keys
 
 Array = npt.NDArray[Any]
 Scalar = TypeVar("Scalar", bound=np.generic)

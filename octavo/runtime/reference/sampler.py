@@ -33,14 +33,18 @@ def mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+def noise_keys(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """One number for each (seed, position), mixed so that neighbours share nothing: h of uniform()."""
+    counter = positions.astype(np.uint64) + np.uint64(1)
+    return mix(mix(seeds + _GOLDEN) + counter * _GOLDEN)
+
+
 def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, position): the upper 24 bits of
 
     h = mix(mix(seed + golden) + (position + 1) * golden)   (all modulo 2^64), times 2^-24.
     """
-    counter = positions.astype(np.uint64) + np.uint64(1)
-    h = mix(mix(seeds + _GOLDEN) + counter * _GOLDEN)
-    return (h >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    return (noise_keys(seeds, positions) >> np.uint64(40)).astype(np.float64) * 2.0**-24
 
 
 def sample(logits: Float32, sampling: SamplingInputs) -> SamplerOutput:

@@ -15,26 +15,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import Activation
-from octavo.runtime.cuda.kernels.rows import ACTIVATION_CODES, activated, softcapped
+from octavo.runtime.cuda.kernels.rows import ACTIVATION_CODES, finished
 
 MAX_FEW_ROWS = 2
-
-
-@triton.jit
-def _finish(y, up, bias, cols, num_out, scale, softcap, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-            HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
-    y *= scale
-    if HAS_BIAS:
-        y += tl.load(bias + cols, mask=cols < num_out, other=0.0)
-    y = activated(y, ACTIVATION)
-    if GATED:
-        up *= scale
-        if HAS_BIAS:
-            up += tl.load(bias + num_out + cols, mask=cols < num_out, other=0.0)
-        y *= up
-    if HAS_SOFTCAP:
-        y = softcapped(y, softcap)
-    return y
 
 
 @triton.jit
@@ -86,7 +69,7 @@ def _vector(x, weight, bias, norm_weight, residual, out, num_rows, num_out, num_
         factor = tl.rsqrt(squares / num_in + eps)[:, None]
         y *= factor
         up *= factor
-    y = _finish(y, up, bias, n[None, :], num_out, scale, softcap, ACTIVATION, GATED, HAS_BIAS, HAS_SOFTCAP)
+    y = finished(y, up, bias, n[None, :], num_out, scale, softcap, ACTIVATION, GATED, HAS_BIAS, HAS_SOFTCAP)
     at = rows[:, None] * num_out + n[None, :]
     keep = present[:, None] & inside[None, :]
     if HAS_RESIDUAL:
@@ -106,11 +89,11 @@ class Tile:
 def tile_of(num_out: int, num_in: int, *, gated: bool) -> Tile:
     """The tile by shape: narrow outputs take the whole depth at once with four warps, wide ones a warp a program.
 
-    Tuned over the shapes of 0.6B, 7B and 8B models (docs/kernels.md has the table).
+    Swept over the shapes of 0.6B, 7B and 8B models (lab/results/gpu-tiles-h100.json). No thread is without a column.
     """
     depth = triton.next_power_of_2(num_in)
     if num_out <= 2048:
-        return Tile(2, min(depth, 4096), 4)
+        return Tile(2, min(depth, 4096), min(4, max(depth // 32, 1)))
     if gated and num_in > 2048:
         return Tile(1, min(depth, 1024), 1)
     return Tile(2, min(depth, 512 if gated else 1024), 1)

@@ -55,6 +55,24 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def finished(y, up, bias, cols, num_out, scale, softcap, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+             HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
+    """What follows a product: softcap(act(y * scale + bias)), of the gated ones times up * scale + its bias."""
+    y *= scale
+    if HAS_BIAS:
+        y += tl.load(bias + cols, mask=cols < num_out, other=0.0)
+    y = activated(y, ACTIVATION)
+    if GATED:
+        up *= scale
+        if HAS_BIAS:
+            up += tl.load(bias + num_out + cols, mask=cols < num_out, other=0.0)
+        y *= up
+    if HAS_SOFTCAP:
+        y = softcapped(y, softcap)
+    return y
+
+
+@triton.jit
 def _embedding(ids, row_tokens, positions, table, position_table, out, scale, offset, width, HAS_TABLE: tl.constexpr,
                HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
@@ -182,17 +200,11 @@ def _epilogue(x, bias, out, scale, softcap, width, ACTIVATION: tl.constexpr, GAT
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
     source = x + row * width * (2 if GATED else 1)
-    y = tl.load(source + cols, mask=inside, other=0.0).to(tl.float32) * scale
-    if HAS_BIAS:
-        y += tl.load(bias + cols, mask=inside, other=0.0)
-    y = activated(y, ACTIVATION)
+    y = tl.load(source + cols, mask=inside, other=0.0).to(tl.float32)
+    up = y
     if GATED:
-        up = tl.load(source + width + cols, mask=inside, other=0.0).to(tl.float32) * scale
-        if HAS_BIAS:
-            up += tl.load(bias + width + cols, mask=inside, other=0.0)
-        y *= up
-    if HAS_SOFTCAP:
-        y = softcapped(y, softcap)
+        up = tl.load(source + width + cols, mask=inside, other=0.0).to(tl.float32)
+    y = finished(y, up, bias, cols, width, scale, softcap, ACTIVATION, GATED, HAS_BIAS, HAS_SOFTCAP)
     tl.store(out + row * width + cols, y.to(out.dtype.element_ty), mask=inside)
 
 
