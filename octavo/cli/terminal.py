@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -23,8 +24,9 @@ def console() -> Console:
 
 
 def say(text: str = "", *, style: str | None = None) -> None:
-    """Prints a line on stderr; square brackets in it are text, not markup."""
-    console().print(text, style=style, markup=False)
+    """Prints a line on stderr; square brackets in it are text, not markup. A full disk behind it ends nothing."""
+    with contextlib.suppress(OSError):
+        console().print(text, style=style, markup=False)
 
 
 def say_error(message: str) -> None:

@@ -13,6 +13,14 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 120
 
 
+def engine_of(pid):
+    """The engine process of a server."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    (engine,) = [child for child, command in commands.items() if b"octavo.engine.process" in command]
+    return engine
+
+
 class Server:
     """A running server: `url` ends in /v1, `lines` is what it has printed so far."""
 
@@ -48,11 +56,7 @@ class Server:
 
     def engine_pid(self):
         """The engine process, a child of the front."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-        (engine,) = [child for child, command in commands.items() if b"octavo.engine.process" in command]
-        return engine
+        return engine_of(self.process.pid)
 
     def stop(self):
         """Ctrl-C; returns the exit status."""

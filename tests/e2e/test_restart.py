@@ -1,6 +1,7 @@
 """The engine process dies in the middle of streams: they go on, with the tokens they would have had anyway."""
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -19,14 +20,14 @@ MAX_TOKENS = 80
 POISON = [77, 78, 77, 78]
 # every process that starts with this on its path kills itself at these tokens, or at the tenth position of "late"
 CRASHES = f"""
-import os, signal
+import ctypes
 import octavo.worker.batch as batch
 build = batch.build_batch
 def crash(scheduled, rows):
     built = build(scheduled, rows)
     late = any(row.request_id == "late" and row.start >= 10 for row in scheduled)
     if late or {str(POISON)[1:-1]!r} in str(built.inputs.token_ids.tolist()):
-        os.kill(os.getpid(), signal.SIGSEGV)
+        ctypes.string_at(0)  # reads what nobody may read
     return built
 batch.build_batch = crash
 """
@@ -78,6 +79,7 @@ class Streams:
         return sum(0 < len(tokens) < MAX_TOKENS for tokens in self.tokens)
 
 
+@functools.cache
 def undisturbed(folder):
     async def use(engine):
         streams = Streams(engine)
