@@ -84,7 +84,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         }
         if (node->op == OCTAVO_ATTENTION) {
             const KVCache& cache = kv_layer(*node).cache;
-            const size_t rows = std::max(kQueryRows, static_cast<size_t>(node->num_heads / node->num_kv_heads));
+            const size_t rows = std::max(kernels_.kv->query_rows, static_cast<size_t>(node->num_heads / node->num_kv_heads));
             for (const int32_t type : {OCTAVO_KV_FLOAT32, OCTAVO_KV_BFLOAT16, OCTAVO_KV_INT8}) {
                 const KVCache layout = kv_layout(type, cache.num_kv_heads, cache.head_dim);
                 scratch = std::max(scratch, kernels_.kv->attention_scratch(rows, layout) / sizeof(float));

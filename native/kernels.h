@@ -15,10 +15,8 @@ namespace octavo {
 constexpr size_t kChannels = 16;   // output channels of a group: what one call of a Linear computes at least
 constexpr size_t kGroup = 16;      // slots that lie together in the KV cache
 constexpr size_t kKVTile = 64;     // positions between two rescalings of the softmax; tiles start at its multiples
-constexpr size_t kKVRange = 256;   // positions whose sums one thread keeps; results of ranges are merged in order
+constexpr size_t kKVRange = 256;   // positions whose sums are kept together; those of ranges are merged in order
 constexpr size_t kMaxHeadDim = 1024;
-constexpr size_t kQueryRows = 32;  // rows (tokens x query heads) of an attention task at most, unless one token has more
-
 constexpr size_t kRoundedRows = 16;  // rows whose rounded activations a level may lay out together
 
 constexpr size_t kLogitsChunk = 64;  // logits that the sampler looks at together
@@ -150,7 +148,6 @@ struct QueryTile {
     size_t first_position;  // of that token in its request
     size_t num_tokens;
     size_t kv_head;
-    bool next_head_follows;  // the thread goes on with kv_head + 1: its first KV tile can be asked for
 };
 
 // The KV cache and attention of a level.
@@ -158,13 +155,15 @@ struct KVKernels {
     void (*rope_kv_write)(const RopeKVWriteArgs&, size_t first_token, size_t last_token);
     // One slot, in all of K, V and scales, from one piece to another.
     void (*copy_slot)(const KVCache&, const uint8_t* from, size_t from_lane, uint8_t* to, size_t to_lane);
-    // The KV ranges [first_range, last_range) that the tile sees: all of them, or with `states` some, whose sums go to
-    // states [range][rows]; attention_merge() then makes the output from those of all ranges.
-    void (*attention)(const AttentionArgs&, const QueryTile&, size_t first_range, size_t last_range, uint8_t* scratch,
-                      float* states);
+    // KV heads from that of the tile up to last_head. The KV ranges [first_range, last_range) that the tile sees: all of
+    // them, or with `states`, of one head, some, whose sums go to states [range][rows]; attention_merge() then makes the
+    // output from those of all ranges.
+    void (*attention)(const AttentionArgs&, const QueryTile&, size_t last_head, size_t first_range, size_t last_range,
+                      uint8_t* scratch, float* states);
     void (*attention_merge)(const AttentionArgs&, const QueryTile&, size_t num_ranges, float* states);
     size_t (*attention_scratch)(size_t rows, const KVCache&);  // bytes
     size_t (*attention_state)(size_t rows, const KVCache&);    // floats of `states` for one range
+    size_t query_rows;  // rows (tokens x query heads) of a task at most, unless one token has more
 };
 
 struct Kernels {

@@ -110,12 +110,8 @@ void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
         const FlushDenormals in_softmax;
         const AttentionTask& task = plan.tasks[index];
         float* states = task.state == kWhole ? nullptr : states_.data() + task.state;
-        QueryTile tile = task.tile;
-        for (size_t head = tile.kv_head; head < task.last_head; ++head) {
-            tile.kv_head = head;
-            tile.next_head_follows = head + 1 < task.last_head;
-            kernels_.kv->attention(args, tile, task.first_range, task.last_range, scratch_[thread].as<uint8_t>(), states);
-        }
+        kernels_.kv->attention(args, task.tile, task.last_head, task.first_range, task.last_range,
+                               scratch_[thread].as<uint8_t>(), states);
     });
     pool_.run(plan.merges.size(), [&](size_t index, size_t) {
         const FlushDenormals in_softmax;
@@ -136,7 +132,7 @@ const OctavoEngine::AttentionPlan& OctavoEngine::plan_attention(const OctavoNode
     if (plan->step == step_number_) return *plan;
     plan->step = step_number_;
     plan->tasks.clear();
-    const size_t rows = static_cast<size_t>(share), tile_tokens = std::max<size_t>(1, kQueryRows / rows);
+    const size_t rows = static_cast<size_t>(share), tile_tokens = std::max<size_t>(1, kernels_.kv->query_rows / rows);
     const size_t window = static_cast<size_t>(node.window), num_heads = layer.cache.num_kv_heads;
     const auto num_requests = static_cast<size_t>(step.num_requests), num_tokens = static_cast<size_t>(step.num_tokens);
     const bool whole = num_requests + num_tokens / tile_tokens >= kSplit * pool_.num_threads();
@@ -153,7 +149,7 @@ const OctavoEngine::AttentionPlan& OctavoEngine::plan_attention(const OctavoNode
             const size_t last = position + count;
             const size_t cost = (last - oldest) * (count * rows + kGroup);  // reading KV weighs as much as 16 rows
             for (size_t head = 0; head < num_heads; head += task_heads)
-                plan->tasks.push_back({{table, token, position, count, head, false},
+                plan->tasks.push_back({{table, token, position, count, head},
                                        head + task_heads,
                                        oldest / kKVRange,
                                        (last + kKVRange - 1) / kKVRange,

@@ -14,8 +14,6 @@ namespace {
 
 constexpr size_t kUnroll = kLanes == 16 ? 4 : 1;
 constexpr int kFetchTo = 2;  // of the caches, the second: what is ahead may not fit into the first
-#define OCTAVO_INLINE_LAMBDA __attribute__((always_inline))
-#define OCTAVO_FORCED __attribute__((always_inline)) inline
 
 constexpr size_t kVectors = 2 * kChannels / kLanes;  // of floats in a line
 

@@ -14,6 +14,9 @@
 #include <arm_neon.h>
 #endif
 
+#define OCTAVO_FORCED __attribute__((always_inline)) inline
+#define OCTAVO_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace octavo::OCTAVO_LEVEL {
 namespace {
 
@@ -146,13 +149,18 @@ inline float max_lane(Floats v) {
 #endif
 }
 
-// e^x within 2 ulp; 0 below -87.3, capped above 88.3. Range reduction by ln 2 in two parts and a polynomial of degree
-// 5 (the classic one of the Cephes library, Moshier 1989).
+// e^x within 2 ulp; 0 below -104 (-87.3 without AVX-512), capped above 88.3. Range reduction by ln 2 in two parts and a
+// polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989).
 inline Floats exp(Floats x) {
     const Floats clamped = x > 88.3f ? splat(88.3f) : x;
-    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Floats n = (clamped * 1.44269504088896341f + shift) - shift;
-    Floats r = fma(n, splat(-0.693359375f), clamped);
+#if defined(__AVX512F__)
+    const Floats kept = clamped < -104.0f ? splat(-104.0f) : clamped;  // where the result rounds to 0
+    const Floats n = (Floats)_mm512_roundscale_ps((__m512)(kept * 1.44269504088896341f), 0);
+#else
+    const Floats kept = clamped, shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats n = (kept * 1.44269504088896341f + shift) - shift;
+#endif
+    Floats r = fma(n, splat(-0.693359375f), kept);
     r = fma(n, splat(2.12194440e-4f), r);
     Floats p = splat(1.9875691500e-4f);
     p = fma(p, r, splat(1.3981999507e-3f));
@@ -161,27 +169,22 @@ inline Floats exp(Floats x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     const Floats y = fma(p, r * r, r) + 1.0f;
-    const Floats kept = x < -87.3f ? Floats{} : n;  // keeps the conversion in range
-    const Floats power = (Floats)((__builtin_convertvector(kept, Ints) + 127) << 23);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+    const Floats in_range = x < -87.3f ? Floats{} : n;  // of the conversion
+    const Floats power = (Floats)((__builtin_convertvector(in_range, Ints) + 127) << 23);
     return x < -87.3f ? Floats{} : y * power;
+#endif
 }
 
-// e^x for x <= 0 within 2 ulp, the same way; 0 below -104.
-inline Floats exp_below(Floats x) {
+// 1 / x within 1 ulp or so, for 1 <= x <= 2^127.
+inline Floats reciprocal(Floats x) {
 #if defined(__AVX512F__)
-    const Floats clamped = max(x, splat(-104.0f));  // where the result rounds to 0
-    const Floats n = (Floats)_mm512_roundscale_ps((__m512)(clamped * 1.44269504088896341f), 0);
-    Floats r = fma(n, splat(-0.693359375f), clamped);
-    r = fma(n, splat(2.12194440e-4f), r);
-    Floats p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    return (Floats)_mm512_scalef_ps((__m512)(fma(p, r * r, r) + 1.0f), (__m512)n);
+    const Floats guess = (Floats)_mm512_rcp14_ps((__m512)x);
+    return guess * fma(-x, guess, splat(2.0f));
 #else
-    return exp(x);
+    return 1.0f / x;
 #endif
 }
 

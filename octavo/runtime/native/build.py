@@ -29,12 +29,12 @@ _X86_LEVELS = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512bf16": _AVX512_BF16,
-    "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+    "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mprfchw"],
 }
 # The files of native/levels that make a level; the last two are avx512 but for theirs.
 _LEVEL_FILES = {
     "avx512bf16": {"attention", "cache", "int8", "packed", "probe"},
-    "amx": {"attention", "cache", "packed_tiles", "probe"},
+    "amx": {"attention", "attention_tiles", "cache", "int8_tiles", "packed_tiles", "probe"},
 }
 
 
@@ -92,7 +92,7 @@ def _level_sources(level: str) -> list[Path]:
     sources = sorted((SOURCES / "levels").glob("*.cpp"))
     if level in _LEVEL_FILES:
         return [source for source in sources if source.stem in _LEVEL_FILES[level]]
-    return [source for source in sources if source.stem != "packed_tiles"]
+    return [source for source in sources if not source.stem.endswith("_tiles")]
 
 
 def _run(command: list[str]) -> None:
