@@ -49,7 +49,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         elements = std::max(elements, static_cast<int64_t>(size));
     }
     for (const int64_t elements : slot_elements) {
-        slot_memory_.emplace_back(static_cast<size_t>(elements) * sizeof(float), false);
+        slot_memory_.emplace_back(static_cast<size_t>(elements) * sizeof(float), true);
         slots_.push_back(slot_memory_.back().as<float>());
     }
 

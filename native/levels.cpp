@@ -33,6 +33,7 @@ double multiply_adds(size_t turns, float* sink);
 namespace amx {
 extern const PackedKernels packed;
 extern const KVKernels kv;
+PackedKernels int8_on_tiles(PackedKernels dots);
 double multiply_adds(size_t turns, float* sink);
 }
 
@@ -50,16 +51,16 @@ static bool has_avx512bf16() {
            __builtin_cpu_supports("avx512vnni");
 }
 
-// Tiles for bf16, and leave of the system to use them: their state is large, so that Linux wants to be asked once.
+// Tiles for bf16 and bytes, and leave of the system to use them: their state is large, so that Linux wants to be asked once.
 static bool has_amx() {
 #if defined(OCTAVO_EMULATE_TILES)
     return has_avx512bf16();
 #elif defined(__linux__)
-    constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;  // of cpuid leaf 7, edx
+    constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24, int8 = 1u << 25;  // of cpuid leaf 7, edx
     constexpr long request_permission = 0x1023, tile_data = 18;
     unsigned eax, ebx, ecx, edx;
     if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    return (edx & bf16) && (edx & tiles) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return (edx & bf16) && (edx & tiles) && (edx & int8) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return false;
 #endif
@@ -83,7 +84,8 @@ const Kernels* find_kernels(const char* wanted) {
 #if defined(__x86_64__)
     static const Kernels bf16 = avx512_with("avx512bf16", avx512bf16::packed, avx512bf16::int8, avx512bf16::kv,
                                             avx512bf16::multiply_adds);
-    static const Kernels tiles = avx512_with("amx", amx::packed, avx512bf16::int8, amx::kv, amx::multiply_adds);
+    static const PackedKernels int8_tiles = amx::int8_on_tiles(avx512bf16::int8);
+    static const Kernels tiles = avx512_with("amx", amx::packed, int8_tiles, amx::kv, amx::multiply_adds);
     if ((any || std::strcmp(wanted, "amx") == 0) && has_amx()) return &tiles;
     if ((any || std::strcmp(wanted, "avx512bf16") == 0) && has_avx512bf16()) return &bf16;
     if ((any || std::strcmp(wanted, "avx512") == 0) && has_avx512()) return &avx512::kernels;

@@ -21,7 +21,7 @@ inline Floats gelu_tanh(Floats x) {
     return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
-inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+inline Floats silu(Floats x) { return x * reciprocal(1.0f + exp(-x)); }
 
 inline Floats activate(int activation, Floats x, Floats up) {
     switch (activation) {
@@ -56,6 +56,14 @@ inline void finish(const Epilogue& a, const float* sums, const float* ups, size_
         if (a.softcap != 0.0f) v = a.softcap * tanh(v / a.softcap);
         store_part(out + c, v, n);
     }
+}
+
+// What a Linear's sums go through, decided once for all of them.
+enum class Finish { kPlain, kSiluMul, kAny };
+
+inline Finish finish_of(const Epilogue& a) {
+    if (a.scale != 1.0f || a.bias != nullptr || a.softcap != 0.0f) return Finish::kAny;
+    return a.activation == OCTAVO_SILU_MUL ? Finish::kSiluMul : a.activation == 0 ? Finish::kPlain : Finish::kAny;
 }
 
 // The outputs of one group of a part, for one row.

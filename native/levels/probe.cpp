@@ -13,21 +13,22 @@ void read_all(const float* values, size_t count, float* sink) {
     for (size_t c = 0; c < chains; ++c) *sink += sum(total[c]);
 }
 
-// As many chains as hide the latency of two multiply-adds a cycle. The empty asm hides the operands' values, so that
-// nothing is folded.
-double multiply_adds(size_t turns, float* sink) {
-    [[maybe_unused]] constexpr size_t chains = 12;
 #if defined(__AMX_BF16__) && !defined(OCTAVO_EMULATE_TILES)
+namespace {
+
+// Numbers as varied as real ones: on zeros the unit runs a fifth faster and more.
+template <bool BYTES>
+double tile_multiply_adds(size_t turns, float* sink) {
     TileConfig config;
     for (size_t tile = 0; tile < 8; ++tile) config.set(tile, kTileMaxRows);
     configure_tiles(config);
-    // Numbers as varied as real ones: on zeros the unit runs a fifth faster and more.
     alignas(64) uint16_t numbers[2][kTileMaxRows * kTileRowBytes / 2];
     uint32_t random = 1;
     for (auto& tile : numbers)
         for (uint16_t& number : tile) {
             random = random * 1664525u + 1013904223u;
-            number = static_cast<uint16_t>(0x3f00u | (random >> 16 & 0x80ffu));  // magnitudes from 0.5 to 2
+            const uint32_t high = random >> 16;
+            number = static_cast<uint16_t>(BYTES ? high : 0x3f00u | (high & 0x80ffu));  // bf16: magnitudes from 0.5 to 2
         }
     zero_tile<0>();
     zero_tile<1>();
@@ -37,17 +38,36 @@ double multiply_adds(size_t turns, float* sink) {
     load_tile<5>(numbers[1], kTileRowBytes);
     load_tile<6>(numbers[1], kTileRowBytes);
     load_tile<7>(numbers[0], kTileRowBytes);
-    for (size_t turn = 0; turn < turns; ++turn) {
-        multiply_tiles<0, 4, 6>();
-        multiply_tiles<1, 4, 7>();
-        multiply_tiles<2, 5, 6>();
-        multiply_tiles<3, 5, 7>();
-    }
+    for (size_t turn = 0; turn < turns; ++turn)
+        if constexpr (BYTES) {
+            multiply_byte_tiles<0, 4, 6>();
+            multiply_byte_tiles<1, 4, 7>();
+            multiply_byte_tiles<2, 5, 6>();
+            multiply_byte_tiles<3, 5, 7>();
+        } else {
+            multiply_tiles<0, 4, 6>();
+            multiply_tiles<1, 4, 7>();
+            multiply_tiles<2, 5, 6>();
+            multiply_tiles<3, 5, 7>();
+        }
     alignas(64) float sums[kTileMaxRows * 16];
     store_tile<0>(sums, kTileRowBytes);
     release_tiles();
     *sink += sums[0];
-    return static_cast<double>(turns) * 4 * 2 * kTileMaxRows * 16 * 32;
+    return static_cast<double>(turns) * 4 * 2 * kTileMaxRows * 16 * (kTileRowBytes / (BYTES ? 1 : 2));
+}
+
+}  // namespace
+
+double byte_tile_multiply_adds(size_t turns, float* sink) { return tile_multiply_adds<true>(turns, sink); }
+#endif
+
+// As many chains as hide the latency of two multiply-adds a cycle. The empty asm hides the operands' values, so that
+// nothing is folded.
+double multiply_adds(size_t turns, float* sink) {
+    [[maybe_unused]] constexpr size_t chains = 12;
+#if defined(__AMX_BF16__) && !defined(OCTAVO_EMULATE_TILES)
+    return tile_multiply_adds<false>(turns, sink);
 #elif defined(__AVX512BF16__)
     __m512i factor = _mm512_set1_epi32(0x3f803f80);
     asm("" : "+v"(factor));

@@ -90,6 +90,19 @@ inline void multiply_tiles() {
     }
 }
 
+// The same of bytes, signed by unsigned, into int32.
+template <int C, int A, int B>
+inline void multiply_byte_tiles() {
+    for (size_t row = 0; row < emulated.config.rows[C]; ++row)
+        for (size_t column = 0; column < kTileRowBytes / 4; ++column) {
+            int32_t total;
+            std::memcpy(&total, emulated.bytes[C][row] + 4 * column, sizeof total);
+            for (size_t k = 0; k < 4 * emulated.config.rows[B]; ++k)
+                total += static_cast<int8_t>(emulated.bytes[A][row][k]) * emulated.bytes[B][k / 4][4 * column + k % 4];
+            std::memcpy(emulated.bytes[C][row] + 4 * column, &total, sizeof total);
+        }
+}
+
 #else
 
 inline void configure_tiles(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
@@ -120,6 +133,12 @@ inline void store_tile(void* to, size_t stride) {
 template <int C, int A, int B>
 inline void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+
+// C += A * B, signed by unsigned bytes into int32.
+template <int C, int A, int B>
+inline void multiply_byte_tiles() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
 #endif

@@ -21,13 +21,15 @@ ROWS = [64, 33, 17, 9, 8, 7, 5, 3, 2, 1]
 every_level = pytest.mark.parametrize("level", LEVELS)
 
 
-def linear_program(depth: int, *part_rows: int) -> Program:
+def linear_program(depth: int, *part_rows: int, plain: bool = False, activation: str = "none") -> Program:
     parts = tuple(f"w{i}" for i in range(len(part_rows)))
+    channels = sum(part_rows) // (2 if activation.endswith("_mul") else 1)
 
     def body(build: ProgramBuilder, x: Buffer) -> Buffer:
-        out = build.tokens("y", sum(part_rows))
+        out = build.tokens("y", channels)
         weight = Weight("w", parts, part_rows, (sum(part_rows), depth), "linear")
-        build.add(Linear("linear", x=x, weight=weight, out=out, bias=vector("bias", sum(part_rows)), scale=0.37))
+        epilogue = {} if plain else {"bias": vector("bias", sum(part_rows)), "scale": 0.37}
+        build.add(Linear("linear", x=x, weight=weight, out=out, activation=activation, **epilogue))
         return out
 
     return row_program(depth, body)
@@ -57,6 +59,27 @@ def assert_bits(program: Program, weights: RandomWeights, level: str) -> np.ndar
 def test_every_size_has_the_bits_of_the_reference(level: str, depth: int, channels: int) -> None:
     program = linear_program(depth, channels)
     assert np.abs(assert_bits(program, RandomWeights(program), level)).max() > 0
+
+
+@every_level
+@pytest.mark.parametrize(("depth", "channels"), [(64, 5), (200, 95), (576, 128)])
+def test_sums_that_nothing_is_done_to_have_the_bits_of_the_reference(level: str, depth: int, channels: int) -> None:
+    program = linear_program(depth, channels, plain=True)
+    assert np.abs(assert_bits(program, RandomWeights(program), level)).max() > 0
+
+
+@every_level
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(("depth", "channels"), [(64, 5), (200, 95), (576, 64)])
+def test_gate_and_up(level: str, depth: int, channels: int, plain: bool) -> None:
+    """Only the activation's exponential may differ from the reference's, and by no number of rows."""
+    program = linear_program(depth, channels, channels, plain=plain, activation="silu_mul")
+    weights = RandomWeights(program)
+    (expected,) = logits(ReferenceRuntime(), program, weights, [max(ROWS)])
+    found = logits(NativeRuntime(2, level), program, weights, ROWS)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    for rows, of_rows in zip(ROWS, found, strict=True):
+        assert np.array_equal(of_rows.view(np.int32), found[0][:rows].view(np.int32)), f"bits of {rows} rows"
 
 
 @every_level

@@ -32,10 +32,10 @@ def blocks(type_name: str, rows: int, cols: int, seed: int = 0) -> Tensor:
     return Tensor("t", type_name, (rows, cols), data & 0xBF)
 
 
-def linear_program(depth: int, weight: Weight, channels: int, **options: object) -> Program:
+def linear_program(depth: int, weight: Weight, channels: int, *, biased: bool = True, **options: object) -> Program:
     def body(build: ProgramBuilder, x: Buffer) -> Buffer:
         out = build.tokens("y", channels)
-        bias = vector("bias", weight.shape[0])
+        bias = vector("bias", weight.shape[0]) if biased else None
         build.add(Linear("linear", x=x, weight=weight, out=out, bias=bias, **options))  # type: ignore[arg-type]
         return out
 
@@ -95,6 +95,15 @@ def test_parts_of_one_weight_keep_their_own_types(level: str) -> None:
     for type_name, count in zip(types[:3], rows, strict=False):
         weights.tensors[type_name] = blocks(type_name, count, 512, count)
     assert_rows(program, weights, level)
+
+
+@every_level
+@pytest.mark.parametrize("channels", [16, 53, 80])
+@pytest.mark.parametrize("activation", ["none", "silu_mul"])
+def test_sums_without_bias_or_scale(level: str, channels: int, activation: str) -> None:
+    rows = channels * (2 if activation == "silu_mul" else 1)
+    program = linear_program(96, matrix("w", rows, 96), channels, biased=False, activation=activation)
+    assert_rows(program, RandomWeights(program), level, "bfloat16")
 
 
 @every_level
