@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from octavo.simulate.simulator import Machine
     from octavo.simulate.validate import Comparison
 
-CALIBRATION_SECONDS = 20.0
+CALIBRATION_SECONDS = 45.0
+NUM_RUNS = 3
 EXIT_OFF = 1  # a simulation further off than it may be
 _EXAMPLES = (
     "octavo simulate --calibrate smollm2                  time steps of the model here, into octavo-costs.json\n\n"
@@ -93,6 +94,9 @@ def simulate(
     validate: Annotated[
         bool, Option("--validate", help="Run the trace on MODEL as well, and say how far the simulation is off.")
     ] = False,
+    repeat: Annotated[
+        int, Option(help="Times to run it: how far the machine differs from itself.", metavar="N", min=1, max=20)
+    ] = NUM_RUNS,
     compare: Annotated[bool, Option("--compare", help="All scheduling policies side by side.")] = False,
     output: Annotated[Path | None, Option(help="Write the figures as JSON too.", metavar="FILE")] = None,
 ) -> int:
@@ -101,9 +105,10 @@ def simulate(
     Only the model is missing: a step takes what a linear model of its work says, fitted to steps timed on this machine
     (under a minute, once). Flags of the scheduler and the KV cache mean what they mean to octavo serve.
     """
-    _refuse_idle(config, trace, calibrate, validate, compare, output)
+    extra = {"compare": compare, "output": output is not None, "repeat": repeat != NUM_RUNS}
+    _refuse_idle(config, trace, {name for name, value in extra.items() if value}, calibrate, validate)
     if calibrate or validate:
-        return _with_engine(config, trace, costs, validate, output)
+        return _with_engine(config, trace, costs, repeat if validate else 0, output)
     from octavo.simulate.costs import Costs
     from octavo.simulate.simulator import simulate as run
 
@@ -126,12 +131,10 @@ def simulate(
     return 0
 
 
-def _refuse_idle(
-    config: EngineConfig, trace: TraceFlags, calibrate: bool, validate: bool, compare: bool, output: Path | None
-) -> None:
+def _refuse_idle(config: EngineConfig, trace: TraceFlags, extra: set[str], calibrate: bool, validate: bool) -> None:
     """Raises ConfigError for flags that would change nothing."""
     given = {f.name for part in (config, trace) for f in fields(part) if getattr(part, f.name) != f.default}
-    given |= {name for name, value in (("compare", compare), ("output", output is not None)) if value}
+    given |= extra
     generated = {f.name for f in fields(trace)} - {"trace", "limit"}
     with_model = {"model", "revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"}
     with_model |= {"kv_cache_dtype", "kv_cache_memory_bytes"}
@@ -143,6 +146,7 @@ def _refuse_idle(
             "--calibrate and --validate run a model; else --costs names the machine",
         ),
         ({*generated, "trace", "limit", "compare", "output"}, only_calibrates, "--calibrate runs no trace"),
+        ({"repeat"}, not validate, "it is of --validate"),
         ({"compare"}, validate, "--validate is of one --scheduling-policy"),
         ({"turns"}, validate, "a later turn repeats answers that only a simulated model gives"),
         (generated, trace.trace is not None, "a trace file has its own requests and times"),
@@ -150,7 +154,11 @@ def _refuse_idle(
         ({"rate"}, trace.load is not None, "--load sets the rate"),
         ({"think_time"}, trace.turns == 1, "it is between --turns"),
         ({"tenant_skew"}, trace.num_tenants == 1, "it is between --num-tenants"),
-        ({"priority_ageing"}, not compare and config.scheduling_policy != "priority", "it is of policy priority"),
+        (
+            {"priority_ageing"},
+            "compare" not in given and config.scheduling_policy != "priority",
+            "it is of policy priority",
+        ),
     ):
         if is_idle and (idle := given & names):
             flags = ", ".join(name.upper() if name == "model" else flag_name(name) for name in sorted(idle))
@@ -174,7 +182,9 @@ def _arrivals(trace: TraceFlags, machine: Machine, config: EngineConfig) -> list
     return arrivals
 
 
-def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, validating: bool, output: Path | None) -> int:
+def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, num_runs: int, output: Path | None) -> int:
+    """Calibrates, and holds `num_runs` real runs of the trace against a simulation. The steps that calibrate are timed
+    before, between and behind those, because machines drift."""
     from octavo.engine.llm import LLM
     from octavo.simulate.costs import Costs, time_steps
     from octavo.simulate.real import run_real
@@ -183,22 +193,21 @@ def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, validating
 
     settings = {f.name: getattr(config, f.name) for f in fields(config)}
     with LLM(**{**settings, "skip_tokenizer_init": True}) as llm:
-        core = llm.core
-        with progress(1.0, "Calibrating") as tell:
-            timed = time_steps(core, seconds=CALIBRATION_SECONDS, tell=tell)
-        costs = Costs.of(config.model, core, timed)
-        if validating:
-            arrivals = _arrivals(trace, costs.machine, config)
-            with progress(len(arrivals), "Running") as tell:
-                measured = run_real(arrivals, core, tell=tell)
-            with progress(1.0, "Calibrating") as tell:  # again: what else the machine did meanwhile is in both
-                timed += time_steps(core, seconds=CALIBRATION_SECONDS, tell=tell)
+        core, timed, measured = llm.core, [], []
+        arrivals: list[Arrival] = []
+        for number in range(num_runs + 1):
+            with progress(1.0, "Calibrating") as tell:
+                timed += time_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1), tell=tell)
             costs = Costs.of(config.model, core, timed)
-        costs.write(path)
-        _say_costs(costs, path)
-        return (
-            _say_comparison(compare(run(arrivals, costs.machine, config), measured), costs, output) if validating else 0
-        )
+            if number < num_runs:
+                arrivals = arrivals or _arrivals(trace, costs.machine, config)
+                with progress(len(arrivals), f"Running {number + 1}/{num_runs}") as tell:
+                    measured.append(run_real(arrivals, core, salt=f"run {number}", tell=tell))
+    costs.write(path)
+    _say_costs(costs, path)
+    if not measured:
+        return 0
+    return _say_comparison(compare(run(arrivals, costs.machine, config), *measured), costs, output)
 
 
 def _say_comparison(rows: list[Comparison], costs: Costs, output: Path | None) -> int:
@@ -206,13 +215,14 @@ def _say_comparison(rows: list[Comparison], costs: Costs, output: Path | None) -
     from octavo.simulate.validate import TOLERANCE
 
     say()
-    say(f"{'':18}{'simulated':>12}{'measured':>12}{'off by':>10}", style="bold")
+    say(f"{'':18}{'simulated':>12}{'measured':>12}{'off by':>10}{'runs differ':>13}", style="bold")
     for row in rows:
-        style = None if row.within else "red"
-        say(f"{row.name:18}{row.simulated:12,.1f}{row.measured:12,.1f}{100 * row.error:+9.1f}%", style=style)
-    say(f"within {100 * TOLERANCE:.0f} % is close enough", style="dim")
+        figures = f"{row.simulated:12,.1f}{row.measured:12,.1f}{100 * row.error:+9.1f}%{100 * row.spread:11.1f}%"
+        say(f"{row.name:18}{figures}", style=None if row.within else "red")
+    say(f"within {100 * TOLERANCE:.0f} % is close enough; runs differ: from their mean, at most", style="dim")
     if output is not None:
-        _write(output, {"costs": asdict(costs), "figures": [{**asdict(r), "error": r.error} for r in rows]})
+        figures_of_rows = [{**asdict(r), "measured": r.measured, "error": r.error, "spread": r.spread} for r in rows]
+        _write(output, {"costs": asdict(costs), "figures": figures_of_rows})
     return 0 if all(row.within for row in rows if not row.name.startswith("ITL")) else EXIT_OFF
 
 

@@ -19,7 +19,8 @@ from octavo.scheduler.slo import SloPolicy
 
 START_SECONDS = 1.0  # of the start, where a policy needs a cost model
 NUM_NEW = 6  # tokens each calibration request generates: one from its prompt, the others step by step
-LONGEST = 1024  # tokens of a prompt
+LONGEST = 4096  # tokens of a prompt
+BATCH = 2048  # prompt tokens of several requests at once: none may take all the time there is
 
 
 def prepare(core: EngineCore, *, serving: bool = False) -> None:
@@ -77,10 +78,11 @@ def _batches(core: EngineCore) -> Iterator[list[AddRequest]]:
     num_slots = core.info.plan.num_tokens
     longest = max(1, min(LONGEST, spec.max_model_len - NUM_NEW, num_slots - NUM_NEW))
     number = 0
-    sizes = [(1, 1), (config.max_num_seqs, min(16, longest)), (1, longest)]  # the corners first
+    few = min(16, longest)
+    sizes = [(1, longest), (config.max_num_seqs, few), (1, few)]  # the last is first: it warms up
     while True:
         rows, length = sizes.pop() if sizes else (_even(draw, 1, config.max_num_seqs), _even(draw, 1, longest))
-        rows = max(1, min(rows, num_slots // (length + NUM_NEW + config.block_size)))
+        rows = max(1, min(rows, max(BATCH // length, 1), num_slots // (length + NUM_NEW + config.block_size)))
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=NUM_NEW)
         batch = []
         for _ in range(rows):

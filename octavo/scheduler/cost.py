@@ -3,7 +3,7 @@
     seconds = fixed + per_token * tokens + per_row * sampled rows + per_position * KV positions read
               + per_pair * query-key pairs of prefills
 
-No coefficient is negative (more work is never faster), and the fit minimises *relative* errors, so that a decode step
+No coefficient is negative (more work is never faster), and the fit minimises relative errors, so that a decode step
 of 3 ms counts as much as a prefill of 300. Used by the policy `slo` to size prefill chunks, and by the simulator as its
 clock. Plain Python: five coefficients need no library.
 """
@@ -15,7 +15,8 @@ from dataclasses import astuple, dataclass, fields
 
 from octavo.messages import StepRecord
 
-SWEEPS = 2000  # of coordinate descent; five coefficients settle long before
+SWEEPS = 1000  # of coordinate descent; five coefficients settle long before
+PASSES = 3  # each with the errors relative to what the one before it says
 OUTLIER = 4.0  # times the median error
 
 
@@ -70,16 +71,23 @@ def typical(samples: Sequence[tuple[StepWork, float]]) -> list[tuple[StepWork, f
 
 
 def fit(samples: Sequence[tuple[StepWork, float]]) -> CostModel:
-    """The model with the least squared relative error: non-negative least squares by coordinate descent, which
-    converges because the problem is convex. Samples of zero seconds say nothing and are left out."""
-    rows = [[value / y for value in (1, *astuple(work))] for work, y in samples if y > 0]
+    """The model with the least squared error relative to what it says itself: so it is right on average, where errors
+    relative to what was measured would make it say too little (they forgive a step that took twice as long, and not one
+    that took half). Non-negative least squares by coordinate descent, which converges because the problem is convex;
+    the first of PASSES is relative to what was measured. Samples of zero seconds say nothing and are left out."""
+    works = [(1, *astuple(work)) for work, seconds in samples if seconds > 0]
+    taken = [seconds for _, seconds in samples if seconds > 0]
     size = len(fields(CostModel))
-    gram = [[sum(row[i] * row[j] for row in rows) for j in range(size)] for i in range(size)]
-    target = [sum(row[i] for row in rows) for i in range(size)]  # every scaled observation is 1
-    x = [0.0] * size
-    for _ in range(SWEEPS):
-        for i in range(size):
-            if gram[i][i] > 0:
-                rest = target[i] - sum(gram[i][j] * x[j] for j in range(size) if j != i)
-                x[i] = max(0.0, rest / gram[i][i])
+    scales, x = taken, [0.0] * size
+    for _ in range(PASSES):
+        rows = [[value / scale for value in work] for work, scale in zip(works, scales, strict=True)]
+        ratios = [seconds / scale for seconds, scale in zip(taken, scales, strict=True)]
+        gram = [[sum(row[i] * row[j] for row in rows) for j in range(size)] for i in range(size)]
+        target = [sum(row[i] * ratio for row, ratio in zip(rows, ratios, strict=True)) for i in range(size)]
+        for _ in range(SWEEPS):
+            for i in range(size):
+                if gram[i][i] > 0:
+                    rest = target[i] - sum(gram[i][j] * x[j] for j in range(size) if j != i)
+                    x[i] = max(0.0, rest / gram[i][i])
+        scales = [max(sum(a * b for a, b in zip(x, work, strict=True)), 1e-9) for work in works]
     return CostModel(*x)

@@ -11,7 +11,7 @@ from pathlib import Path
 from octavo.engine.calibrate import samples, timed_steps
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
-from octavo.scheduler.cost import CostModel, StepWork, fit, typical
+from octavo.scheduler.cost import CostModel, StepWork, fit
 from octavo.simulate.simulator import Machine
 
 FORMAT = "octavo-costs-1"
@@ -40,8 +40,9 @@ class Costs:
 
     @classmethod
     def of(cls, model: str, core: EngineCore, timed: list[tuple[StepWork, float]]) -> Costs:
-        """From steps of `core` that time_steps() timed."""
-        cost = fit(typical(timed))
+        """From steps of `core` that time_steps() timed. Steps that something else held up count: a run has them, too,
+        and who waits in a queue waits for the mean step, not for the typical one."""
+        cost = fit(timed)
         errors = sorted(abs(cost.seconds(work) / taken - 1.0) for work, taken in timed)
         ready = core.ready()
         return cls(

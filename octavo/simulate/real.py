@@ -16,11 +16,13 @@ def run_real(
     trace: Sequence[Arrival],
     core: EngineCore,
     *,
+    salt: str | None = None,
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
     tell: Callable[[int], None] = lambda num_done: None,
 ) -> Outcome:
-    """Feeds a trace to an idle engine as its times come, without a front: what is measured is the engine alone."""
+    """Feeds a trace to an idle engine as its times come, without a front: what is measured is the engine alone. Another
+    `salt` shares no prefix with the runs before."""
     vocab_size = core.info.spec.vocab_size
     outcome = Outcome([Seen(arrival) for arrival in trace], [])
     messages = [
@@ -32,6 +34,7 @@ def run_real(
             seed=0,
             priority=arrival.priority,
             tenant=arrival.tenant,
+            cache_salt=salt,
         )
         for place, arrival in enumerate(trace)
     ]

@@ -21,7 +21,7 @@ from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.beams import Beam, Choice, Judge, beam_id
-from octavo.scheduler.cost import CostModel, StepWork, fit, typical
+from octavo.scheduler.cost import CostModel, StepWork, fit
 from octavo.scheduler.recorder import FORMAT, Describer
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import ROOMS, Thaw
@@ -149,7 +149,7 @@ class Replay:
 
     def cost(self) -> CostModel:
         """What steps cost, fitted to those that were run again."""
-        return fit(typical(self.steps))
+        return fit(self.steps)
 
     def trace(self) -> list[Arrival]:
         """The requests of the recording, without beam searches, with as many tokens as each had got by the point that

@@ -11,6 +11,7 @@ import pytest
 
 from octavo.cli.app import run
 from octavo.config import EngineConfig
+from octavo.engine.calibrate import LONGEST, NUM_NEW
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.messages import AddRequest, StepRecord
@@ -92,6 +93,8 @@ def test_a_calibration_is_not_held_up_at_the_door_and_the_door_is_there_again() 
     core, _ = known_core(EngineConfig(max_num_seqs=32, max_num_queued_reqs=1))
     timed = time_steps(core, seconds=0.2)
     assert max(work.num_sampled for work, _ in timed) == 32
+    longest = min(LONGEST, MACHINE.max_model_len - NUM_NEW)
+    assert max(work.num_kv_read for work, _ in timed if work.num_pairs) >= longest / 2, "no prompt as long as they come"
     for name in "abc":
         core.handle(AddRequest(name, [5, 6], SamplingParams(ignore_eos=True, max_tokens=2), 2, seed=0))
     refusals = [delta for delta in core.step().deltas if delta.error_kind]
@@ -218,6 +221,25 @@ def test_figures_by_hand() -> None:
     assert (figures["recomputed %"], figures["preemptions"], figures["refused"]) == (25.0, 1.0, 1.0)
 
 
+def test_a_comparison_is_with_the_mean_of_runs_and_tells_how_they_differ() -> None:
+    one, other = (Outcome([Seen(Arrival(0.0, ((1, 4),), 2), [ttft, ttft + 1.0], True)], []) for ttft in (1.0, 3.0))
+    throughput, median, *_ = compare(one, one, other)
+    assert (median.simulated, median.measured, median.error, median.spread) == (1000.0, 2000.0, -0.5, 0.5)
+    assert throughput.measured == (2 / 2 + 2 / 4) / 2
+    assert not median.within
+    assert compare(other, other)[1].within
+
+
+def test_runs_of_a_trace_share_nothing_with_the_runs_before(tmp_path) -> None:
+    core, executor = known_core(EngineConfig())
+    trace = WORKLOAD.generate()[:20]
+    hits = []
+    for salt in ("a", "b", "b"):
+        outcome = run_real(trace, core, salt=salt, clock=executor.clock, wait=executor.wait)
+        hits.append(outcome.total("prefix_hits"))
+    assert 0 < hits[0] == hits[1] < hits[2]
+
+
 def test_shares_and_percentiles() -> None:
     assert max_min_shares({"small": 1.0, "mid": 5.0, "big": 100.0}, 13.0) == {"small": 1.0, "mid": 5.0, "big": 7.0}
     assert [percentile([4.0, 1.0, 2.0, 3.0], p) for p in (0, 50, 100)] == [1.0, 2.5, 4.0]
@@ -271,6 +293,7 @@ def test_the_verb_compares_policies_and_writes_json(costs_file, tmp_path, capfd)
         (["--trace", "x.csv", "--load", "1.2"], "--load"),
         (["--trace", "x.csv", "--sigma", "0.1", "--turns", "3"], "--sigma, --turns"),
         (["--limit", "9"], "--limit"),
+        (["--repeat", "9"], "--repeat"),
         (["--rate", "2", "--load", "1"], "--rate"),
         (["--think-time", "2"], "--think-time"),
         (["--tenant-skew", "2"], "--tenant-skew"),
@@ -282,6 +305,23 @@ def test_a_flag_that_would_change_nothing_is_refused(costs_file, capfd, flags: l
     status = run(["simulate", "--costs", str(costs_file), *flags])
     said = capfd.readouterr().err
     assert (status, f"{named} would change nothing" in said) == ((2, True) if named else (0, False))
+
+
+def test_the_verb_validates_on_an_engine(tmp_path, monkeypatch, capfd) -> None:
+    model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "vocab_size": 97}
+    model |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    monkeypatch.setattr("octavo.cli.simulate.CALIBRATION_SECONDS", 0.9)
+    out, costs = tmp_path / "out.json", tmp_path / "costs.json"
+    flags = ["--load-format", "dummy", "--runtime", "reference", "--max-num-seqs", "4", "--num-requests", "6"]
+    flags += ["--validate", "--repeat", "2", "--rate", "50", "--prompt-median", "20", "--output-median", "4"]
+    status = run(["simulate", str(tmp_path), *flags, "--costs", str(costs), "--output", str(out)])
+    rows = json.loads(out.read_text())["figures"]
+    assert [len(row["runs"]) for row in rows] == [2] * 5
+    assert all(value > 0 for row in rows for value in (row["simulated"], *row["runs"]))
+    assert status == (0 if all(abs(row["error"]) <= 0.15 for row in rows[:3]) else 1)
+    assert Costs.read(costs).num_steps > 4
+    assert "runs differ" in capfd.readouterr().err
 
 
 def test_the_verb_evicts_as_it_is_told(costs_file, capfd) -> None:

@@ -202,6 +202,15 @@ def test_the_fit_finds_known_costs_and_none_is_negative() -> None:
     assert falling.fixed > 0.0
 
 
+def test_the_fit_is_right_on_average_where_steps_are_held_up() -> None:
+    draw = random.Random(2)
+    known = CostModel(fixed=0.005, per_token=6e-4, per_row=2e-4)
+    works = [StepWork(draw.randint(1, 512), draw.randint(0, 64), 0, 0) for _ in range(2000)]
+    found = fit([(work, known.seconds(work) * draw.choice([0.9, 0.9, 0.9, 1.3])) for work in works])
+    ratios = [found.seconds(work) / known.seconds(work) for work in works]
+    assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.01)  # to errors relative to what was measured: 0.955
+
+
 # ------------------------------------------------------------------------------------------------------------- door
 
 
