@@ -205,6 +205,24 @@ def test_a_full_disk_ends_the_recording_and_not_the_engine(tmp_path, monkeypatch
     assert len(replay.steps) == 0  # the result of the first step was still to be written
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"e": "done", "t": 1.1e-7, "n": 3},
+        {"e": "done", "t": 5, "n": 3, "tokens": [[0, 2]]},
+        {"e": "step", "t": 123456.789012345, "n": 7, "rows": [], "crc": 4294967295},
+        {"e": "step", "t": 1.5, "n": 7, "rows": [[0, 1, 2, True, -1, []]], "crc": 0},
+        {"e": "step", "t": 1.5, "n": 7, "rows": [], "crc": 0, "new": [[0, 1, 2]]},
+        {"e": "abort", "r": 1},
+    ],
+)
+def test_the_usual_lines_are_what_an_encoder_writes(tmp_path, event) -> None:
+    ring = Ring(tmp_path / "r", 1 << 16)
+    ring.write(event)
+    ring.close()
+    assert (tmp_path / "r").read_text() == json.dumps(event, separators=(",", ":")) + "\n"
+
+
 def test_a_disk_that_fails_leaves_no_file_open(tmp_path, monkeypatch) -> None:
     ring = Ring(tmp_path / "r", 1 << 16)
     number = ring._file
