@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 
 @dataclass(slots=True)
@@ -56,21 +57,6 @@ class EmbeddingOutput:
 
     embedding: list[float]
 
-    @property
-    def hidden_size(self) -> int:
-        """Its length."""
-        return len(self.embedding)
-
-
-@dataclass(slots=True)
-class EmbeddingRequestOutput:
-    """What `LLM.embed` gives for a prompt."""
-
-    request_id: str
-    outputs: EmbeddingOutput
-    prompt_token_ids: list[int]
-    finished: bool = True
-
 
 @dataclass(slots=True)
 class ScoringOutput:
@@ -79,14 +65,21 @@ class ScoringOutput:
     score: float
 
 
+Pooled = TypeVar("Pooled", EmbeddingOutput, ScoringOutput)
+
+
 @dataclass(slots=True)
-class ScoringRequestOutput:
-    """What `LLM.score` gives for a pair of prompts."""
+class PoolingRequestOutput(Generic[Pooled]):
+    """What `LLM.embed` gives for a prompt, or `LLM.score` for a pair, whose token ids stand one after the other."""
 
     request_id: str
-    outputs: ScoringOutput
-    prompt_token_ids: list[int]  # of both, one after the other
+    outputs: Pooled
+    prompt_token_ids: list[int]
     finished: bool = True
+
+
+EmbeddingRequestOutput = PoolingRequestOutput[EmbeddingOutput]
+ScoringRequestOutput = PoolingRequestOutput[ScoringOutput]
 
 
 @dataclass(slots=True)
@@ -116,5 +109,6 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV was already there
+    num_generated: int = 0  # tokens of all answers so far, those of best_of that are not shown included
     vector: bytes | None = None  # what an embedded prompt became: float32 [hidden_size], not normalised
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per prompt token; the first has none

@@ -203,7 +203,6 @@ class EngineCore:
     def _add(self, message: AddRequest) -> None:
         params = message.params
         eos_ids = frozenset() if params.ignore_eos or message.pooling else self._eos_ids
-        reads_prompt = message.pooling == "mean" or params.prompt_logprobs is not None
         now = self._clock()
         request = Request(
             request_id=message.request_id,
@@ -221,7 +220,8 @@ class EngineCore:
             fork_of=message.fork_of if self.config.enable_copy_on_write else None,
             has_grammar=message.grammar is not None,
             pooling=message.pooling,
-            reads_prompt=reads_prompt and not message.output_token_ids,
+            reads_prompt=not message.output_token_ids
+            and (message.pooling == "mean" or params.prompt_logprobs is not None),
             retry_alone=message.runs_alone,
         )
         request.token_ids += message.output_token_ids

@@ -361,6 +361,8 @@ class Frontend:
         if group.finished:
             group.metrics.finished_time = now
         if update.output is not None:
+            if group.finished:
+                update.output.num_generated = sum(len(child.output.token_ids) for child in group.children)
             update.output.finished = group.finished
             update.output.metrics = group.metrics.copy()
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
 from octavo.engine.core import EngineCore
@@ -164,20 +162,11 @@ class LLM:
             StepError: the engine failed on a request even when it was retried alone.
         """
         params = pooling_params or PoolingParams()
-        todo = _prompt_list(prompts, None)
-        outputs = self._run(
-            [self._frontend.tokenize(prompt) for prompt in todo],
-            [params.as_sampling()] * len(todo),
-            use_tqdm,
-            pooling=params.pooling,
-        )
+        todo = [self._frontend.tokenize(prompt) for prompt in _prompt_list(prompts, None)]
+        outputs = self._run(todo, [params.as_sampling()] * len(todo), use_tqdm, pooling=params.pooling)
+        vectors = [EmbeddingOutput(vector_of(output, normalize=params.normalize).tolist()) for output in outputs]
         return [
-            EmbeddingRequestOutput(
-                output.request_id,
-                EmbeddingOutput(vector_of(output, normalize=params.normalize).tolist()),
-                output.prompt_token_ids,
-            )
-            for output in outputs
+            EmbeddingRequestOutput(o.request_id, v, o.prompt_token_ids) for o, v in zip(outputs, vectors, strict=True)
         ]
 
     def score(
@@ -195,13 +184,12 @@ class LLM:
         if len(ones) not in (1, len(others)):
             raise InvalidValueError(f"{len(ones)} texts cannot be paired with {len(others)}", param="data_1")
         params = replace(pooling_params or PoolingParams(), normalize=True)
-        outputs = self.embed([*ones, *others], params, use_tqdm)
-        vectors = [np.array(output.outputs.embedding, np.float32) for output in outputs]
+        firsts = self.embed([*ones, *others], params, use_tqdm)
+        seconds = firsts[len(ones) :]
         scores = []
-        for index, other in enumerate(outputs[len(ones) :]):
-            one = index if len(ones) > 1 else 0
-            ids = outputs[one].prompt_token_ids + other.prompt_token_ids
-            score = ScoringOutput(cosine(vectors[one], vectors[len(ones) + index]))
+        for one, other in zip(firsts if len(ones) > 1 else firsts[:1] * len(others), seconds, strict=False):
+            score = ScoringOutput(cosine(one.outputs.embedding, other.outputs.embedding))
+            ids = one.prompt_token_ids + other.prompt_token_ids
             scores.append(ScoringRequestOutput(other.request_id, score, ids))
         return scores
 

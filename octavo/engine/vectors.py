@@ -20,6 +20,6 @@ def vector_of(output: RequestOutput, *, normalize: bool = True) -> Vector:
     return vector / max(np.linalg.norm(vector), np.float32(1e-12)) if normalize else vector
 
 
-def cosine(one: Vector, other: Vector) -> float:
+def cosine(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
     """Of the angle between two vectors of length 1."""
-    return float(np.clip(one @ other, -1.0, 1.0))
+    return float(np.clip(np.dot(one, other), -1.0, 1.0))

@@ -10,8 +10,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from octavo import sampling_params as limits
 from octavo.errors import InvalidValueError
@@ -23,7 +22,7 @@ from octavo.server.protocol import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
-    ChatRequest,
+    STRING_OR_LIST,
     Count,
     FunctionName,
     JsonSchema,
@@ -31,7 +30,6 @@ from octavo.server.protocol import (
     StopString,
     Strict,
     Text,
-    string_or_list,
 )
 from octavo.server.tools import Delta, whole_message
 
@@ -75,7 +73,7 @@ class ToolUseBlock(Strict):
 
 Texts = Annotated[
     Annotated[Text, Tag("<string>")] | Annotated[list[TextBlock], Field(max_length=MAX_PARTS), Tag("<list>")],
-    Discriminator(string_or_list),
+    STRING_OR_LIST,
 ]
 
 
@@ -106,7 +104,7 @@ class Turn(Strict):
     content: Annotated[
         Annotated[Text, Tag("<string>")]
         | Annotated[list[Block], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
-        Discriminator(string_or_list),
+        STRING_OR_LIST,
     ]
 
 
@@ -210,7 +208,7 @@ class Messages(Chat):
                 self.usage.add_prompt(output)
                 answer = output.outputs[0]
                 self.usage.completion_tokens += len(answer.token_ids)
-        deltas = self._deltas(answer)
+        deltas = self.deltas(answer)
         content = _content(whole_message(deltas))
         yield encode({**self._message(), "content": content, **self._stop(answer), "usage": self._usage()})
 
@@ -226,7 +224,7 @@ class Messages(Chat):
                     parts.append(_event("message_start", message={**start, "usage": self._usage()}))
                 answer = output.outputs[0]
                 self.usage.completion_tokens += len(answer.token_ids)
-                for delta in self._deltas(answer):
+                for delta in self.deltas(answer):
                     parts += blocks.add(delta)
                 if answer.finish_reason is not None:
                     parts += blocks.close()
@@ -238,11 +236,6 @@ class Messages(Chat):
     def broken(self, failure: Failure) -> bytes:
         """The event that ends a stream with an error."""
         return b"event: error\ndata: " + failure.anthropic_body(self.caller.request_id) + b"\n\n"
-
-    def _deltas(self, answer: CompletionOutput) -> list[Delta]:
-        if self.messages is not None:
-            return self.messages[0].feed(answer.text, last=answer.finish_reason is not None)
-        return [{"content": answer.text}] if answer.text else []
 
     def _message(self) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self._head["model"]}
@@ -351,11 +344,3 @@ def _turn(turn: Turn) -> Iterator[dict[str, Any]]:
         if thoughts:
             message["reasoning_content"] = "".join(thoughts)
         yield message
-
-
-def chat_body(body: CountRequest) -> ChatRequest:
-    """The chat that a request means. Raises RequestValidationError for what its fields alone did not tell."""
-    try:
-        return ChatRequest.model_validate({name: value for name, value in body.as_chat().items() if value is not None})
-    except ValidationError as error:
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from error

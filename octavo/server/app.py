@@ -1,9 +1,9 @@
 """The application: routes to handlers.
 
-Routes: POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/score, /score, /v1/messages,
-/v1/messages/count_tokens, /tokenize, /detokenize;
-GET /v1/models, /v1/models/{id}, /health, /health/live, /health/ready, /health/progress, /metrics, /load,
-/server_info, /version, /openapi.json. No documentation page: those load their scripts from elsewhere.
+Routes: POST /v1/chat/completions, /v1/completions, /v1/embeddings,
+/v1/score, /score, /v1/messages, /v1/messages/count_tokens, /tokenize, /detokenize; GET /v1/models, /v1/models/{id},
+/health, /health/live, /health/ready, /health/progress, /metrics, /load, /server_info, /version,
+/openapi.json. No documentation page: those load their scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from octavo import __version__
 from octavo.server import errors
-from octavo.server.anthropic import CountRequest, Messages, MessagesRequest, chat_body
-from octavo.server.chat import chat, prepare
+from octavo.server.anthropic import CountRequest, Messages, MessagesRequest
+from octavo.server.chat import chat, chat_request, prepare
 from octavo.server.completions import complete
 from octavo.server.door import MAX_BODY_BYTES, Door, Gate
 from octavo.server.embeddings import EmbeddingRequest, ScoreRequest, embed, score
@@ -136,14 +136,13 @@ def _add_anthropic(app: FastAPI, front: Front) -> None:
     @_post(app, "/v1/messages", streams=True)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         front.check_open()
-        job = await prepare(Messages, front, chat_body(body), Caller.of(request), "msg_")
+        job = await prepare(Messages, front, chat_request(body.as_chat()), Caller.of(request), "msg_")
         return job.answer()
 
     @_post(app, "/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest) -> Response:
-        chat_request = chat_body(body)
         front.model(body.model)
-        ids = await front.encode(await front.render(chat_request), add_special_tokens=False)
+        ids = await front.encode(await front.render(chat_request(body.as_chat())), add_special_tokens=False)
         return _json({"input_tokens": len(ids)})
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
 from octavo.errors import InvalidValueError
 from octavo.outputs import CompletionOutput
 from octavo.sampling_params import StructuredOutputsParams
@@ -14,7 +17,7 @@ from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
 from octavo.server.logprobs import LogprobsWriter, prompt_shape
 from octavo.server.protocol import ChatRequest, NamedTool
-from octavo.server.tools import REQUIRED, Calls, Form, Message, Reasoning, whole_message
+from octavo.server.tools import REQUIRED, Calls, Delta, Form, Message, Reasoning, whole_message
 
 
 class Chat(Generation):
@@ -48,6 +51,12 @@ class Chat(Generation):
     def shape(self, writer: LogprobsWriter, number: int, output: CompletionOutput) -> dict[str, Any]:
         """A list of objects."""
         return writer.chat(output)
+
+    def deltas(self, answer: CompletionOutput) -> list[Delta]:
+        """What some more of the one answer adds to its message."""
+        if self.messages is not None:
+            return self.messages[0].feed(answer.text, last=answer.finish_reason is not None)
+        return [{"content": answer.text}] if answer.text else []
 
 
 Job = TypeVar("Job", bound=Chat)
@@ -85,6 +94,14 @@ async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Call
         ]
         job.is_named = isinstance(body.tool_choice, NamedTool)
     return job
+
+
+def chat_request(fields: dict[str, Any]) -> ChatRequest:
+    """The chat that another API's request means. Raises RequestValidationError for what its fields did not tell."""
+    try:
+        return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from error
 
 
 def _form(front: Front, body: ChatRequest) -> Form | None:

@@ -33,13 +33,6 @@ class Completion(Generation):
             choice["prompt_logprobs"] = prompt_shape(self.told[number] or ())
         return choice
 
-    def chosen(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
-        """Of `best_of` answers the n with the highest mean logprob, best first."""
-        if len(answers) <= self.n:
-            return answers
-        answers = sorted(answers, key=lambda a: -(a.cumulative_logprob or 0.0) / max(len(a.token_ids), 1))[: self.n]
-        return [replace(answer, index=index) for index, answer in enumerate(answers)]
-
     def opening(self, writer: ChunkWriter, number: int) -> list[bytes]:
         """The echoed prompt and its ids, if asked for."""
         if not self.echoes[number] and not self.body.return_token_ids:
@@ -69,14 +62,9 @@ async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Ans
     longest = max(map(len, prompts))
     max_tokens = front.max_tokens(longest, body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
-    if body.best_of and not body.use_beam_search:  # ranked by their logprobs
-        params = replace(params, n=body.best_of, logprobs=body.logprobs or 0)
     if body.echo and params.prompt_logprobs is None:
         params = replace(params, prompt_logprobs=body.logprobs)
     job = Completion(front, caller, body, prompts, params, f"cmpl-{body.request_id or caller.request_id}")
-    job.echoes = [_echo(front, prompt) if body.echo else "" for prompt in texts]
+    shown = texts if body.echo else [""] * len(texts)
+    job.echoes = [text if isinstance(text, str) else front.tokenizer.decode(text) for text in shown]
     return job.answer()
-
-
-def _echo(front: Front, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else front.tokenizer.decode(prompt)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from octavo.engine.vectors import Vector, cosine, vector_of
 from octavo.errors import InvalidValueError
@@ -16,14 +16,14 @@ from octavo.sampling_params import Pooling, PoolingParams
 from octavo.server.answer import Answer, merge
 from octavo.server.chunks import encode
 from octavo.server.front import Caller, Front
-from octavo.server.protocol import EngineRequest, Prompt, Text, one_by_one, string_or_list
+from octavo.server.protocol import STRING_OR_LIST, EngineRequest, Prompt, Text, one_by_one
 
 MAX_PAIRS = 256
 AT_ONCE = 64  # prompts of one request that the engine is given together
 
 Texts = Annotated[
     Annotated[Text, Tag("<string>")] | Annotated[list[Text], Field(min_length=1, max_length=MAX_PAIRS), Tag("<list>")],
-    Discriminator(string_or_list),
+    STRING_OR_LIST,
 ]
 
 
@@ -33,10 +33,6 @@ class PoolingRequest(EngineRequest):
     pooling: Pooling = "last"
     add_special_tokens: bool = True
 
-    def params(self) -> PoolingParams:
-        """The same as the engine knows it."""
-        return PoolingParams(pooling=self.pooling)
-
 
 class EmbeddingRequest(PoolingRequest):
     """Body of POST /v1/embeddings."""
@@ -45,10 +41,6 @@ class EmbeddingRequest(PoolingRequest):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None  # none but the model's own
     normalize: bool = True
-
-    def params(self) -> PoolingParams:
-        """The same as the engine knows it. Raises UnsupportedParameterError for `dimensions`."""
-        return PoolingParams(pooling=self.pooling, normalize=self.normalize, dimensions=self.dimensions)
 
 
 class ScoreRequest(PoolingRequest):
@@ -60,14 +52,14 @@ class ScoreRequest(PoolingRequest):
 
 async def embed(front: Front, body: EmbeddingRequest, caller: Caller) -> Answer:
     """Checks a request and begins to embed its prompts."""
-    params = body.params()
+    params = PoolingParams(pooling=body.pooling, normalize=body.normalize, dimensions=body.dimensions)
     as_text = body.encoding_format == "base64"
 
     def shape(vectors: list[Vector]) -> list[dict[str, Any]]:
         shown = [base64.b64encode(v.astype("<f4").tobytes()).decode() if as_text else v.tolist() for v in vectors]
         return [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(shown)]
 
-    return await _answer(front, body, caller, one_by_one(body.input), params, "embd-", "input", shape)
+    return await _answer(front, body, caller, one_by_one(body.input), params, shape, "input")
 
 
 async def score(front: Front, body: ScoreRequest, caller: Caller) -> Answer:
@@ -81,7 +73,8 @@ async def score(front: Front, body: ScoreRequest, caller: Caller) -> Answer:
         pairs = zip(firsts if len(ones) > 1 else firsts * len(seconds), seconds, strict=True)
         return [{"object": "score", "index": index, "score": cosine(*pair)} for index, pair in enumerate(pairs)]
 
-    return await _answer(front, body, caller, [*ones, *others], body.params(), "score-", "text_1", shape)
+    params = PoolingParams(pooling=body.pooling)
+    return await _answer(front, body, caller, [*ones, *others], params, shape, "text_1")
 
 
 async def _answer(
@@ -90,42 +83,28 @@ async def _answer(
     caller: Caller,
     prompts: list[str | list[int]],
     params: PoolingParams,
-    prefix: str,
-    param: str,
     shape: Callable[[list[Vector]], list[dict[str, Any]]],
+    param: str,
 ) -> Answer:
     special = body.add_special_tokens
     ids = [await front.prompt_ids(prompt, body, add_special_tokens=special, param=param) for prompt in prompts]
     front.max_tokens(max(map(len, ids)), 1, default=None, param=param)  # there must be room
     front.check_priority(body)
-    id = f"{prefix}{body.request_id or caller.request_id}"
-    head = {
-        "id": id,
-        "object": "list",
-        "created": int(time.time()),
-        "model": front.model(body.model),
-    }
+    id = f"{'embd' if param == 'input' else 'score'}-{body.request_id or caller.request_id}"
+    head = {"id": id, "object": "list", "created": int(time.time()), "model": front.model(body.model)}
+
+    sampling, key = params.as_sampling(), caller.key
 
     async def whole() -> AsyncGenerator[bytes, None]:
-        vectors = [vector async for vector in _vectors(front, body, caller, ids, params, id)]
+        vectors: dict[int, Vector] = {}
+        for first in range(0, len(ids), AT_ONCE):
+            some = ids[first : first + AT_ONCE]
+            streams = [front.generate(one, sampling, body, id, key, pooling=params.pooling) for one in some]
+            async with aclosing(merge(streams)) as outputs:
+                async for number, output in outputs:
+                    vectors[first + number] = vector_of(output, normalize=params.normalize)
         num_tokens = sum(map(len, ids))
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        yield encode({**head, "data": shape(vectors), "usage": usage})
+        yield encode({**head, "data": shape([vectors[n] for n in range(len(ids))]), "usage": usage})
 
     return Answer(whole(), broken=lambda failure: failure.body(), stream=False, ping_seconds=0)
-
-
-async def _vectors(
-    front: Front, body: PoolingRequest, caller: Caller, prompts: list[list[int]], params: PoolingParams, id: str
-) -> AsyncGenerator[Vector, None]:
-    """Of each prompt, in their order."""
-    sampling = params.as_sampling()
-    for first in range(0, len(prompts), AT_ONCE):
-        some = prompts[first : first + AT_ONCE]
-        streams = [front.generate(ids, sampling, body, id, caller.key, pooling=params.pooling) for ids in some]
-        found: dict[int, Vector] = {}
-        async with aclosing(merge(streams)) as outputs:
-            async for number, output in outputs:
-                found[number] = vector_of(output, normalize=params.normalize)
-        for number in range(len(some)):
-            yield found[number]

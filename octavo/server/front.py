@@ -218,7 +218,7 @@ class Front:
         given = {name: getattr(body, name) for name in (*MODEL_DEFAULTS, *GIVEN) if getattr(body, name) is not None}
         params = SamplingParams(
             **{**({} if body.use_beam_search else default_sampling(engine.spec)), **given},
-            best_of=getattr(body, "best_of", None) if body.use_beam_search else None,
+            best_of=getattr(body, "best_of", None),
             use_beam_search=body.use_beam_search,
             seed=body.seed,
             prompt_logprobs=body.prompt_logprobs,

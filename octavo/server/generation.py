@@ -85,10 +85,6 @@ class Generation(ABC):
         """What a whole answer carries beside its choices."""
         return {}
 
-    def chosen(self, answers: list[CompletionOutput]) -> list[CompletionOutput]:
-        """Which of the answers to a prompt are shown."""
-        return answers
-
     def answer(self) -> Answer:
         """The HTTP response."""
         stream = bool(self.body.stream)
@@ -113,9 +109,9 @@ class Generation(ABC):
             async for number, output in outputs:
                 usage.add_prompt(output)
                 self.timing.add(output)
-                usage.completion_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+                usage.completion_tokens += output.num_generated
                 self.told[number] = output.prompt_logprobs
-                choices += [self._finished(number, answer) for answer in self.chosen(output.outputs)]
+                choices += [self._finished(number, answer) for answer in output.outputs]
         choices.sort(key=lambda choice: choice["index"])
         times = self.timing.as_dict(usage.completion_tokens)
         end = {"choices": choices, "usage": usage.as_dict(), "metrics": times, **self.top()}

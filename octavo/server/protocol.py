@@ -95,11 +95,6 @@ class TextPart(Strict):
         return data
 
 
-def string_or_list(value: object) -> str:
-    """The tag of a text, or of several."""
-    return "<list>" if isinstance(value, list) else "<string>"
-
-
 def _prompt_kind(value: object) -> str:
     if not isinstance(value, list):
         return "<string>"
@@ -115,15 +110,17 @@ def _scalar_kind(value: object) -> str:
     return kinds.get(type(value), "<string>")
 
 
+STRING_OR_LIST = Discriminator(lambda value: "<list>" if isinstance(value, list) else "<string>")
+STRING_OR_OBJECT = Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>")
 Content = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
-    Discriminator(string_or_list),
+    STRING_OR_LIST,
 ]
 Stop = Annotated[
     Annotated[StopString, Tag("<string>")]
     | Annotated[list[StopString], Field(max_length=limits.MAX_STOP), Tag("<list>")],
-    Discriminator(string_or_list),
+    STRING_OR_LIST,
 ]
 Prompt = Annotated[
     Annotated[Text, Tag("<string>")]
@@ -141,6 +138,11 @@ TemplateValue = Annotated[
     Discriminator(_scalar_kind),
 ]
 TemplateKwargs = Annotated[dict[Name, TemplateValue], Field(max_length=MAX_TEMPLATE_KWARGS)]
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 
 
 class Function(Strict):
@@ -317,12 +319,7 @@ class GenerationRequest(EngineRequest):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     # Bookkeeping: accepted, without effect.
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
 
@@ -359,7 +356,7 @@ class GenerationRequest(EngineRequest):
 
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedTool, Tag("<object>")],
-    Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>"),
+    STRING_OR_OBJECT,
 ]
 
 

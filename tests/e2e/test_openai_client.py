@@ -130,3 +130,21 @@ def test_what_is_wrong_has_the_client_s_classes(client: openai.OpenAI) -> None:
     assert (unknown.value.code, unknown.value.param) == ("unsupported_parameter", "mirostat")
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt-9", prompt="a")
+
+
+def test_echo_tells_what_generating_told(client: openai.OpenAI) -> None:
+    first = client.completions.create(**STORY, logprobs=1, extra_body={"return_token_ids": True}).choices[0]
+    ids = [*first.prompt_token_ids, *first.token_ids]
+    again = client.completions.create(**{**GREEDY, "prompt": ids, "max_tokens": 1}, echo=True, logprobs=1).choices[0]
+    told = again.logprobs.token_logprobs
+    assert told[0] is None
+    assert told[len(first.prompt_token_ids) : len(ids)] == pytest.approx(first.logprobs.token_logprobs, abs=1e-4)
+    assert again.logprobs.tokens[:-1][-12:] == first.logprobs.tokens
+
+
+def test_embeddings_tell_alike_from_unlike(client: openai.OpenAI) -> None:
+    texts = ["The cat sleeps on the sofa.", "A cat is sleeping on the couch.", "Interest rates rose by two per cent."]
+    answer = client.embeddings.create(model=MODEL, input=texts, extra_body={"pooling": "mean"})
+    one, alike, unlike = (entry.embedding for entry in answer.data)
+    assert sum(x * x for x in one) == pytest.approx(1.0, abs=1e-3)
+    assert sum(x * y for x, y in zip(one, alike, strict=True)) > sum(x * y for x, y in zip(one, unlike, strict=True))

@@ -132,7 +132,7 @@ class FakeEngine:
 
     async def _outputs(self, prompt, params, request_id, on_tokens, pooling):
         began = time.monotonic()
-        scripts = [_Script(self, len(prompt), index, params) for index in range(params.n)]
+        scripts = [_Script(self, len(prompt), index, params) for index in range(params.num_candidates)]
         times = RequestMetrics(began, began + 0.1, began + 0.4, queue_seconds=0.05)
         cached = len(prompt) // 16 * 16
         output = RequestOutput(request_id, None, list(prompt), [], False, times, num_cached_tokens=cached)
@@ -159,7 +159,11 @@ class FakeEngine:
                 finished = all(script.output.finish_reason for script in scripts)
                 yield replace(output, outputs=deltas, finished=finished)
         if params.output_kind is RequestOutputKind.FINAL_ONLY:
-            yield replace(output, outputs=[script.output for script in scripts], finished=True)
+            answers = [script.output for script in scripts]
+            if len(answers) > params.n:  # the last one is the best
+                answers = [replace(answer, index=i) for i, answer in enumerate(reversed(answers))][: params.n]
+            num_generated = sum(len(script.output.token_ids) for script in scripts)
+            yield replace(output, outputs=answers, finished=True, num_generated=num_generated)
 
 
 class _Script:

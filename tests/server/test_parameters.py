@@ -66,7 +66,7 @@ CHAT_ROWS = [
     ("logprobs", True, {"logprobs": 0}),
     ("n", 1, {"n": 1}),
 ]
-COMPLETION_ROWS = [("logprobs", 4, {"logprobs": 4}), ("best_of", 3, {"n": 3, "logprobs": 0})]
+COMPLETION_ROWS = [("logprobs", 4, {"logprobs": 4}), ("best_of", 3, {"n": 1, "best_of": 3})]
 
 # parameter, value, what the first choice's text becomes; "defghijk" without it
 TEXT_ROWS = [
