@@ -44,5 +44,6 @@ class Wire:
         return is_between and not cycle.disconnected and not cycle.flow.write_paused
 
     def write(self, part: bytes) -> None:
-        """Writes a chunk."""
+        """Writes a chunk; not an empty one, which would be the last."""
+        assert part
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
