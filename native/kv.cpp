@@ -60,6 +60,13 @@ void OctavoEngine::copy_blocks(const int64_t* pairs, int64_t num_pairs) {
     const size_t size = static_cast<size_t>(block_size_);
     for (const size_t first : places_) {
         const KVCache& c = layers_[first].cache;
+        if (size % kGroup == 0) {
+            const size_t bytes = size / kGroup * c.num_kv_heads * c.piece_bytes;
+            for (int64_t i = 0; i < num_pairs; ++i)
+                std::memcpy(c.data + static_cast<size_t>(pairs[2 * i + 1]) * bytes,
+                            c.data + static_cast<size_t>(pairs[2 * i]) * bytes, bytes);
+            continue;
+        }
         for (int64_t i = 0; i < num_pairs; ++i) {
             for (size_t offset = 0; offset < size; ++offset) {
                 const size_t from = static_cast<size_t>(pairs[2 * i]) * size + offset;

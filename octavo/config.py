@@ -74,6 +74,7 @@ class EngineConfig:
     block_size: int = BLOCK_SIZE
     kv_cache_dtype: KVCacheDType = "auto"  # auto: float32 beside float32 weights, else bfloat16
     kv_cache_memory_bytes: int | None = None
+    swap_space: float = 0.0  # GiB of host memory for the KV that the pool gives up
     num_gpu_blocks_override: int | None = None  # blocks of the pool, whatever the device (vLLM's name)
     gpu_memory_utilization: float = 0.9  # read on a GPU only
 
@@ -98,6 +99,12 @@ class EngineConfig:
         _range("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 1 << 20)
         _range("block_size", self.block_size, 1, 256)
         _range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
+        if not 0.0 <= self.swap_space <= 65536.0:
+            raise ConfigError(f"swap_space must be from 0 to 65536 GiB, not {self.swap_space}")
+        if self.swap_space and not self.enable_prefix_caching:
+            raise ConfigError(
+                "swap_space needs enable_prefix_caching: KV in host memory is found by the hash of its prefix"
+            )
         _range("num_gpu_blocks_override", self.num_gpu_blocks_override, 1, 1 << 31)
         _range("max_logprobs", self.max_logprobs, 0, 20)
         _range("num_threads", self.num_threads, 1, 1024)

@@ -128,6 +128,11 @@ class StepRecord:
     num_forked: int = 0  # requests that began with the KV of another one's prompt, blocks shared
     num_copied_blocks: int = 0  # shared blocks copied on write
     num_evicted_blocks: int = 0
+    num_saved_blocks: int = 0  # of evicted ones, copied to host memory
+    num_loaded_blocks: int = 0  # copied back
+    host_queries: int = 0  # tokens looked up in host memory: not found in the pool
+    host_hits: int = 0  # tokens found there
+    host_usage: float = 0.0  # share of the blocks in host memory that hold something
     num_free_blocks: int = 0  # never used or unhashed
     num_cached_blocks: int = 0  # free for the taking, but still holding a hashed prefix
     num_used_blocks: int = 0

@@ -61,7 +61,8 @@ class SchedulerOutput:
     step: int
     new_rows: list[NewRow] = field(default_factory=list)
     scheduled: list[ScheduledRow] = field(default_factory=list)
-    copy_blocks: list[tuple[int, int]] = field(default_factory=list)  # (from, to), before anything is computed
+    # (from, to), in this order, before anything is computed; an id behind the pool's is a block in host memory
+    copy_blocks: list[tuple[int, int]] = field(default_factory=list)
     num_tokens: int = 0  # sum over `scheduled`
 
 

@@ -38,6 +38,9 @@ EVENTS = (
     "num_forked",
     "num_copied_blocks",
     "num_evicted_blocks",
+    "num_saved_blocks",
+    "num_loaded_blocks",
+    "host_hits",
 )
 
 
@@ -68,6 +71,7 @@ class Walk(SchedulerMachine):
             max_queued=draw.choice([0, 0, 0, 1, 5]),
             record_bytes=draw.choice([0, 0, 4_000, 1 << 20]),
             windows=draw.choice(WINDOWS),
+            num_host_blocks=draw.choice([0, 0, 1, 4, 30]),
         )
         self.counts["engines"] += 1
         self.counts[f"engines: {policy}"] += 1

@@ -70,6 +70,12 @@ FLAGS: dict[str, Flag] = {
     "enable_copy_on_write": Flag(
         "Memory", "Compute the prompt of n answers once; they share its KV and copy on write."
     ),
+    "swap_space": Flag(
+        "Memory",
+        "GiB of host memory that keep the KV of evicted prefixes and preempted requests, where copying it back is "
+        "cheaper than computing it again (measured at start). On a CPU, give --kv-cache-memory-bytes more instead.",
+        "GIB",
+    ),
     "prefix_eviction_policy": Flag(
         "Memory", "Which cached prefix goes first: the least recently used, or the least often used, with ageing."
     ),

@@ -4,6 +4,7 @@ together. The requests are random tokens that share nothing, and leave nothing i
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -17,21 +18,38 @@ from octavo.scheduler.cost import CostModel, StepWork, fit, typical
 from octavo.scheduler.door import Door
 from octavo.scheduler.slo import SloPolicy
 
-START_SECONDS = 1.0  # of the start, where a policy needs a cost model
+log = logging.getLogger("octavo.engine")
+START_SECONDS = 1.0  # of the start, where something needs a cost model
 NUM_NEW = 6  # tokens each calibration request generates: one from its prompt, the others step by step
 LONGEST = 4096  # tokens of a prompt
 BATCH = 2048  # prompt tokens of several requests at once: none may take all the time there is
+PROMPT = 512  # tokens: what is computed again, to compare with copying it
 
 
 def prepare(core: EngineCore, *, serving: bool = False) -> None:
-    """Gives a policy that predicts steps what it predicts them with, booking the time among the start's phases; then
-    begins the recording, if there is to be one."""
-    if isinstance(core.scheduler.policy, SloPolicy):
+    """Gives what decides by the cost of steps a model of it, booking the time among the start's phases; then begins the
+    recording, if there is to be one."""
+    policy, host = core.scheduler.policy, core.scheduler.kv.host
+    if isinstance(policy, SloPolicy) or host.num_blocks:
         began = time.monotonic()
-        core.scheduler.policy.cost = calibrate(core, seconds=START_SECONDS)
-        core.info.timings["calibrate policy"] = time.monotonic() - began
+        cost = calibrate(core, seconds=START_SECONDS)
+        if isinstance(policy, SloPolicy):
+            policy.cost = cost
+        if host.num_blocks:
+            _choose_copies(core, cost)
+        core.info.timings["calibrate"] = time.monotonic() - began
     path = start_recording(core, serving=serving)
     core.record = None if path is None else str(path)
+
+
+def _choose_copies(core: EngineCore, cost: CostModel) -> None:
+    """Copies evicted blocks to host memory where that, and the way back, takes less time than computing them again."""
+    block_size = core.config.block_size
+    computed = cost.prefill_seconds(PROMPT) * block_size / PROMPT
+    copied = 2 * core.info.host_copy_seconds * len(core.info.kv_windows)
+    core.scheduler.kv.host.saves = copied < computed
+    what = "to compute %d tokens takes %.3f ms, to copy their KV to host memory and back %.3f ms: evicted KV is %s"
+    log.info(what, block_size, 1000 * computed, 1000 * copied, "copied" if copied < computed else "dropped")
 
 
 def calibrate(core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None) -> CostModel:

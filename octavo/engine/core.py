@@ -97,6 +97,7 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
             hash_key=key.encode() if key is not None else secrets.token_bytes(32),
             eviction=EVICTIONS[config.prefix_eviction_policy](),
+            num_host_blocks=info.plan.num_host_blocks,
         )
         kind = Scheduler if config.record == "off" else RecordingScheduler
         self.scheduler = kind(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from octavo.kvcache.eviction import Eviction, LruEviction
+from octavo.kvcache.host import HostTier
 
 
 class BlockPool:
@@ -22,10 +23,10 @@ class BlockPool:
 
     A block is taken from the free ones first (the last freed: its memory is warm), then from the never touched, and
     only then by evicting a cached one (`eviction` says which; the least recently used by default): memory costs less
-    than computing a prefix again.
+    than computing a prefix again. What is evicted is offered to `host`.
     """
 
-    def __init__(self, num_blocks: int, eviction: Eviction | None = None) -> None:
+    def __init__(self, num_blocks: int, eviction: Eviction | None = None, host: HostTier | None = None) -> None:
         self.num_blocks = num_blocks
         self.num_evictions = 0  # cached prefixes lost so far
         self._ref_counts: list[int] = []  # by block id; grows as blocks are first touched
@@ -33,6 +34,7 @@ class BlockPool:
         self._holders: dict[bytes, int] = {}  # digest -> block id
         self._free: list[int] = []
         self._uses: list[int] = []  # by block id: how often its prefix was hit since it was computed
+        self._host = host
         self._cached: Eviction = eviction if eviction is not None else LruEviction()
 
     @property
@@ -133,4 +135,6 @@ class BlockPool:
         del self._holders[digest]
         self._digests[block] = None
         self.num_evictions += 1
+        if self._host is not None:
+            self._host.save(block, digest)
         return block

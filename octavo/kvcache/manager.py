@@ -11,6 +11,7 @@ from octavo.errors import ConfigError
 from octavo.kvcache.block_hash import BlockHasher
 from octavo.kvcache.block_pool import BlockPool
 from octavo.kvcache.eviction import Eviction
+from octavo.kvcache.host import HostTier
 from octavo.request import Request
 from octavo.step import most_blocks
 
@@ -26,6 +27,7 @@ class _Table:
     block_ids: tuple[list[int], ...]  # per KV group: position p lies in [p // block_size]
     num_gone: list[int]  # per KV group: leading blocks that are GONE
     digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as needed yet
+    num_loaded: int = 0  # blocks that came from the host when it was last admitted
     num_hashed: int = 0  # leading blocks that were offered to the pool under their digest
     # per KV group, the block behind block_ids, whose first positions are shared, so it is copied on write; or nothing
     borrowed: list[int] = field(default_factory=list)
@@ -46,6 +48,7 @@ class KVCacheManager:
         enable_prefix_caching: off, no block is ever hashed or hit.
         hash_key: secret key of the prefix hash; random when None.
         eviction: which cached prefix goes first; the least recently used by default.
+        num_host_blocks: blocks in host memory, with ids from num_blocks on, that keep evicted prefixes.
 
     Raises:
         ConfigError: an empty pool.
@@ -60,12 +63,14 @@ class KVCacheManager:
         enable_prefix_caching: bool = True,
         hash_key: bytes | None = None,
         eviction: Eviction | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"the KV pool needs at least one block of one token, not {num_blocks} of {block_size}")
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.pool = BlockPool(num_blocks, eviction)
+        self.host = HostTier(num_host_blocks, num_blocks)
+        self.pool = BlockPool(num_blocks, eviction, self.host if num_host_blocks else None)
         self._windows = windows
         self._has_windows = any(windows)
         self._is_plain = windows == (0,)
@@ -73,7 +78,6 @@ class KVCacheManager:
         self._hasher = BlockHasher(block_size, hash_key if hash_key is not None else secrets.token_bytes(32))
         self.on_digest: Callable[[Request, int, bytes], None] | None = None  # told each block's digest, once known
         self._tables: dict[str, _Table] = {}
-        self._copies: list[tuple[int, int]] = []
 
     def add(self, request: Request) -> None:
         """Begins an empty table."""
@@ -97,9 +101,13 @@ class KVCacheManager:
         """Positions that the Request's blocks hold, from the first on."""
         return min(map(len, self._tables[request.request_id].block_ids)) * self.block_size
 
+    def num_loaded_tokens(self, request: Request) -> int:
+        """Tokens whose KV came from the host when the Request was last admitted."""
+        return self._tables[request.request_id].num_loaded * self.block_size // len(self._windows)
+
     def lookup(self, request: Request) -> Hits:
-        """The cached blocks of the longest known prefix, per KV group. It never covers the last token, whose logits
-        are needed, nor anything where those of the prompt are."""
+        """The cached blocks, of pool and host, of the longest known prefix, per KV group. It never covers the last
+        token, whose logits are needed, nor anything where those of the prompt are."""
         if not self.enable_prefix_caching or request.reads_prompt:
             return tuple([] for _ in self._windows)
         table = self._tables[request.request_id]
@@ -109,7 +117,10 @@ class KVCacheManager:
             blocks: list[int] = []
             for index in range(num_blocks):
                 digest = self._digest(request, table, index)
-                block = self.pool.holder(_key(digest, group) if group else digest)
+                key = _key(digest, group) if group else digest
+                block = self.pool.holder(key)
+                if block is None and self.host.num_blocks:
+                    block = self.host.find(key)
                 if block is None and not window:
                     num_blocks = index
                     break
@@ -156,19 +167,34 @@ class KVCacheManager:
             return ()
         keeps = [pool.is_private(block) for block in table.borrowed]
         num_new -= sum(keeps)
-        num_idle_hits = sum(1 for blocks in hits for block in blocks if block != GONE and not pool.ref_count(block))
-        if num_new + spare > pool.num_available - num_idle_hits:
+        # an idle hit cannot be handed out; one of the host takes a block, and is no block of the pool
+        num_taken = sum(1 for blocks in hits for block in blocks if block != GONE and not pool.ref_count(block))
+        if num_new + spare > pool.num_available - num_taken:
             return None
-        for group, blocks in enumerate(hits):
-            table.num_gone[group] = gone = self._first_seen(start, self._windows[group])
-            pool.touch(blocks[gone:])
-            table.block_ids[group].extend(blocks)
-            table.num_hashed = num_hits
+        if num_hits:
+            self._take_hits(table, hits)
         added = self._take_borrowed(table, keeps)
         for ids, new, count in zip(table.block_ids, added, missing, strict=True):
             new += pool.allocate(count - len(new))
             ids += new
         return added
+
+    def _take_hits(self, table: _Table, hits: Hits) -> None:
+        """Begins an empty table with the blocks of a known prefix; those on the host get a block to be copied to."""
+        pool, host, on_host = self.pool, self.host, []
+        table.num_hashed = len(hits[0])
+        for group, blocks in enumerate(hits):
+            table.num_gone[group] = gone = self._first_seen(len(blocks) * self.block_size, self._windows[group])
+            table.block_ids[group].extend(blocks)
+            pool.touch([block for block in blocks[gone:] if block < pool.num_blocks])
+            on_host += [(group, index) for index in range(gone, len(blocks)) if blocks[index] >= pool.num_blocks]
+        keys = [_key(table.digests[index], group) if group else table.digests[index] for group, index in on_host]
+        table.num_loaded = len(on_host)
+        for (group, index), key, source in zip(on_host, keys, host.hold(keys), strict=True):
+            [block] = pool.allocate(1)
+            host.load(source, block, key)
+            pool.hash(block, key)
+            table.block_ids[group][index] = block
 
     def _take_borrowed(self, table: _Table, keeps: list[bool]) -> tuple[list[int], ...]:
         """Blocks for what was borrowed, per KV group: itself, or a new one that it is to be copied to."""
@@ -178,7 +204,7 @@ class KVCacheManager:
                 blocks.append(borrowed)
             else:
                 blocks += self.pool.allocate(1)
-                self._copies.append((borrowed, blocks[0]))
+                self.host.copies.append((borrowed, blocks[0]))
                 self.pool.free([borrowed])
         table.borrowed = []
         return added
@@ -203,8 +229,8 @@ class KVCacheManager:
             self.pool.touch(table.borrowed)
 
     def take_copies(self) -> list[tuple[int, int]]:
-        """Block copies (from, to) to make before anything else is written, since the last call."""
-        copies, self._copies = self._copies, []
+        """Block copies (from, to) to make, in this order, before anything else is written, since the last call."""
+        copies, self.host.copies = self.host.copies, []
         return copies
 
     def hash_full(self, request: Request, num_tokens: int) -> list[tuple[int, bytes]]:
@@ -236,7 +262,8 @@ class KVCacheManager:
     def unhash(self, hashed: list[tuple[int, bytes]]) -> None:
         """Takes hash_full() back, where the block was not evicted meanwhile: the step that fills it failed."""
         for block, key in hashed:
-            if self.pool.digest(block) == key:
+            self.host.drop(key)
+            if block < self.pool.num_blocks and self.pool.digest(block) == key:
                 self.pool.unhash(block)
 
     def free(self, request: Request) -> None:
@@ -251,7 +278,7 @@ class KVCacheManager:
         self.pool.free(held + table.borrowed)
         table.block_ids, table.num_gone = tuple([] for _ in self._windows), [0] * len(self._windows)
         table.borrowed = []
-        table.num_hashed = 0
+        table.num_hashed = table.num_loaded = 0
 
     def forget(self, request: Request) -> None:
         """Gives the blocks back and drops the table: the Request has ended."""

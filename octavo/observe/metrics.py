@@ -193,6 +193,11 @@ class _StepMetrics(_Group):
         self.preempted = Counter("preempted_tokens", "Computed tokens thrown away by preemptions.")
         self.forked = Counter("forked_requests", "Answers and beams that began with another one's KV.")
         self.copied = Counter("kv_cache_copied_tokens", "Tokens of shared blocks copied on write.")
+        self.host_queries = Counter("external_prefix_cache_queries", "Prompt tokens looked up in host memory.")
+        self.host_hits = Counter("external_prefix_cache_hits", "Prompt tokens found there.")
+        self.host_usage = Gauge("cpu_cache_usage_perc", "Share of the KV blocks in host memory in use, 0 to 1.")
+        self.saved = Counter("kv_cache_swapped_out_tokens", "Tokens of evicted blocks copied to host memory.")
+        self.loaded = Counter("kv_cache_swapped_in_tokens", "Tokens of blocks copied back.")
         self.recomputed = Counter("prompt_tokens_recomputed", "Tokens computed again after a preemption.")
         self.step_tokens = Histogram("iteration_tokens_total", "Tokens computed per engine step.", STEP_TOKENS)
 
@@ -212,6 +217,11 @@ class _StepMetrics(_Group):
         self.preempted.add(record.num_preempted_tokens)
         self.forked.add(record.num_forked)
         self.copied.add(record.num_copied_blocks * self._block_size)
+        self.host_queries.add(record.host_queries)
+        self.host_hits.add(record.host_hits)
+        self.host_usage.value = record.host_usage
+        self.saved.add(record.num_saved_blocks * self._block_size)
+        self.loaded.add(record.num_loaded_blocks * self._block_size)
         self.recomputed.add(record.num_recomputed_tokens)
         self.step_tokens.observe(record.num_tokens)
 

@@ -257,14 +257,16 @@ class Runtime(Protocol):
         """Runs the largest step once, where memory is the device's own: then free_bytes() is what KV may take."""
         ...
 
-    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
-        """Reserves the pool; untouched blocks cost no resident memory. `dtype` is how K and V are kept: "float32",
-        "bfloat16", "int8" with one float32 scale per token and KV head, or "fp8" (e4m3). The narrow ones round
-        queries and softmax weights to bfloat16 too. Raises UnsupportedError for one that it does not keep."""
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32", num_host_blocks: int = 0) -> None:
+        """Reserves the pool, and blocks in host memory with the ids behind it, which only copy_blocks() takes.
+        Untouched blocks cost no resident memory. `dtype` is how K and V are kept: "float32", "bfloat16", "int8" with
+        one float32 scale per token and KV head, or "fp8" (e4m3). The narrow ones round queries and softmax weights to
+        bfloat16 too. Raises UnsupportedError for one that it does not keep."""
         ...
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies whole KV blocks (from, to), in all layers, before the next execute()."""
+        """Copies whole KV blocks (from, to), in all layers and in this order, before the next execute(). Nothing waits
+        for a device: what saves blocks to host memory, or loads them, is part of the step."""
         ...
 
     def execute(self, inputs: StepInputs) -> None:

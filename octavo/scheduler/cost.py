@@ -55,6 +55,10 @@ class CostModel:
             + self.per_pair * work.num_pairs
         )
 
+    def prefill_seconds(self, num_tokens: int) -> float:
+        """What a prompt of so many tokens adds to a step."""
+        return self.seconds(StepWork(num_tokens, 0, num_tokens, num_tokens * (num_tokens + 1) // 2)) - self.fixed
+
     def prefill_tokens(self, seconds: float, work: StepWork, context: int) -> int:
         """How many prompt tokens, each attending to `context` positions, fit into a step of this length beside
         `work`; may be negative. A model that finds tokens free answers with a very large number."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from octavo.kvcache.block_pool import BlockPool
+from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import StepRecord
 from octavo.request import Request
 from octavo.step import SchedulerOutput
@@ -22,6 +22,8 @@ class _Counted:
     num_recomputed_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    host_queries: int = 0
+    host_hits: int = 0
     num_forked: int = 0
     num_kv_read: int = 0
     num_prefill_pairs: int = 0
@@ -48,7 +50,16 @@ class Counts(_Counted):
         if start < request.num_lost_tokens:
             self.num_recomputed_tokens += min(end, request.num_lost_tokens) - start
 
-    def fill(self, record: StepRecord, output: SchedulerOutput, running: Iterable[Request], pool: BlockPool) -> None:
+    def looked_up(self, request: Request, num_found: int, kv: KVCacheManager) -> None:
+        """A Request is admitted for the first time, and begins with a known prefix of `num_found` tokens."""
+        if kv.enable_prefix_caching and not request.reads_prompt:
+            self.prefix_queries += request.num_tokens
+            self.prefix_hits += num_found
+            if kv.host.num_blocks:
+                self.host_queries += request.num_tokens - num_found + kv.num_loaded_tokens(request)
+                self.host_hits += kv.num_loaded_tokens(request)
+
+    def fill(self, record: StepRecord, output: SchedulerOutput, running: Iterable[Request], kv: KVCacheManager) -> None:
         """Writes everything, and the pool's state after schedule(), into a record."""
         for name in _COUNTED:
             if count := getattr(self, name):  # most are zero, as in a new record
@@ -56,7 +67,11 @@ class Counts(_Counted):
                 setattr(self, name, 0)
         record.num_running = len(output.scheduled)
         record.num_tokens = output.num_tokens
-        record.num_copied_blocks = len(output.copy_blocks)
+        pool, host = kv.pool, kv.host
+        record.num_saved_blocks, record.num_loaded_blocks = host.num_saved, host.num_loaded
+        host.num_saved = host.num_loaded = 0
+        record.host_usage = len(host) / host.num_blocks if host.num_blocks else 0.0
+        record.num_copied_blocks = len(output.copy_blocks) - record.num_saved_blocks - record.num_loaded_blocks
         record.num_idle_slots = sum(  # a fork may have computed more than its own blocks hold
             [r.num_slots - r.num_computed_tokens for r in running if r.num_slots > r.num_computed_tokens]
         )

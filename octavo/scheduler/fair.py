@@ -93,6 +93,9 @@ class FairPolicy(FcfsPolicy):
         """The least served tenant keeps its blocks; within a tenant, the oldest."""
         return sorted(running, key=lambda request: self._counters[request.tenant])
 
+    def peers(self, request: Request) -> object:
+        return request.tenant
+
     def charge(self, request: Request, num_prompt: int, num_output: int) -> None:
         weighted = PROMPT_WEIGHT * num_prompt + OUTPUT_WEIGHT * num_output
         self._counters[request.tenant] += weighted / request.weight

@@ -50,6 +50,10 @@ class Policy(Protocol):
         """The running Requests (given in the order of admission), most deserving first: the last is preempted first."""
         ...
 
+    def peers(self, request: Request) -> object:
+        """Equal for running Requests of which any may be preempted, the cheapest; ranked() says of whom."""
+        ...
+
     def prefill_cap(self, running: Iterable[Request]) -> int:
         """Most prompt tokens of the next step, all Requests together; at least 1."""
         ...
@@ -90,6 +94,9 @@ class FcfsPolicy:
 
     def ranked(self, running: list[Request]) -> list[Request]:
         return running
+
+    def peers(self, request: Request) -> object:
+        return None
 
     def prefill_cap(self, running: Iterable[Request]) -> int:
         return NO_CAP
@@ -163,6 +170,9 @@ class PriorityPolicy(FcfsPolicy):
 
     def ranked(self, running: list[Request]) -> list[Request]:
         return sorted(running, key=self._key)
+
+    def peers(self, request: Request) -> object:
+        return request.priority
 
     def __len__(self) -> int:
         return len(self._heap)

@@ -203,6 +203,7 @@ class Scheduler:
             self._schedule_waiting(output, step)
         if output.scheduled:
             output.copy_blocks = self.kv.take_copies()
+            step.hashed += self.kv.host.take_changed()
             self._in_flight[output.step] = step
             self._next_step += 1
         return output
@@ -256,17 +257,29 @@ class Scheduler:
     def _allocate(
         self, output: SchedulerOutput, request: Request, end: int, order: list[Request]
     ) -> tuple[list[int], ...] | None:
-        """Blocks for a running Request up to position `end`, at the cost of the last in `order`; None where it has to
-        wait, or went itself."""
+        """Blocks for a running Request up to position `end`, at the cost of those behind it in `order`; None where it
+        has to wait, or went itself."""
         while (blocks := self.kv.try_allocate(request, end)) is None and not request.num_pending:
-            victim = order.pop()
-            if not self._beams.keep(victim, output, order):
-                self._preempt(self._beams.leader(victim), request)
-            if victim is request or request.status is not RequestStatus.RUNNING:
+            victim = self._victim(request, output, order)
+            if victim is None:
+                return None
+            self._preempt(self._beams.leader(victim), request)
+            if request.status is not RequestStatus.RUNNING:
                 return None
         if blocks:
             request.num_slots = self.kv.num_slots(request)
         return blocks
+
+    def _victim(self, request: Request, output: SchedulerOutput, order: list[Request]) -> Request | None:
+        """Who loses its blocks for `request`, perhaps itself: of those that its policy likes least, whoever costs the
+        least to bring back. Each preemption doubles that, so that it is not always the same one."""
+        behind = order[order.index(request) + (request is order[0]) :]
+        running = [r for r in behind if r.status is RequestStatus.RUNNING and not self._beams.keep(r, output, order)]
+        if not running:
+            return None
+        least = self.policy.peers(running[-1])
+        cheapest = [r for r in running if self.policy.peers(r) == least]
+        return min(reversed(cheapest), key=lambda r: r.num_computed_tokens << min(r.num_preemptions, 16))
 
     def _visit_order(self) -> list[Request]:
         """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
@@ -324,9 +337,7 @@ class Scheduler:
             starts.append(len(hits[0]) * self.kv.block_size)
         if request.first_scheduled_time is None:
             request.num_cached_tokens = starts[0]
-            if self.kv.enable_prefix_caching and not request.reads_prompt:
-                self._counts.prefix_queries += request.num_tokens
-                self._counts.prefix_hits += starts[0]
+            self._counts.looked_up(request, starts[0], self.kv)
         alone = next(iter(self.suspects.values()), None)
         for member, start in zip(members, starts, strict=True):
             self._start(output, member, start)
@@ -521,4 +532,4 @@ class Scheduler:
     def fill(self, record: StepRecord, output: SchedulerOutput) -> None:
         """Writes the counts of schedule() into the step's record; preemptions since the last record included."""
         record.num_waiting = self.num_waiting
-        self._counts.fill(record, output, self._running.values(), self.kv.pool)
+        self._counts.fill(record, output, self._running.values(), self.kv)

@@ -28,8 +28,6 @@ class Appetite:
 
     def longest(self, num_blocks: int, wanted: int) -> int:
         """The most tokens, up to `wanted`, of a request that so many blocks hold."""
-        if self.windows == (0,):
-            return min(wanted, num_blocks * self.block_size)
         return bisect_right(range(1, wanted + 1), num_blocks, key=self.blocks_for)
 
 
@@ -47,6 +45,7 @@ class MemoryPlan:
     max_model_len: int
     reason: str  # why the pool has this size
     on_device: bool = False
+    num_host_blocks: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -88,6 +87,9 @@ class MemoryPlan:
                 f"{self.num_blocks:,} blocks of {self.appetite.block_size} tokens, {self.kv_dtype}; {self.reason}",
             ),
         ]
+        if self.num_host_blocks:
+            taken = self.num_host_blocks * self.block_bytes
+            rows.append(("host memory", taken, f"{self.num_host_blocks:,} blocks for evicted prefixes; --swap-space"))
         lines = [f"  {name:<12} {size / MIB:>10,.1f} MiB  {note}" for name, size, note in rows]
         whole = self.num_blocks // per_request
         lines.append(
@@ -110,14 +112,18 @@ def plan_memory(
     len_is_fixed: bool,
     kv_cache_memory_bytes: int | None,
     num_blocks_override: int | None,
+    swap_bytes: int = 0,
+    host_free_bytes: int = 0,
 ) -> MemoryPlan:
     """Sizes the KV pool.
 
     `on_device`: `free_bytes` is what --gpu-memory-utilization allows of a GPU's memory, and all of it is taken.
+    `swap_bytes`: host memory for evicted blocks; of `host_free_bytes` beside a device, else of what the rest leaves.
     `wanted_len` is the model length asked for (`len_is_fixed`) or the model's own, which is cut to what fits.
 
     Raises:
-        MemoryPlanError: weights do not fit, or a fixed length does not; with the numbers and the largest that would.
+        MemoryPlanError: weights do not fit, or a fixed length or the swap space does not; with the numbers and the
+            largest that would.
     """
     left = free_bytes - weight_bytes - arena_bytes
     if left <= 0:
@@ -164,7 +170,24 @@ def plan_memory(
         max_model_len=fitting_len,
         reason=reason,
         on_device=on_device,
+        num_host_blocks=_host_blocks(
+            swap_bytes, block_bytes, host_free_bytes if on_device else left - num_blocks * block_bytes
+        ),
     )
+
+
+def _host_blocks(swap_bytes: int, block_bytes: int, left: int) -> int:
+    if swap_bytes > left:
+        raise MemoryPlanError(
+            f"--swap-space asks for {swap_bytes / MIB:,.0f} MiB of host memory, but {left / MIB:,.0f} MiB are left: "
+            f"give at most {left / (1 << 30):.2f} (GiB)"
+        )
+    if 0 < swap_bytes < block_bytes:
+        raise MemoryPlanError(
+            f"--swap-space holds no KV block: one takes {block_bytes / MIB:,.1f} MiB; give at least "
+            f"{block_bytes / (1 << 30):.4f} (GiB), or 0 for none"
+        )
+    return swap_bytes // block_bytes
 
 
 def free_memory() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,6 +35,7 @@ class WorkerInfo:
     dtype: str
     kv_windows: tuple[int, ...] = (0,)  # per KV group, how far a token sees; 0: everything
     max_depth: int = 1  # steps that may be in flight
+    host_copy_seconds: float = 0.0  # to copy a block to host memory, or back; 0 where there is none
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
 
 
@@ -70,12 +71,12 @@ class Worker:
             computed, weights = "float32", HalfWeights(weights)
         computed = config.quantization or computed
         program = record(spec)
-        windows: tuple[int, ...] = (0,)
+        appetite = Appetite(config.block_size)
         if not config.disable_hybrid_kv_cache_manager:
             program = program.with_kv_groups()
-            windows = program.kv_windows
+            appetite = Appetite(config.block_size, program.kv_windows, config.max_step_tokens)
         kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
-        plan = self._plan(spec, program, windows, runtime, weights, computed, kv_dtype)
+        plan = self._plan(spec, program, appetite, weights, computed, kv_dtype)
         if plan.max_model_len < spec.max_model_len:  # RoPE is fixed for the length that is really served
             spec = read_spec(self._files, max_model_len=plan.max_model_len)
             program = replace(record(spec), kv_layers=program.kv_layers)  # the groups that were planned with
@@ -94,13 +95,16 @@ class Worker:
         if (left := runtime.free_bytes(config.gpu_memory_utilization)) is not None:
             plan = plan.measured(left)
         clock.ends("rehearsal")
-        runtime.allocate_kv(plan.num_blocks, config.block_size, kv_dtype)
+        runtime.allocate_kv(plan.num_blocks, config.block_size, kv_dtype, plan.num_host_blocks)
         rows = Rows(config.max_num_seqs, spec.max_model_len, config.block_size, program.num_kv_groups)
         self._runner = ModelRunner(runtime, rows)
         clock.ends("kv cache")
         self._warm_up(program.num_kv_groups)
         clock.ends("warm-up")
-        return WorkerInfo(spec, plan, report.description, dtype, windows, runtime.max_depth, clock.seconds)
+        copy_seconds = self._time_host_copies(plan, program.num_kv_groups) if plan.num_host_blocks else 0.0
+        clock.ends("host copies")
+        shown, windows = report.description, appetite.windows
+        return WorkerInfo(spec, plan, shown, dtype, windows, runtime.max_depth, copy_seconds, clock.seconds)
 
     @property
     def num_foreign_calls(self) -> int:
@@ -129,16 +133,9 @@ class Worker:
             self._runtime.close()
 
     def _plan(
-        self,
-        spec: ModelSpec,
-        program: Program,
-        windows: tuple[int, ...],
-        runtime: Runtime,
-        weights: WeightSource,
-        dtype: str,
-        kv_dtype: str,
+        self, spec: ModelSpec, program: Program, appetite: Appetite, weights: WeightSource, dtype: str, kv_dtype: str
     ) -> MemoryPlan:
-        config = self._config
+        config, runtime = self._config, self.runtime
         on_device = runtime.free_bytes(config.gpu_memory_utilization)
         return plan_memory(
             free_bytes=free_memory() if on_device is None else on_device,
@@ -147,20 +144,34 @@ class Worker:
             arena_bytes=runtime.arena_bytes(program, config.max_num_batched_tokens, config.max_num_seqs + PROMPT_ROWS),
             block_bytes=runtime.kv_bytes_per_block(program, config.block_size, kv_dtype),
             kv_dtype=kv_dtype,
-            appetite=Appetite(config.block_size, windows, config.max_step_tokens),
+            appetite=appetite,
             max_num_seqs=config.max_num_seqs,
             wanted_len=spec.max_model_len,
             len_is_fixed=config.max_model_len is not None,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             num_blocks_override=config.num_gpu_blocks_override,
+            swap_bytes=int(config.swap_space * (1 << 30)),
+            host_free_bytes=free_memory(),
         )
 
-    def _warm_up(self, num_groups: int) -> None:
+    def _time_host_copies(self, plan: MemoryPlan, num_groups: int) -> float:
+        """Seconds of one block, measured on steps with and without copies; nothing is in the blocks yet."""
+        num = min(16, plan.num_blocks, plan.num_host_blocks)
+        out = [(block, plan.num_blocks + block) for block in range(num)]
+        best: dict[int, float] = {}
+        for copies in ([], [*out, *((host, block) for block, host in out)]) * 3:
+            began = time.perf_counter()
+            self._warm_up(num_groups, copies)
+            took = time.perf_counter() - began
+            best[len(copies)] = min(took, best.get(len(copies), took))
+        return max(best[2 * num] - best[0], 0.0) / (2 * num)
+
+    def _warm_up(self, num_groups: int, copies: Sequence[tuple[int, int]] = ()) -> None:
         """One token through the real path; block 0 is free again afterwards, and nothing hashes it."""
         tables = tuple([0] for _ in range(num_groups))
         new = NewRow(0, "warm-up", 0, [0], 1, tables, 0, SamplingParams(temperature=0.0), frozenset(), 0)
         step = SchedulerOutput(step=0, new_rows=[new], scheduled=[ScheduledRow(0, "warm-up", 0, 0, 1, True)])
-        step.num_tokens = 1
+        step.num_tokens, step.copy_blocks = 1, list(copies)
         self.execute(step)
         self.sample()()
 

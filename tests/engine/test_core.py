@@ -58,11 +58,11 @@ def prompts_with_shared_prefixes(seed=0):
     return [shared + own[0], shared + own[1], own[2], shared[:33] + own[3], own[4], own[5]]
 
 
-def run(core, prompts, *, max_tokens=20, **params):
+def run(core, prompts, *, max_tokens=20, cache_salt=None, **params):
     """All at once; returns the tokens of each."""
     options = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens, **params})
     for i, prompt in enumerate(prompts):
-        core.handle(AddRequest(str(i), prompt, options, max_tokens, seed=i))
+        core.handle(AddRequest(str(i), prompt, options, max_tokens, seed=i, cache_salt=cache_salt))
     tokens = {str(i): [] for i in range(len(prompts))}
     while core.has_work:
         for delta in core.step().deltas:
@@ -227,7 +227,7 @@ def test_slo_is_calibrated_and_calibration_leaves_nothing_behind(files):
     core = make_core(files, scheduling_policy="slo")
     prepare(core)
     assert core.scheduler.policy.cost.seconds(StepWork(100, 1, 100, 5000)) > 0
-    assert "calibrate policy" in core.ready().timings
+    assert "calibrate" in core.ready().timings
     assert len(core.log) == core.scheduler.kv.pool.num_used == core.scheduler.kv.pool.num_cached == 0
     assert core.scheduler.kv.enable_prefix_caching
     assert not core.has_work

@@ -350,3 +350,15 @@ def test_forked_answers_and_beams_equal_those_of_separate_requests_and_of_the_re
     (forks, first), (separate, second), (_, reference) = found
     assert forks == separate  # draws differ between devices, likeliest answers do not
     assert first == second == reference
+
+
+@pytest.mark.gpu
+def test_preempted_requests_come_back_from_host_memory(files, naive):
+    prompts = [random.Random(n).choices(range(3, VOCAB), k=n) for n in (30, 45, 60, 20, 50, 35)]
+    core = make_core(files, num_gpu_blocks_override=12, max_model_len=192, swap_space=0.01)
+    assert core.info.host_copy_seconds > 0
+    assert run(core, prompts, 50) == [naive(p, 50) for p in prompts]
+    for event in ("num_preempted", "num_saved_blocks", "num_loaded_blocks"):
+        assert core.log.total(event) > 0, event
+    assert runtime_of(core).num_replays > 0
+    core.close()

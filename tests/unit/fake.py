@@ -121,12 +121,15 @@ def kv_in(group: int, value: int) -> int:
 
 class FakeExecutor:
     """Executes steps in the order they are published; results wait in a queue. A step with a `guilty` Request fails
-    half-way, and so does every step behind it in the queue. Each KV group attends to its window only (0: to all)."""
+    half-way, and so does every step behind it in the queue: what they copy and write is garbage. Each KV group attends
+    to its window only (0: to all). Host blocks lie behind those of the pool."""
 
-    def __init__(self, num_blocks: int, block_size: int, windows: tuple[int, ...] = (0,)) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, windows: tuple[int, ...] = (0,), num_host_blocks: int = 0
+    ) -> None:
         self.block_size = block_size
         self.windows = windows
-        self.slots = [GARBAGE] * (num_blocks * block_size)
+        self.slots = [GARBAGE] * ((num_blocks + num_host_blocks) * block_size)
         self.guilty: set[str] = set()
         self.fail_next = False
         self.results: deque[tuple[SchedulerOutput, ModelRunnerOutput | None]] = deque()
@@ -141,15 +144,16 @@ class FakeExecutor:
         """Runs a step; its result, None for a failure, joins the queue."""
         assert output.num_tokens == sum(item.num_tokens for item in output.scheduled)
         assert len({item.row for item in output.scheduled}) == len(output.scheduled), "two Requests share a row"
+        fails = self.fail_next or self.failing or any(item.request_id in self.guilty for item in output.scheduled)
+        self.fail_next = False
         for source, target in output.copy_blocks:
             size = self.block_size
-            self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
+            read = [GARBAGE] * size if fails else self.slots[source * size : (source + 1) * size]
+            self.slots[target * size : (target + 1) * size] = read
         for new in output.new_rows:
             self._admit(new)
         for item in output.scheduled:
             self._extend(item)
-        fails = self.fail_next or self.failing or any(item.request_id in self.guilty for item in output.scheduled)
-        self.fail_next = False
         self._write(output.scheduled, garbage=fails)
         self.results.append((output, self._lose(output.scheduled) if fails else self._read(output.scheduled)))
 

@@ -9,7 +9,7 @@ from octavo.kvcache.manager import GONE, KVCacheManager
 
 def check_kv(kv: KVCacheManager, live: set[str]) -> None:
     """Tables belong to the living; each block is in one place; free + used + cached = total; reference counts equal
-    the tables."""
+    the tables. Host blocks likewise are free or hold one prefix."""
     pool, tables = kv.pool, kv._tables
     assert set(tables) == live
     refs: Counter[int] = Counter()
@@ -31,3 +31,8 @@ def check_kv(kv: KVCacheManager, live: set[str]) -> None:
     assert all(pool.digest(block) is None for block in free)
     assert {b: d for d, b in pool._holders.items()} == {b: d for b, d in enumerate(pool._digests) if d is not None}
     assert set(cached) <= set(pool._holders.values())
+    host = kv.host
+    places = [*host._free, *host._blocks.values()]
+    assert sorted(places) == list(range(pool.num_blocks, pool.num_blocks + host.num_blocks)), (
+        "a host block in two places"
+    )

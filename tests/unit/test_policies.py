@@ -23,6 +23,16 @@ def admitted(engine: Engine) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- priority
 
 
+def test_among_the_least_urgent_the_cheapest_is_preempted() -> None:
+    engine = Engine(num_blocks=9, policy=PriorityPolicy(), enable_prefix_caching=False)
+    for name, length, priority in (("a", 4, 0), ("urgent", 5, 0), ("low", 6, 5), ("lower", 14, 5)):
+        engine.add(make_request(name, prompt(length, 100 * length), 4, priority=priority))
+    engine.step()
+    engine.step()
+    assert [victim.request_id for victim, _ in engine.scheduler.preempted] == ["low"]
+    engine.drain()
+
+
 def test_the_lowest_priority_value_is_admitted_first_and_ties_keep_their_order() -> None:
     engine = Engine(max_num_seqs=1, policy=PriorityPolicy())
     for name, priority in (("a", 1), ("b", 0), ("c", -1), ("d", 0)):

@@ -263,6 +263,33 @@ def test_headroom_at_admission_spares_a_preemption() -> None:
     assert engine.tokens == {"a": naive(prompt(8), 9)[0], "b": naive(prompt(8, 100), 9)[0]}
 
 
+def preempted(engine: Engine) -> list[str]:
+    return [new.request_id for output in engine.outputs for new in output.new_rows if new.epoch]
+
+
+def test_whoever_costs_least_to_bring_back_is_preempted() -> None:
+    engine = Engine(num_blocks=7, enable_prefix_caching=False)
+    lengths = {"a": 4, "b": 5, "c": 14}
+    engine.add(*(make_request(name, prompt(n, 100 * n), 4) for name, n in lengths.items()))
+    engine.step()
+    assert engine.step() == {"a": 1, "c": 1}  # `a` needs a block: `b` loses 5 tokens, `c`, the newest, would lose 14
+    engine.drain()
+    assert preempted(engine) == ["b"]
+    assert engine.tokens == {name: naive(prompt(n, 100 * n), 4)[0] for name, n in lengths.items()}
+
+
+def test_it_is_not_always_the_same_one() -> None:
+    engine = Engine(num_blocks=7, enable_prefix_caching=False)
+    requests = [make_request(name, prompt(n, 100 * n), 4) for name, n in {"a": 4, "b": 5, "c": 14}.items()]
+    requests[1].num_preemptions = 2  # its 5 tokens weigh 20
+    engine.add(*requests)
+    engine.step()
+    engine.step()
+    assert requests[1].status is RequestStatus.RUNNING
+    assert requests[2].status is RequestStatus.PREEMPTED
+    engine.drain()
+
+
 def test_a_request_that_is_itself_the_newest_preempts_itself() -> None:
     engine = Engine(num_blocks=4)
     engine.add(make_request("a", prompt(6), 8), make_request("b", prompt(7, 100), 8))

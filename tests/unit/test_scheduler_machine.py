@@ -71,6 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_queued=st.sampled_from([0, 0, 0, 1, 5]),
         record_bytes=st.sampled_from([0, 0, 4_000, 1 << 20]),
         windows=st.sampled_from(WINDOWS),
+        num_host_blocks=st.sampled_from([0, 0, 1, 4, 30]),
     )
     def start(
         self,
@@ -89,6 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_queued: int,
         record_bytes: int,
         windows: tuple[int, ...],
+        num_host_blocks: int,
     ) -> None:
         num_blocks *= len(windows)
         self.max_num_seqs = max_num_seqs
@@ -102,6 +104,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             hash_key=KEY,
             eviction=EVICTIONS[eviction](),
+            num_host_blocks=num_host_blocks,
         )
         self.max_model_len = max_model_len = max(2, num_blocks * block_size + 1 + spare_len)
         self.depth = depth
@@ -122,7 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_queued = max_queued
         if isinstance(self.scheduler, RecordingScheduler) and self.recording:
             self.scheduler.record(Ring(self.recording, record_bytes), {"block_size": block_size})
-        self.executor = FakeExecutor(num_blocks, block_size, windows)
+        self.executor = FakeExecutor(num_blocks, block_size, windows, num_host_blocks)
         self.num_updates = 0
         self.live: dict[str, Request] = {}
         self.received: dict[str, list[int]] = {}
@@ -372,7 +375,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.executor.failing:
             return  # what the failed steps hashed is taken back when their results come
         size = self.kv.block_size
-        for digest, block in self.kv.pool._holders.items():
+        coming = {target for _, target in self.kv.host.copies}  # planned, for the next step
+        for digest, block in (*self.kv.pool._holders.items(), *self.kv.host._blocks.items()):
+            if block in coming:
+                continue
             assert self.executor.slots[block * size : (block + 1) * size] == self.meaning[digest]
 
     def teardown(self) -> None:

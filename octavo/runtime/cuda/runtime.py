@@ -27,6 +27,7 @@ from octavo.runtime.cuda.graphs import (
     mixed_shape,
     most_mixed_tokens,
 )
+from octavo.runtime.cuda.host import HostBlocks
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_experts
 from octavo.runtime.cuda.launching import only_compiling, quick_launches
 from octavo.runtime.cuda.null_steps import adjusting, null_sampling, null_step
@@ -182,7 +183,7 @@ class CudaRuntime:
             raise MemoryPlanError(f"the device has no room for the largest step: {error}") from None
         self._drop_pool()
 
-    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str | None = None) -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str | None = None, num_host_blocks: int = 0) -> None:
         """Reserves the pool, one block more than asked for: padding rows of graphs write there. Captures the graphs.
 
         Raises:
@@ -191,6 +192,7 @@ class CudaRuntime:
         """
         try:
             self._make_pool(num_blocks, block_size, dtype)
+            self._blocks = HostBlocks([*self._kv.keys, *self._kv.values], num_host_blocks, num_blocks)
             if self._device.type == "cuda":
                 for size in self._sizes():
                     for ending in (GREEDY, DRAWS):
@@ -204,10 +206,8 @@ class CudaRuntime:
         self.num_replays = self.num_foreign_calls = 0
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies whole KV blocks (from, to) in all layers, one pair after the other."""
-        for pool in (*self._kv.keys, *self._kv.values):
-            for source, target in pairs:
-                pool[target].copy_(pool[source])
+        """Copies whole KV blocks (from, to) in all layers, one pair after the other, without waiting."""
+        self._blocks.copy(pairs)
 
     def execute(self, inputs: StepInputs) -> None:
         """Takes the step. It is launched by sample(), so that inputs and sampling cross the bus in one piece."""
@@ -269,7 +269,7 @@ class CudaRuntime:
         self._padded.clear()
         self._kv.keys.clear()
         self._kv.values.clear()
-        for name in ("_arena", "_sampler", "_staging", "_results"):
+        for name in ("_arena", "_sampler", "_staging", "_results", "_blocks"):
             self.__dict__.pop(name, None)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

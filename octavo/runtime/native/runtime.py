@@ -137,9 +137,9 @@ class NativeRuntime:
     def rehearse(self, block_size: int, dtype: str = "float32") -> None:
         """Nothing: the memory is the host's, and planned before."""
 
-    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32", num_host_blocks: int = 0) -> None:
         """Reserves the pool; the system backs a block when it is first written."""
-        self._call(self._library.octavo_allocate_kv, num_blocks, block_size, _kv_code(dtype))
+        self._call(self._library.octavo_allocate_kv, num_blocks + num_host_blocks, block_size, _kv_code(dtype))
         self._kv_dtype = dtype
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

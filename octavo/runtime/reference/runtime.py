@@ -114,14 +114,17 @@ class ReferenceRuntime:
     def rehearse(self, block_size: int, dtype: str = "float32") -> None:
         """Nothing: the memory is the host's, and planned before."""
 
-    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32") -> None:
+    def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32", num_host_blocks: int = 0) -> None:
         """Reserves zeroed pages, which the system backs when they are first written."""
         if dtype not in KV_ROUNDING:
             raise UnsupportedError(f"the KV cache is kept as {', '.join(KV_ROUNDING)}, not {dtype}")
         self._round_kv = KV_ROUNDING[dtype]
         self._rounds_attention = dtype != "float32"
         self._block_size = block_size
-        shapes = [(num_blocks * block_size, kv.num_kv_heads, kv.head_dim) for kv in self._program.kv_places]
+        shapes = [
+            ((num_blocks + num_host_blocks) * block_size, kv.num_kv_heads, kv.head_dim)
+            for kv in self._program.kv_places
+        ]
         self._keys = [np.zeros(shape, dtype=np.float32) for shape in shapes]
         self._values = [np.zeros(shape, dtype=np.float32) for shape in shapes]
 
