@@ -94,6 +94,8 @@ struct KVSpan {
             v[g] = piece + cache.v_offset;
             scales[g] = reinterpret_cast<const float*>(piece + cache.scale_offset);
         }
+        if (first > 0) scales[first - 1] = scales[first];  // weighed in pairs, the other as nothing
+        if (last < GROUPS) scales[last] = scales[last - 1];
         if (end % kGroup != 0 && cache.type == OCTAVO_KV_BFLOAT16)
             v[last - 1] = clear_behind(cache, v[last - 1], end % kGroup, wide);
     }
