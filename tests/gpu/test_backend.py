@@ -1,5 +1,6 @@
 """Which attention kernels run for which shapes, and what is said where they cannot."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -81,6 +82,17 @@ def test_without_a_compiler_auto_takes_triton_and_cuda_says_why(built, monkeypat
     assert (chosen.decode(NODE, 1, 16, 2), chosen.prefill) == TRITON
     with pytest.raises(ConfigError, match="no nvcc"):
         built("cuda").prepare([NODE], 16, 2)
+
+
+def test_compiling_does_not_wait_for_the_compiler_of_cpp(built, monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(operators, "load", lambda: done.wait(30))
+    chosen = built("auto")
+    assert chosen.prepare([NODE], 16, 2, waits=False) == 32
+    assert (chosen.decode(NODE, 1, 16, 2), chosen.prefill) == TRITON
+    done.set()
+    assert chosen.prepare([NODE], 16, 2) == 64
+    assert (chosen.decode(NODE, 1, 16, 2), chosen.prefill) == CPP
 
 
 @pytest.mark.gpu

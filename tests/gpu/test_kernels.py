@@ -159,7 +159,7 @@ def test_few_rows_with_norm_and_residual(device, dtype, num_rows, activation):
     product = normed @ w32.T * np.float32(0.5) + bias.cpu().numpy()
     expected[:num_rows] += reference.activate(product, activation)[:num_rows]  # the row behind them stays as it is
     fused = linear.Fused(norm_weight, 1e-5, residual)
-    tile = linear.Tile(4, 16, 1)
+    tile = linear.Tile(4, 32, 1)
     linear.few_rows(
         num_rows, x, weight, bias, residual, activation=activation, scale=0.5, softcap=0.0, fused=fused, tile=tile
     )

@@ -41,14 +41,17 @@ class AttentionBackend:
             self._built = pool.submit(operators.load)
             pool.shutdown(wait=False)
 
-    def prepare(self, nodes: Sequence[Attention], block_size: int, kv_bytes: int) -> int:
+    def prepare(self, nodes: Sequence[Attention], block_size: int, kv_bytes: int, *, waits: bool = True) -> int:
         """Chooses the prefill kernel for a KV pool; returns the queries of its tiles.
+
+        Unless it `waits`, C++ kernels that are still being built are none: the time is good for compiling Triton's.
 
         Raises:
             ConfigError: C++ kernels were asked for and cannot be built.
             UnsupportedError: attention layers of several shapes.
         """
-        self._wait()
+        if self._built is not None and (waits or self._built.done()):
+            self._has_cpp, self._built = self._can_build(self._built), None
         in_cpp = self._has_cpp and all(operators.can_prefill(n, block_size, kv_bytes) for n in nodes)
         self.prefill = operators.prefill_attention if in_cpp else attention.prefill_attention
         tiles = set()
@@ -68,15 +71,13 @@ class AttentionBackend:
                 return operators.decode_attention
         return attention.decode_attention
 
-    def _wait(self) -> None:
-        """For the build; where it fails, Triton's kernels are as right."""
-        if self._built is None:
-            return
+    def _can_build(self, built: Future[None]) -> bool:
+        """Waits; where it fails and may, Triton's kernels are as right."""
         try:
-            self._built.result()
-            self._has_cpp = True
+            built.result()
         except ConfigError as error:
             if self._is_asked_for:
                 raise
             log.info("attention by Triton alone: %s", error)
-        self._built = None
+            return False
+        return True

@@ -171,9 +171,11 @@ class CudaRuntime:
         most_tokens, _, most_rows = self._limits
         most = min(self._limits)
         try:
-            self._make_pool(0, block_size, dtype)
+            self._make_pool(0, block_size, dtype, waits=False)
             with torch.inference_mode(), only_compiling():
                 self._launch_null_steps()
+            self._drop_pool()
+            self._make_pool(0, block_size, dtype)
             length = min(most_tokens, self._loaded().max_model_len)
             prompts = [length] * min(most_tokens // length, most_rows)
             for counts in (prompts, [1] * most):
@@ -279,12 +281,12 @@ class CudaRuntime:
         most = min(self._limits)
         return buckets(most) if self._graphs is not None else [bucket_of(n, most) for n in (most, 16, 8, 4, 2, 1)]
 
-    def _make_pool(self, num_blocks: int, block_size: int, dtype: str | None) -> None:
+    def _make_pool(self, num_blocks: int, block_size: int, dtype: str | None, *, waits: bool = True) -> None:
         program, kv_type = self._loaded(), self._kv_type(dtype)
         max_tokens, max_logits, max_requests = self._limits
         self._null_block, self._block_size = num_blocks, block_size
         layers = [n for n in program.nodes if isinstance(n, Attention)]
-        self._tile_queries = self._backend.prepare(layers, block_size, kv_type.itemsize)
+        self._tile_queries = self._backend.prepare(layers, block_size, kv_type.itemsize, waits=waits)
         for layer in program.kv_places:
             shape = (num_blocks + 1, layer.num_kv_heads, block_size, layer.head_dim)
             for pool in (self._kv.keys, self._kv.values):
