@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lab.linear import available_levels
 from lab.machine import describe_machine
 from lab.perplexity import BLOCK_SIZE
 from octavo.models.decoder import record
@@ -30,7 +31,6 @@ from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
 from octavo.program.profile import Profile
 from octavo.runtime.base import SamplingInputs, StepInputs
-from octavo.runtime.native.bench import available_levels
 from octavo.runtime.native.runtime import NativeRuntime
 
 RESULTS = Path(__file__).parent / "results"

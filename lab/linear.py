@@ -1,4 +1,4 @@
-"""Checks and times the packed Linear, level by level: `python -m octavo.runtime.native.bench`.
+"""Checks and times the packed Linear, level by level: `python -m lab.linear`.
 
 Needs the built library and numpy only. Every level that this machine has must agree with a float64 model of the
 arithmetic (weights and activations rounded to bf16, exact sums), and int8 with its definition; then it prints bytes and
@@ -214,7 +214,7 @@ def available_levels() -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs checks, then measurements."""
-    parser = argparse.ArgumentParser(prog="python -m octavo.runtime.native.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.linear", description=__doc__)
     parser.add_argument("--levels", nargs="*", default=available_levels(), help="default: all of this machine")
     parser.add_argument("--stores", nargs="*", default=list(STORES), choices=STORES, help="stored types")
     parser.add_argument("--threads", type=int, default=2)
