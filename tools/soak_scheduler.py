@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import random
+import shlex
 import sys
 import time
 from collections import Counter
@@ -168,7 +169,7 @@ def main() -> int:
         "what": "random walks over scheduler and KV cache; every invariant after every step",
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
-        "command": f"make soak-scheduler ARGS='--steps {args.steps} --seed {args.seed}'",
+        "command": shlex.join(["python", *sys.argv]),
         "seconds": round(before["seconds"] + time.monotonic() - began, 1),
         "next_seed": next_seed,
         "counts": dict(sorted(counts.items())),
