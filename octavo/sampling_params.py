@@ -56,8 +56,7 @@ class StructuredOutputsParams:
                 "give exactly one of json, regex, choice, grammar, json_object", param=self.asked_as
             )
         kind, spec = self.chosen
-        size = len(spec if isinstance(spec, str) else str(spec)) if _nesting(spec) <= MAX_NESTING else MAX_GRAMMAR + 1
-        if size > MAX_GRAMMAR:
+        if is_too_large(spec):
             raise InvalidValueError(
                 f"{kind} must have at most {MAX_GRAMMAR} characters and {MAX_NESTING} levels", param=self.asked_as
             )
@@ -342,6 +341,11 @@ def _words(name: str, words: object) -> None:
             raise InvalidValueError(
                 f"each of {name} must be a string of 1 to {MAX_STOP_LENGTH} characters, not {_show(word)}", param=name
             )
+
+
+def is_too_large(spec: object) -> bool:
+    """Whether a text or JSON value has more than MAX_GRAMMAR characters or MAX_NESTING levels."""
+    return _nesting(spec) > MAX_NESTING or len(spec if isinstance(spec, str) else str(spec)) > MAX_GRAMMAR
 
 
 def _nesting(value: object) -> int:

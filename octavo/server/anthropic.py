@@ -34,7 +34,7 @@ from octavo.server.protocol import (
 from octavo.server.tools import Delta, whole_message
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_CACHE = {"cache_control": ({"type": "ephemeral"},)}  # prefixes are cached anyway
+_CACHE = {"cache_control": ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"})}  # prefixes are cached anyway
 _BLOCKS = {"<text>", "<tool_use>", "<tool_result>", "<thinking>"}
 
 
@@ -85,7 +85,7 @@ class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: Name
     content: Texts | None = None
-    is_error: bool | None = None
+    is_error: bool | None = None  # the model reads "Error: " before it
 
 
 Block = Annotated[
@@ -182,6 +182,11 @@ class CountRequest(Strict):
 class MessagesRequest(CountRequest):
     """Body of POST /v1/messages."""
 
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **CountRequest.refused,
+        "service_tier": ("auto", "standard_only"),
+    }
+
     max_tokens: Count
     stop_sequences: Annotated[list[StopString], Field(max_length=limits.MAX_STOP)] | None = None
     stream: bool | None = None
@@ -189,7 +194,6 @@ class MessagesRequest(CountRequest):
     top_k: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     metadata: Metadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
 
     def as_chat(self) -> dict[str, Any]:
         """The same as a chat's body."""
@@ -336,8 +340,9 @@ def _turn(turn: Turn) -> Iterator[dict[str, Any]]:
             function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
             calls.append({"id": block.id, "type": "function", "function": function})
         else:
-            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content)}
-    if texts or calls:
+            failed = "Error: " if block.is_error else ""
+            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": failed + _text(block.content)}
+    if texts or calls or thoughts:
         message: dict[str, Any] = {"role": turn.role, "content": "\n".join(texts)}
         if calls:
             message["tool_calls"] = calls

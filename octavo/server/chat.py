@@ -127,14 +127,12 @@ def _forced(body: ChatRequest) -> StructuredOutputsParams | None:
 
     Raises InvalidValueError beside another structure.
     """
-    schemas = {tool.function.name: dict(tool.function.parameters or {"type": "object"}) for tool in body.tools or ()}
+    schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in body.tools or ()}
     if isinstance(body.tool_choice, NamedTool):
         schema = schemas[body.tool_choice.function.name]
     elif body.tool_choice == "required":
-        definitions: dict[str, Any] = {}
-        for own in schemas.values():
-            definitions |= own.pop("$defs", {})
-        calls = [_call_schema(name, own) for name, own in schemas.items()]
+        definitions = {name: _moved(own, f"#/$defs/{name}") for name, own in schemas.items()}
+        calls = [_call_schema(name, {"$ref": f"#/$defs/{name}"}) for name in schemas]
         schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
         if body.parallel_tool_calls is False:
             schema["maxItems"] = 1
@@ -145,6 +143,18 @@ def _forced(body: ChatRequest) -> StructuredOutputsParams | None:
             "a call that must be made and another structure exclude each other", param="tool_choice"
         )
     return StructuredOutputsParams(json=schema, asked_as="tools")
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema that stands at `place` in another one: its references to itself lead there."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(part, place) for key, part in schema.items()}
+    if isinstance(ref := schema.get("$ref"), str) and ref.startswith("#"):
+        moved["$ref"] = place + ref[1:]
+    return moved
 
 
 def _call_schema(name: str, parameters: dict[str, Any]) -> dict[str, Any]:

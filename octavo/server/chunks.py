@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from octavo.outputs import RequestOutput
+from octavo.server.answer import DONE
 
 encode = msgspec.json.encode
 
@@ -120,9 +121,8 @@ class ChunkWriter:
 
     def last(self, timing: Timing) -> bytes:
         """The chunk without choices that carries usage and times, if usage was asked for; then the end."""
-        end = b"data: [DONE]\n\n"
         if self._usage is None:
-            return end
+            return DONE
         times = timing.as_dict(self._usage.completion_tokens)
         chunk = {**self._head, "choices": [], "usage": self._usage.as_dict(), "metrics": times}
-        return b"data: " + encode(chunk) + b"\n\n" + end
+        return b"data: " + encode(chunk) + b"\n\n" + DONE

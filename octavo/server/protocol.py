@@ -2,7 +2,7 @@
 
 A field is honoured, or refused with 400 naming it; none is swallowed. Known fields that are not built stand in the
 `refused` table of their model with the values that ask for nothing (null always is one). Bookkeeping fields of OpenAI
-(`metadata`, `store`, `service_tier`) are accepted and have no effect. Strict means that "1" is not 1.
+(`metadata`, `store`) are accepted and have no effect. Strict means that "1" is not 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from octavo import sampling_params as limits
 from octavo.errors import InvalidValueError, UnsupportedParameterError
@@ -26,13 +26,20 @@ MAX_TEMPLATE_KWARGS = 32
 MAX_TOOLS = 128
 REQUEST_ID = r"^[A-Za-z0-9._-]{1,128}$"
 
+
+def _bounded(value: dict[str, Any]) -> dict[str, Any]:
+    if limits.is_too_large(value):
+        raise InvalidValueError(f"at most {limits.MAX_GRAMMAR} characters and {limits.MAX_NESTING} levels are taken")
+    return value
+
+
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", max_length=64)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=limits.MAX_GRAMMAR)]
-JsonSchema = Annotated[dict[str, Any], Field(max_length=1024)]  # its size and nesting are bounded too
+JsonSchema = Annotated[dict[str, Any], Field(max_length=1024), AfterValidator(_bounded)]
 Count = Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_LENGTH)]
 BiasKey = Annotated[str, Field(max_length=10, pattern=r"^(0|[1-9][0-9]{0,9})$")]  # one spelling a token
@@ -43,6 +50,7 @@ UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
+    "service_tier": ("auto", "default"),
 }
 UNBUILT_CHAT: dict[str, tuple[object, ...]] = {
     "functions": ([],),
@@ -151,7 +159,7 @@ class Function(Strict):
     name: FunctionName
     description: Annotated[str, Field(max_length=1 << 16)] | None = None
     parameters: JsonSchema | None = None
-    strict: bool | None = None  # named and required calls always follow the schema
+    strict: bool | None = None  # calls that must be made always follow the schema, others never must
 
 
 class Tool(Strict):
@@ -321,7 +329,6 @@ class GenerationRequest(EngineRequest):
     # Bookkeeping: accepted, without effect.
     metadata: Metadata | None = None
     store: bool | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
 
     @property
     def shows_logprobs(self) -> bool:
@@ -394,6 +401,11 @@ class ChatRequest(GenerationRequest):
         return self
 
     def _check_tools(self) -> None:
+        if self.tool_choice in (None, "auto") and any(tool.function.strict for tool in self.tools or ()):
+            raise UnsupportedParameterError(
+                "strict is not supported where the model may choose: leave it out, or send tool_choice required",
+                param="tools",
+            )
         names = {tool.function.name for tool in self.tools or ()}
         if len(names) < len(self.tools or ()):
             raise InvalidValueError("two tools have the same name", param="tools")

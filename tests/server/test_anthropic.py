@@ -18,6 +18,7 @@ from octavo.server.tools import TOOL_PARSERS
 anthropic = pytest.importorskip("anthropic", minversion="2")
 httpx = pytest.importorskip("httpx2")  # what that client speaks through
 ASK = {"model": "fake", "max_tokens": 60, "messages": [{"role": "user", "content": "hi"}]}
+HOUR = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
 TOOLS = [
     {
         "name": "time",
@@ -124,9 +125,12 @@ def test_the_conversation_becomes_a_chat() -> None:
             "role": "user",
             "content": [
                 {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "12:00"}]},
+                {"type": "tool_result", "tool_use_id": "t2", "content": "no such zone", "is_error": True},
                 {"type": "text", "text": "c"},
             ],
         },
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "only this"}]},
+        {"role": "user", "content": "d"},
     ]
     create(ask, messages=turns, system=[{"type": "text", "text": "be"}], tools=TOOLS)
     messages, tools = seen[0]
@@ -135,8 +139,12 @@ def test_the_conversation_becomes_a_chat() -> None:
         ("user", "a"),
         ("assistant", "b"),
         ("tool", "12:00"),
+        ("tool", "Error: no such zone"),
         ("user", "c"),
+        ("assistant", ""),
+        ("user", "d"),
     ]
+    assert messages[6]["reasoning_content"] == "only this"
     assert messages[2]["tool_calls"][0]["function"] == {"name": "time", "arguments": {"zone": "CET"}}
     assert messages[2]["reasoning_content"] == "so"
     assert messages[3]["tool_call_id"] == "t1"
@@ -158,6 +166,12 @@ def test_count_tokens() -> None:
         ({"max_tokens": 0}, "BadRequestError", "max_tokens"),
         ({"max_tokens": 4000}, "BadRequestError", "context"),
         ({"tools": TOOLS}, "BadRequestError", "--tool-call-parser"),
+        (
+            {"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral", "ttl": "1h"}}]},
+            "BadRequestError",
+            "cache_control",
+        ),
+        ({"service_tier": "priority"}, "BadRequestError", "service_tier"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "BadRequestError", "thinking is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "BadRequestError", "type"),
         ({"tool_choice": {"type": "tool"}}, "BadRequestError", "name goes with"),

@@ -17,7 +17,7 @@ from octavo.server.protocol import ChatRequest, CompletionRequest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 COMPLETION = {"prompt": "ab", "max_tokens": 8}
-BOOKKEEPING = {"metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+BOOKKEEPING = {"metadata": {"a": "b"}, "store": True}
 
 # parameter, value, what SamplingParams must hold then: name -> value
 ENGINE_ROWS = [

@@ -16,6 +16,7 @@ REFUSED = {
     "logits_processors": ["x"],
     "kv_transfer_params": {},
     "vllm_xargs": {"a": 1},
+    "service_tier": "flex",
 }
 REFUSED_CHAT = {
     "functions": [{"name": "f"}],

@@ -8,6 +8,7 @@ import pytest
 from fake_engine import HERMES_CALL, FakeEngine
 from inside import Inside
 
+from octavo.engine.grammar import compile_here
 from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS, Calls, Message, Reasoning, whole_message
 
 ONE = [("weather", {"city": "Zürich", "days": 2})]
@@ -158,6 +159,31 @@ def test_required_and_named_calls_are_made_by_a_grammar() -> None:
     assert schema["properties"] == {"city": {"type": "string"}}
 
 
+def test_each_tool_keeps_its_own_definitions() -> None:
+    """Definitions of one name, draft-07's keyword, and a schema that refers to itself."""
+    llguidance = pytest.importorskip("llguidance")
+
+    def refers(name: str, ref: str, **more: object) -> dict:
+        schema = {"type": "object", "properties": {"x": {"$ref": ref}}, "required": ["x"], **more}
+        return {"type": "function", "function": {"name": name, "parameters": {**schema, "additionalProperties": False}}}
+
+    tools = [
+        refers("a", "#/$defs/T", **{"$defs": {"T": {"type": "integer"}}}),
+        refers("b", "#/definitions/T", definitions={"T": {"const": "u"}}),
+        {"type": "function", "function": {"name": "c", "parameters": {"properties": {"next": {"$ref": "#"}}}}},
+    ]
+    ask = Inside(FakeEngine(answer=b"[]"))
+    assert (
+        ask("POST", "/v1/chat/completions", json={**CHAT, "tools": tools, "tool_choice": "required"}).status_code == 200
+    )
+    grammar = compile_here(ask.engine.seen[-1].params.structured_outputs)
+    tokenizer = llguidance.LLTokenizer("byte")
+    for name, argument, fits in (("a", 5, True), ("a", "u", False), ("b", "u", True), ("b", 5, False)):
+        text = json.dumps([{"name": name, "parameters": {"x": argument}}], separators=(",", ":"))
+        ids = tokenizer.tokenize_str(text)
+        assert (llguidance.LLMatcher(tokenizer, grammar).try_consume_tokens(ids) == len(ids)) == fits
+
+
 def test_none_leaves_the_tools_out() -> None:
     ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
     choice = ask("POST", "/v1/chat/completions", json={**CHAT, "tool_choice": "none"}).json()["choices"][0]
@@ -176,6 +202,9 @@ def test_none_leaves_the_tools_out() -> None:
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tool_choice": "always"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, "tools"),
+        ({"tools": [tool("a", b={"enum": ["x" * 70_000]})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("a", b=json.loads('{"a":' * 40 + "1" + "}" * 40))]}, "tools[0].function.parameters"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(change: dict, param: str) -> None:
