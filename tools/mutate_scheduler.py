@@ -28,7 +28,7 @@ from lab.machine import describe_machine  # noqa: E402
 STEPS = 20_000  # of random walks, at most, per bug
 OUTPUT = ROOT / "lab" / "results" / "mutations-scheduler.json"
 SCHEDULER, BUDGET, DOOR, DELTAS = (f"octavo/scheduler/{name}.py" for name in ("scheduler", "budget", "door", "deltas"))
-POOL, MANAGER = (f"octavo/kvcache/{name}.py" for name in ("block_pool", "manager"))
+POOL, MANAGER, HOST = (f"octavo/kvcache/{name}.py" for name in ("block_pool", "manager", "host"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,22 @@ BUGS = (
     Bug("an evicted prefix is still found", POOL, "del self._holders[digest]", "pass", "def _evict"),
     Bug("a hit covers the last token", MANAGER, "(request.num_tokens - 1) //", "request.num_tokens //"),
     Bug("a fork writes into its parent's block", MANAGER, "self._copies.append((borrowed, blocks[0]))", "pass"),
+    Bug("a window gives back a block too early", MANAGER, "position - window + 1)", "position - window + 2)"),
+    Bug(
+        "a window hit lacks its first block",
+        MANAGER,
+        "< num_blocks - self._first_seen(num_blocks * self.block_size, window)",
+        "< num_blocks - self._first_seen(num_blocks * self.block_size, window) - 1",
+    ),
+    Bug(
+        "a block is saved over one that is being read",
+        HOST,
+        "self._blocks.pop(key) for key",
+        "self._blocks[key] for key",
+    ),
+    Bug("a failed step's copies are still found", MANAGER, "self.host.drop(key)", "pass", "def unhash"),
+    Bug("what comes back from the host is not copied", HOST, "self.copies.append((source, target))", "pass"),
+    Bug("the oldest may be preempted", SCHEDULER, " + (request is order[0])", ""),
     Bug("the queue holds one too many", DOOR, "num_waiting >= self._max_num_reqs", "num_waiting > self._max_num_reqs"),
     Bug("a deadline passes unseen", DOOR, "self._deadlines[0][0] <= now", "self._deadlines[0][0] <= now - 5"),
 )

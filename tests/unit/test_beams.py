@@ -54,15 +54,19 @@ class Walk:
     def __init__(self, seed: int, recording: Path | None = None, ring: int = 1 << 20) -> None:
         self.random = draw = random.Random(seed)
         self.block_size, self.rows = draw.randrange(1, 5), draw.randrange(3, 9)
-        num_blocks = draw.randrange(8, 40)
-        self.kv = KVCacheManager(num_blocks, self.block_size, (0,), 1 << 30, draw.random() < 0.6, b"key")
+        windows = draw.choice([(0,), (0,), (0, 3), (2,), (0, 4, 4)])
+        num_blocks, num_host_blocks = draw.randrange(8, 40) * len(windows), draw.choice([0, 0, 3, 20])
+        budget = self.rows + draw.randrange(12)
+        self.kv = KVCacheManager(
+            num_blocks, self.block_size, windows, budget, draw.random() < 0.6, b"key", num_host_blocks=num_host_blocks
+        )
         self.scheduler = (RecordingScheduler if recording else Scheduler)(
-            self.kv, max_num_seqs=self.rows, max_num_batched_tokens=self.rows + draw.randrange(12), max_model_len=40,
+            self.kv, max_num_seqs=self.rows, max_num_batched_tokens=budget, max_model_len=40,
             max_run_ahead=draw.randrange(2),
         )  # fmt: skip
         if recording is not None and isinstance(self.scheduler, RecordingScheduler):
             self.scheduler.record(Ring(recording, ring), {"block_size": self.block_size})
-        self.executor = FakeExecutor(num_blocks, self.block_size)
+        self.executor = FakeExecutor(num_blocks, self.block_size, windows, num_host_blocks)
         self.depth = draw.randrange(1, 3)
         self.expected: dict[str, list[int]] = {}
         self.received: dict[str, list[int]] = {}
@@ -129,7 +133,8 @@ class Walk:
 
 
 def test_random_walks_give_the_naive_answers() -> None:
-    totals = dict.fromkeys(("num_forked", "num_copied_blocks", "num_preempted", "num_chunked", "prefix_hits"), 0)
+    events = ("num_forked", "num_copied_blocks", "num_preempted", "num_chunked", "prefix_hits", "num_loaded_blocks")
+    totals = dict.fromkeys(events, 0)
     for seed in range(150):
         walk = Walk(seed)
         walk.run()
