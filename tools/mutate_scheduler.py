@@ -69,7 +69,7 @@ BUGS = (
     Bug("a block is handed out twice", POOL, "block = self._free.pop()", "block = self._free[-1]"),
     Bug("an evicted prefix is still found", POOL, "del self._holders[digest]", "pass", "def _evict"),
     Bug("a hit covers the last token", MANAGER, "(request.num_tokens - 1) //", "request.num_tokens //"),
-    Bug("a fork writes into its parent's block", MANAGER, "self._copies.append((borrowed, blocks[0]))", "pass"),
+    Bug("a fork writes into its parent's block", MANAGER, "self.host.copies.append((borrowed, blocks[0]))", "pass"),
     Bug("a window gives back a block too early", MANAGER, "position - window + 1)", "position - window + 2)"),
     Bug(
         "a window hit lacks its first block",
