@@ -47,7 +47,9 @@ FLAGS: dict[str, Flag] = {
     "revision": Flag("Model", "Branch, tag or commit of a Hub repository.", "NAME"),
     "download_dir": Flag("Model", "Folder for fetched models, instead of the cache folder.", "FOLDER"),
     "load_format": Flag("Model", "dummy: seeded random weights from a bare config.json."),
-    "dtype": Flag("Model", "auto: the checkpoint's own where the runtime has kernels for it, else float32."),
+    "dtype": Flag(
+        "Model", "auto: the checkpoint's own where the runtime has kernels for it, else float32; bfloat16 on a GPU."
+    ),
     "quantization": Flag(
         "Model", "Round all matrices and the activations they meet at load; int8, on a CPU.", "METHOD", short="-q"
     ),

@@ -1,4 +1,4 @@
-"""Runs a program on an NVIDIA GPU: Triton kernels, cuBLAS for large products, CUDA graphs for decode steps.
+"""Runs a program on an NVIDIA GPU: Triton and C++ kernels, cuBLAS for large products, CUDA graphs for small steps.
 
 torch and triton (the extra `octavo[gpu]`) are imported in this folder and nowhere else, and only when a runtime
 is made.
