@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from octavo import __version__
-from octavo.cli import bench, chat, complete, doctor, program, pull, replay, serve, simulate
+from octavo.cli import bench, chat, complete, doctor, program, pull, replay, run_batch, serve, simulate
 from octavo.cli.help import Verbs
 from octavo.cli.terminal import say, say_error
 from octavo.errors import ConfigError, ModelError, OctavoError
@@ -47,7 +47,7 @@ def root(
         typer.echo(context.get_help())
 
 
-for module in (serve, chat, complete, bench, simulate, replay, program, pull, doctor):
+for module in (serve, chat, complete, run_batch, bench, simulate, replay, program, pull, doctor):
     module.register(app)
 
 
