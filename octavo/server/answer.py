@@ -45,6 +45,8 @@ class Answer(Response):
         self.ping_seconds = ping_seconds
         self._begun = False
         self._num_sent = 0  # parts
+        self._turn = asyncio.Lock()  # a comment does not come between, nor behind the end
+        self._ended = False
         self._wire: Wire | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +90,9 @@ class Answer(Response):
                     raise
                 failure = failure_of(error, scope["state"]["request_id"])
                 await self._part(send, self.broken(failure))  # the status is sent: the error goes into the stream
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with self._turn:
+                self._ended = True
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     @property
     def is_free(self) -> bool:
@@ -103,15 +107,18 @@ class Answer(Response):
 
     async def _part(self, send: Send, part: bytes) -> None:
         """Sends a piece of a stream, behind its head if it is the first."""
-        if self.is_free:
-            self.write(part)
-            return
-        if not self._begun:
-            self._begun = True
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": part, "more_body": True})
-        self._num_sent += 1
+        async with self._turn:
+            if self._ended:
+                return
+            if self.is_free:
+                self.write(part)
+                return
+            if not self._begun:
+                self._begun = True
+                headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            self._num_sent += 1
 
 
 async def merge(

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from inside import Inside
 
 from octavo.errors import EngineDeadError
 from octavo.server import loop
+from octavo.server.answer import PING, Answer
 from octavo.server.app import create_app
 from octavo.server.loop import run_server
 
@@ -118,6 +120,33 @@ def test_an_error_after_a_ping_is_in_the_stream() -> None:
     assert answer.status_code == 200
     assert '"code":"engine_dead"' in answer.text
     assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_no_ping_comes_behind_the_end() -> None:
+    """A client takes nothing for a while, so a ping waits behind a part; then it takes all, and the stream ends."""
+    sent: list[dict] = []
+    free = asyncio.Event()
+
+    async def send(message: dict) -> None:
+        await free.wait()
+        assert not sent or sent[-1].get("more_body", True), "the answer has ended"
+        sent.append(message)
+
+    async def receive() -> dict:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        yield b"data: a\n\n"
+
+    async def use() -> None:
+        asyncio.get_running_loop().call_later(0.1, free.set)
+        stream = Answer(parts(), broken=lambda failure: b"", stream=True, ping_seconds=0.02)
+        await stream({"type": "http", "state": {"request_id": "r"}}, receive, send)
+
+    asyncio.run(use())
+    bodies = [message["body"] for message in sent[1:]]
+    assert bodies in ([b"data: a\n\n", b""], [b"data: a\n\n", PING, b""])
 
 
 def test_a_client_that_takes_nothing_is_given_up(serve, monkeypatch: pytest.MonkeyPatch) -> None:
