@@ -10,7 +10,7 @@ export MAKECMDGOALS
 NATIVE := $(shell find native -type f -not -name '*.md') octavo/runtime/native/build.py
 INPUTS := pyproject.toml $(wildcard setup.py MANIFEST.in) $(NATIVE) tools/setup.sh
 
-.PHONY: setup serve test check bench soak-scheduler fuzz clean help
+.PHONY: setup serve test check bench soak-scheduler soak fuzz clean help
 
 setup: $(VENV)/.installed  ## make .venv and install Octavo into it
 
@@ -36,6 +36,10 @@ soak-scheduler: $(VENV)/.installed-dev  ## a million random steps of scheduler a
 
 fuzz: $(VENV)/.installed-dev  ## 100,000 mutated requests to a real server (ARGS="--requests N --seed N --first N")
 	@$(RUN)/python tools/fuzz_server.py $(ARGS)
+
+soak: $(VENV)/.installed-dev  ## a real server for 30 minutes, 1,000 streams at once, 100,000 mutated requests (ARGS="--minutes N")
+	@$(RUN)/python tools/soak_server.py $(ARGS)
+	@$(RUN)/python tools/fuzz_server.py
 
 clean:  ## remove .venv and everything built (the model cache stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

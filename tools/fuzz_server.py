@@ -69,6 +69,7 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
             "allowed_token_ids": [1, 66, 67, 68],
         },
         {"prompt": "x", "response_format": {"type": "json_object"}, "max_tokens": 4, "cache_salt": "s", "timeout": 5.0},
+        {"prompt": [5, 6, 7, 8], "prompt_logprobs": 2, "echo": True, "logprobs": 1, "max_tokens": 2},
         {"prompt": "a b c d e f", "truncate_prompt_tokens": 3, "min_tokens": 1, "ignore_eos": True, "max_tokens": 2},
     ],
     "/v1/chat/completions": [
@@ -111,6 +112,8 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "/v1/messages/count_tokens": [{"model": "tiny", "messages": [USER], "system": "be"}],
+    "/v1/embeddings": [{"input": "a b"}, {"input": [[5, 6], [7]], "encoding_format": "base64"}],
+    "/v1/score": [{"text_1": "a", "text_2": ["b", "c"]}],
     "/tokenize": [{"prompt": "a b"}, {"messages": [USER], "return_token_strs": True}],
     "/detokenize": [{"tokens": [5, 6, 7]}],
 }
