@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from native_harness import LEVELS, VOCAB, Piece, RandomWeights, Steps, load, matrix, row_program, run, vector
 
+from lab import linear as measurement
 from octavo import LLM, SamplingParams
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
@@ -14,7 +15,7 @@ from octavo.models.weights import open_weights
 from octavo.program.ops import Buffer, Linear, Weight
 from octavo.program.program import Program, ProgramBuilder
 from octavo.runtime.base import Tensor
-from octavo.runtime.native import NativeRuntime, bench
+from octavo.runtime.native import NativeRuntime
 from octavo.runtime.reference import ReferenceRuntime
 
 BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"]
@@ -148,7 +149,7 @@ def test_not_a_number_and_infinity_pass_through(level: str) -> None:
 
 
 def test_the_bench_checks_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--check-only", "--stores", "BF16", "Q4_K", "--levels", LEVELS[-1]]) == 0
+    assert measurement.main(["--check-only", "--stores", "BF16", "Q4_K", "--levels", LEVELS[-1]]) == 0
     assert capsys.readouterr().out.count("check=passed") == 2
 
 
@@ -186,7 +187,7 @@ def test_the_default_model_as_stored() -> None:
 
 @pytest.mark.parametrize(("level", "rounded_bytes"), [("portable", 4), (LEVELS[-1], 0)])
 def test_arena_counts_the_rounded_input_of_the_widest_linear(level: str, rounded_bytes: int) -> None:
-    program = bench.linear_program((32, 256), 2)
+    program = measurement.linear_program((32, 256), 2)
     rounded_bytes = rounded_bytes or (2 if level in ("avx512bf16", "amx") else 4)
     arena = NativeRuntime(1, level).arena_bytes(program, 64, 4)
     assert arena == program.plan_buffers().elements(64, 4) * 4 + 64 * 256 * rounded_bytes
