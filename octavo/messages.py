@@ -29,6 +29,8 @@ class AddRequest:
     grammar: str | None = None  # llguidance's
     pooling: Pooling | None = None  # nothing is sampled: the prompt becomes one vector
     bad_ids: list[list[int]] = field(default_factory=list)  # words that must not be completed
+    # what thoughts begin with (nothing: the answer itself) and end with, where they have a limit
+    think_ids: tuple[list[int], list[int]] | None = None
     output_token_ids: list[int] = field(default_factory=list)  # generated already, by an engine that is gone
     runs_alone: bool = False  # for its next token, because an engine died while it ran
 

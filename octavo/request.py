@@ -87,7 +87,8 @@ class Request:
     def needs_host_token(self) -> bool:
         """True when its next step cannot be decided before its last token is known here: it is not run ahead."""
         params = self.params  # all of these look at tokens on the host; allowed_token_ids do not
-        return params.has_penalties or self.has_grammar or bool(params.bad_words) or params.use_beam_search
+        has_rules = self.has_grammar or bool(params.bad_words) or params.max_thinking_tokens is not None
+        return has_rules or params.has_penalties or params.use_beam_search
 
     @property
     def answer_ids(self) -> list[str]:

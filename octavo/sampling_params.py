@@ -99,6 +99,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None  # how many alternatives per token; 0 is the sampled token alone
+    max_thinking_tokens: int | None = None  # then thoughts are ended
+    thinking_marks: tuple[str, str] = ("<think>", "</think>")  # around thoughts; "" first: they begin the answer
     prompt_logprobs: int | None = None  # the same of the prompt's own tokens
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -132,6 +134,8 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else MAX_TOKENS)
+        if self.max_thinking_tokens is not None:
+            _integer("max_thinking_tokens", self.max_thinking_tokens, 0, MAX_TOKENS)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -225,6 +229,7 @@ class SamplingParams:
             "allowed_token_ids": self.allowed_token_ids is not None,
             "structured_outputs": self.structured_outputs is not None,
             "prompt_logprobs": self.prompt_logprobs is not None,
+            "max_thinking_tokens": self.max_thinking_tokens is not None,
         }
         for name, is_asked in asked.items():
             if is_asked:

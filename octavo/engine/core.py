@@ -190,7 +190,7 @@ class EngineCore:
         tells nothing before, so it cannot be cleared by a token as the others are."""
         if message.runs_alone and message.params.use_beam_search:
             self._secluded = message.request_id
-        if message.params.has_rules or message.grammar:
+        if message.params.has_rules or message.grammar or message.think_ids:
             self._rules.open(message)
         else:
             self._add(message)

@@ -108,6 +108,7 @@ class Frontend:
             name = "bad_words" if params.bad_words else "structured_outputs"
             raise InvalidValueError(f"{name} needs a tokenizer", param=name)
         bad_ids = self._bad_ids(params.bad_words or ())
+        think_ids = None if params.max_thinking_tokens is None else self._think_ids(params.thinking_marks)
         told = replace(params, structured_outputs=None) if grammar else params
         self._check_logprobs(params, len(ids))
         if params.min_tokens > room:
@@ -143,7 +144,7 @@ class Frontend:
                     told = replace(told, prompt_logprobs=None)
                 add = AddRequest(engine_id, ids, told, max_tokens, seed, priority, cache_salt, fork_of)
                 add.tenant, add.weight, add.timeout = tenant, weight, timeout
-                add.grammar, add.bad_ids, add.pooling = grammar, bad_ids, pooling
+                add.grammar, add.bad_ids, add.think_ids, add.pooling = grammar, bad_ids, think_ids, pooling
                 requests.append(add)
             group.children.append(Child(group, child_id, output, stream, requests[-1]))
         self._children.update((child.request_id, child) for child in group.children)
@@ -251,6 +252,14 @@ class Frontend:
                 "numbers: ask for fewer of each, or shorten the prompt",
                 param="prompt_logprobs",
             )
+
+    def _think_ids(self, marks: tuple[str, str]) -> tuple[list[int], list[int]]:
+        if self.tokenizer is None or not marks[1]:
+            raise InvalidValueError(
+                "max_thinking_tokens needs a tokenizer and an end mark", param="max_thinking_tokens"
+            )
+        begin, end = (self.tokenizer.encode(mark, add_special_tokens=False) for mark in marks)
+        return begin, end
 
     def _bad_ids(self, words: Sequence[str]) -> list[list[int]]:
         """The token sequences that spell a word, at the start of a text and behind a space."""

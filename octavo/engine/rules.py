@@ -30,12 +30,39 @@ Mask = npt.NDArray[np.uint32]  # [ceil(vocab / 32)]: bit i of word w allows toke
 MAX_MATCHERS = 64  # built grammars that are kept
 
 
+class Thinking:
+    """Ends thoughts after so many tokens: then nothing but their end may follow."""
+
+    def __init__(self, most: int, begin: list[int], end: list[int]) -> None:
+        self._left, self._begin, self._end = most, begin, end
+        self._seen: list[int] = []
+        self._is_on = not begin
+
+    def take(self, tokens: list[int]) -> None:
+        """The Request got these tokens."""
+        for token in tokens:
+            self._seen = [*self._seen, token][-max(len(self._begin), len(self._end)) :]
+            if self._is_on:
+                self._left -= 1
+                self._is_on = self._seen[-len(self._end) :] != self._end
+            elif self._begin and self._seen[-len(self._begin) :] == self._begin:
+                self._is_on, self._begin = True, []
+
+    def forced(self) -> int | None:
+        """What must come next; None where anything may."""
+        if not self._is_on or self._left > 0:
+            return None
+        done = next(n for n in range(len(self._end) - 1, -1, -1) if self._seen[len(self._seen) - n :] == self._end[:n])
+        return self._end[done]
+
+
 class Rules:
     """The rules of one Request. `take` hears every token it got."""
 
     def __init__(
         self, vocab_size: int, *, matcher: LLMatcher | None, allowed: Sequence[int] | None, bad: list[list[int]]
     ) -> None:
+        self.thinking: Thinking | None = None
         self._matcher = matcher
         self._bad = bad
         self._longest = max(map(len, bad), default=1) - 1  # tokens before the one that completes a word
@@ -51,6 +78,10 @@ class Rules:
 
         Raises InvalidValueError: nothing at all, or the grammar ran into one of its limits.
         """
+        if self.thinking is not None and (token := self.thinking.forced()) is not None:
+            mask = np.zeros_like(self._static)
+            mask[token >> 5] = np.uint32(1 << (token & 31))
+            return mask
         if self._matcher is None:
             mask = self._static.copy()
         else:
@@ -69,6 +100,8 @@ class Rules:
 
     def take(self, tokens: list[int]) -> None:
         """The Request got these tokens. Raises StepError for one that the grammar does not allow."""
+        if self.thinking is not None:
+            self.thinking.take(tokens)
         if self._longest:
             self._tail = (self._tail + tokens)[-self._longest :]
         if self._matcher is not None and not self._matcher.consume_tokens(tokens):
@@ -162,6 +195,8 @@ class RuleBook:
         matcher = self._matcher(asked.grammar) if asked.grammar is not None else None
         allowed = asked.params.allowed_token_ids
         rules = Rules(self._vocab_size, matcher=matcher, allowed=allowed, bad=asked.bad_ids)
+        if asked.think_ids is not None:
+            rules.thinking = Thinking(asked.params.max_thinking_tokens or 0, *asked.think_ids)
         rules.take(asked.output_token_ids)
         return rules
 

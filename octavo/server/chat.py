@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from octavo.errors import InvalidValueError
+from octavo.errors import InvalidValueError, UnsupportedParameterError
 from octavo.outputs import CompletionOutput
 from octavo.sampling_params import StructuredOutputsParams
 from octavo.server.answer import Answer
@@ -17,7 +17,7 @@ from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
 from octavo.server.logprobs import LogprobsWriter, prompt_shape
 from octavo.server.protocol import ChatRequest, NamedTool
-from octavo.server.tools import REQUIRED, Calls, Delta, Form, Message, Reasoning, whole_message
+from octavo.server.tools import REQUIRED, THINK, UNTHINK, Calls, Delta, Form, Message, Reasoning, whole_message
 
 
 class Chat(Generation):
@@ -77,13 +77,19 @@ async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Call
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
     form = _form(front, body)
+    opened = front.reasoning_parser == "deepseek_r1"
+    if body.max_thinking_tokens is not None:
+        if front.reasoning_parser is None:
+            raise UnsupportedParameterError("it needs a server with --reasoning-parser", param="max_thinking_tokens")
+        marks = ("" if opened else THINK, UNTHINK)
+        params = replace(params, max_thinking_tokens=body.max_thinking_tokens, thinking_marks=marks)
     if (structure := _forced(body)) is not None:
         params = replace(params, structured_outputs=structure)
     if form and form.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
     job = kind(front, caller, body, [ids], params, f"{prefix}{body.request_id or caller.request_id}")
     if form or front.reasoning_parser:
-        opened, shown = front.reasoning_parser == "deepseek_r1", body.include_reasoning
+        shown = body.include_reasoning
         job.messages = [
             Message(
                 Reasoning(opened=opened, shown=shown) if front.reasoning_parser and structure is None else None,

@@ -380,6 +380,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: ToolChoice | None = None  # default: auto with tools, none without
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
+    max_thinking_tokens: Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False  # a template writes its own

@@ -14,7 +14,7 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.frontend import _error
 from octavo.engine.grammar import to_grammar
-from octavo.engine.rules import RuleBook, Rules
+from octavo.engine.rules import RuleBook, Rules, Thinking
 from octavo.errors import InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests, AddRequest
@@ -261,3 +261,46 @@ def test_a_mask_is_cheap(files) -> None:
     for _ in range(1000):
         rules.mask()
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("begin", "tokens", "forced"),
+    [
+        ([], [5, 5, 5], [7, 8]),  # from the start
+        ([3], [3, 5, 5, 5], [7, 8]),  # from the mark on
+        ([3], [5, 5, 5, 5], []),  # no thoughts
+        ([], [5, 7, 8], []),  # they ended in time
+        ([], [5, 5, 7], [8]),  # the end has begun
+        ([], [5, 7, 7], [8]),
+    ],
+)
+def test_thoughts_are_ended(begin, tokens, forced):
+    thinking = Thinking(3, begin, [7, 8])
+    for token in tokens[:-1]:
+        thinking.take([token])
+        assert thinking.forced() is None
+    thinking.take(tokens[-1:])
+    for token in forced:
+        assert thinking.forced() == token
+        thinking.take([token])
+    assert thinking.forced() is None
+    thinking.take([5] * 9)
+    assert thinking.forced() is None, "once is enough"
+
+
+def test_an_engine_ends_thoughts(files):
+    core = ruled(files)
+    end = [40, 41, 42]
+    params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=12, max_thinking_tokens=4)
+    core.handle(AddRequest("thinks", [5, 6, 7], params, 12, seed=1, think_ids=([], end)))
+    plain = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=12)
+    core.handle(AddRequest("plain", [5, 6, 7], plain, 12, seed=1))
+    tokens = {"thinks": [], "plain": []}
+    while core.has_work:
+        for delta in core.step().deltas:
+            assert delta.error is None
+            tokens[delta.request_id] += delta.token_ids
+    assert tokens["thinks"][:4] == tokens["plain"][:4]
+    assert tokens["thinks"][4:7] == end
+    assert len(tokens["thinks"]) == len(tokens["plain"]) == 12
+    assert tokens["plain"][4:7] != end

@@ -309,7 +309,13 @@ def test_without_model_defaults_openai_s_hold(server: Server) -> None:
 def test_every_field_has_a_row() -> None:
     tested = {row[0] for row in [*ENGINE_ROWS, *CHAT_ROWS, *COMPLETION_ROWS, *TEXT_ROWS]} | set(BOOKKEEPING)
     tested |= {"model", "stream_options", "messages", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids"}
-    tested |= {"tools", "tool_choice", "parallel_tool_calls", "include_reasoning"}  # in test_tools.py
+    tested |= {
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "include_reasoning",
+        "max_thinking_tokens",
+    }  # in test_tools.py
     tested |= {
         "user",
         "priority",

@@ -246,3 +246,14 @@ def test_reasoning_over_the_api() -> None:
     assert "".join(c["delta"].get("content", "") for c in streamed) == "Yes."
     body["include_reasoning"] = False
     assert "reasoning_content" not in ask("POST", "/v1/chat/completions", json=body).json()["choices"][0]["message"]
+
+
+@pytest.mark.parametrize(("parser", "begin"), [("qwen3", "<think>"), ("deepseek_r1", "")])
+def test_a_thinking_budget_reaches_the_engine(parser: str, begin: str) -> None:
+    ask = Inside(FakeEngine(), reasoning_parser=parser)
+    body = {"messages": CHAT["messages"], "max_thinking_tokens": 5}
+    assert ask("POST", "/v1/chat/completions", json=body).status_code == 200
+    params = ask.engine.seen[-1].params
+    assert (params.max_thinking_tokens, params.thinking_marks) == (5, (begin, "</think>"))
+    answer = Inside()("POST", "/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_thinking_tokens")
