@@ -14,6 +14,7 @@ OctavoError
 |   |-- UnsupportedParameterError  a parameter that is not honoured here
 |   |-- ContextLengthError   prompt (+ max_tokens) longer than the context
 |   |-- UnknownModelError    404
+|   |-- UnknownResponseError  404
 |   |-- QueueFullError       429, with the predicted wait
 |   `-- TimeLimitError       408: the request's own timeout passed before its answer was complete
 |-- EngineError              our fault
@@ -98,6 +99,14 @@ class UnknownModelError(RequestError):
     status = 404
     type = "not_found_error"
     code = "model_not_found"
+
+
+class UnknownResponseError(RequestError):
+    """The request names a response that is not stored."""
+
+    status = 404
+    type = "not_found_error"
+    code = "response_not_found"
 
 
 class QueueFullError(RequestError):

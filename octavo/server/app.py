@@ -1,8 +1,8 @@
 """The application: routes to handlers.
 
-Routes: POST /v1/chat/completions, /v1/completions, /v1/embeddings,
+Routes: POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/responses/{id}/cancel, /v1/embeddings,
 /v1/score, /score, /v1/messages, /v1/messages/count_tokens, /tokenize, /detokenize; GET /v1/models, /v1/models/{id},
-/health, /health/live, /health/ready, /health/progress, /metrics, /load, /server_info, /version,
+/v1/responses/{id}, /health, /health/live, /health/ready, /health/progress, /metrics, /load, /server_info, /version,
 /openapi.json. No documentation page: those load their scripts from elsewhere.
 """
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.middleware.cors import CORSMiddleware
 
 from octavo import __version__
+from octavo.errors import UnsupportedParameterError
 from octavo.server import errors
 from octavo.server.anthropic import CountRequest, Messages, MessagesRequest
 from octavo.server.chat import chat, chat_request, prepare
@@ -26,10 +27,14 @@ from octavo.server.embeddings import EmbeddingRequest, ScoreRequest, embed, scor
 from octavo.server.front import PING_SECONDS, Caller, Front
 from octavo.server.keys import Keyring
 from octavo.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from octavo.server.responses import ResponsesRequest, ResponseStore, respond
 from octavo.server.tools import Form
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
+
+
+ResponseId = Annotated[str, Field(max_length=256)]
 
 
 class ErrorDetail(BaseModel):
@@ -99,6 +104,7 @@ def create_app(
     errors.install(app)
     front = app.state.front = Front(engine, served_model_names, ping_seconds, tool_form, reasoning_parser)
     _add_generation(app, front)
+    _add_responses(app, front)
     _add_vectors(app, front)
     _add_anthropic(app, front)
     _add_text(app, front)
@@ -117,6 +123,27 @@ def _add_generation(app: FastAPI, front: Front) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         front.check_open()
         return await complete(front, body, Caller.of(request))
+
+
+def _add_responses(app: FastAPI, front: Front) -> None:
+    store = ResponseStore()
+
+    @_post(app, "/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        front.check_open()
+        return (await respond(front, store, body, Caller.of(request))).answer()
+
+    @app.get("/v1/responses/{response_id}", responses=_ERRORS)
+    async def response(response_id: ResponseId, request: Request) -> Response:
+        for name in request.query_params:
+            raise UnsupportedParameterError(f"{name} is not supported here: leave it out", param=name)
+        return _json(store.find(response_id, Caller.of(request).key.tenant).response())
+
+    @_post(app, "/v1/responses/{response_id}/cancel")
+    async def cancel(response_id: ResponseId, request: Request) -> Response:
+        job = store.find(response_id, Caller.of(request).key.tenant)
+        job.cancel()
+        return _json(job.response())
 
 
 def _add_vectors(app: FastAPI, front: Front) -> None:

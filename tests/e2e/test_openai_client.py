@@ -148,3 +148,19 @@ def test_embeddings_tell_alike_from_unlike(client: openai.OpenAI) -> None:
     one, alike, unlike = (entry.embedding for entry in answer.data)
     assert sum(x * x for x in one) == pytest.approx(1.0, abs=1e-3)
     assert sum(x * y for x, y in zip(one, alike, strict=True)) > sum(x * y for x, y in zip(one, unlike, strict=True))
+
+
+def test_a_response_is_what_a_chat_says_and_goes_on(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(**GREEDY, messages=MESSAGES, max_tokens=40)
+    asked = {**GREEDY, "input": MESSAGES[0]["content"], "max_output_tokens": 40}
+    whole = client.responses.create(**asked)
+    assert whole.status == "completed"
+    assert whole.output_text == chat.choices[0].message.content
+    with client.responses.stream(**asked) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert stream.get_final_response().output_text == "".join(pieces) == whole.output_text
+    assert client.responses.retrieve(whole.id).output_text == whole.output_text
+    further = client.responses.create(
+        **GREEDY, input="And of Spain?", previous_response_id=whole.id, max_output_tokens=40
+    )
+    assert further.usage.input_tokens > whole.usage.total_tokens, "it reads what was said before"

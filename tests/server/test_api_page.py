@@ -11,12 +11,14 @@ from fake_engine import FakeEngine
 from octavo.server import errors, protocol
 from octavo.server.app import create_app
 from octavo.server.embeddings import EmbeddingRequest, ScoreRequest
+from octavo.server.responses import UNBUILT, ResponsesRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 WORDS = set(re.findall(r"[a-z_0-9]+", PAGE))
 
 
 MODELS = [protocol.ChatRequest, protocol.CompletionRequest, protocol.StreamOptions, EmbeddingRequest, ScoreRequest]
+MODELS.append(ResponsesRequest)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -25,7 +27,7 @@ def test_parameters(model: type[protocol.Strict]) -> None:
 
 
 def test_refused_parameters() -> None:
-    assert {*protocol.UNBUILT_SAMPLING, *protocol.UNBUILT_CHAT} - WORDS == set()
+    assert {*protocol.UNBUILT_SAMPLING, *protocol.UNBUILT_CHAT, *UNBUILT} - WORDS == set()
 
 
 def test_routes_and_codes() -> None:

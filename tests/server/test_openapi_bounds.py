@@ -67,6 +67,9 @@ def test_routes() -> None:
     assert {(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods} == {
         ("/v1/chat/completions", "post"),
         ("/v1/completions", "post"),
+        ("/v1/responses", "post"),
+        ("/v1/responses/{response_id}", "get"),
+        ("/v1/responses/{response_id}/cancel", "post"),
         ("/v1/embeddings", "post"),
         ("/v1/score", "post"),
         ("/score", "post"),
