@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -60,6 +61,7 @@ class Chat(Generation):
 
 
 Job = TypeVar("Job", bound=Chat)
+_ANY = {"type": "object"}
 
 
 async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
@@ -83,7 +85,8 @@ async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Call
             raise UnsupportedParameterError("it needs a server with --reasoning-parser", param="max_thinking_tokens")
         marks = ("" if opened else THINK, UNTHINK)
         params = replace(params, max_thinking_tokens=body.max_thinking_tokens, thinking_marks=marks)
-    if (structure := _forced(body)) is not None:
+    forced = _forced(body)
+    if (structure := forced or _strict(body, form)) is not None:
         params = replace(params, structured_outputs=structure)
     if form and form.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
@@ -92,7 +95,7 @@ async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Call
         shown = body.include_reasoning
         job.messages = [
             Message(
-                Reasoning(opened=opened, shown=shown) if front.reasoning_parser and structure is None else None,
+                Reasoning(opened=opened, shown=shown) if front.reasoning_parser and forced is None else None,
                 Calls(form) if form else None,
                 single=body.parallel_tool_calls is False,
             )
@@ -133,12 +136,11 @@ def _forced(body: ChatRequest) -> StructuredOutputsParams | None:
 
     Raises InvalidValueError beside another structure.
     """
-    schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in body.tools or ()}
+    schemas = {tool.function.name: tool.function.parameters or _ANY for tool in body.tools or ()}
     if isinstance(body.tool_choice, NamedTool):
         schema = schemas[body.tool_choice.function.name]
     elif body.tool_choice == "required":
-        definitions = {name: _moved(own, f"#/$defs/{name}") for name, own in schemas.items()}
-        calls = [_call_schema(name, {"$ref": f"#/$defs/{name}"}) for name in schemas]
+        calls, definitions = _call_schemas(schemas, "parameters")
         schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
         if body.parallel_tool_calls is False:
             schema["maxItems"] = 1
@@ -149,6 +151,38 @@ def _forced(body: ChatRequest) -> StructuredOutputsParams | None:
             "a call that must be made and another structure exclude each other", param="tool_choice"
         )
     return StructuredOutputsParams(json=schema, asked_as="tools")
+
+
+def _strict(body: ChatRequest, form: Form | None) -> StructuredOutputsParams | None:
+    """Where the model may choose: any text, but behind a call's mark a call, which follows a strict tool's schema.
+
+    Raises UnsupportedParameterError where calls have no marks, InvalidValueError beside another structure.
+    """
+    tools = [tool.function for tool in body.tools or ()]
+    if form is None or body.tool_choice not in (None, "auto") or not any(tool.strict for tool in tools):
+        return None
+    if not form.end:
+        raise UnsupportedParameterError(
+            "strict needs --tool-call-parser hermes or qwen where the model may choose: leave it out, or send "
+            "tool_choice required",
+            param="tools",
+        )
+    if body.structure() is not None:
+        raise InvalidValueError("a strict tool and another structure exclude each other", param="tools")
+    calls, definitions = _call_schemas(
+        {one.name: (one.strict and one.parameters) or _ANY for one in tools}, "arguments"
+    )
+    schema = json.dumps({"anyOf": calls, "$defs": definitions}).replace("::=", ":\\u003a=")  # which would make it EBNF
+    times = "?" if body.parallel_tool_calls is False else "*"
+    lines = (
+        f"start: call{times} TEXT",
+        f"call: mark SPACE schema SPACE {json.dumps(form.end)}",
+        f"mark[lazy]: TEXT {json.dumps(form.begin)}",
+        f"schema: %json {schema}",
+        r"TEXT: /(.|\n)*/",
+        r"SPACE: /[ \n]{0,20}/",
+    )
+    return StructuredOutputsParams(grammar="\n".join(lines), asked_as="tools")
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -163,7 +197,9 @@ def _moved(schema: Any, place: str) -> Any:
     return moved
 
 
-def _call_schema(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    properties = {"name": {"const": name}, "parameters": parameters}
-    required = ["name", "parameters"]
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+def _call_schemas(schemas: dict[str, Any], word: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A call of each tool, as an object whose arguments stand under `word`, and the definitions that it refers to."""
+    definitions = {name: _moved(own, f"#/$defs/{name}") for name, own in schemas.items()}
+    closed = {"type": "object", "required": ["name", word], "additionalProperties": False}
+    calls = [{**closed, "properties": {"name": {"const": name}, word: {"$ref": f"#/$defs/{name}"}}} for name in schemas]
+    return calls, definitions

@@ -159,7 +159,7 @@ class Function(Strict):
     name: FunctionName
     description: Annotated[str, Field(max_length=1 << 16)] | None = None
     parameters: JsonSchema | None = None
-    strict: bool | None = None  # calls that must be made always follow the schema, others never must
+    strict: bool | None = None  # calls that must be made follow the schema with or without it
 
 
 class Tool(Strict):
@@ -402,11 +402,6 @@ class ChatRequest(GenerationRequest):
         return self
 
     def _check_tools(self) -> None:
-        if self.tool_choice in (None, "auto") and any(tool.function.strict for tool in self.tools or ()):
-            raise UnsupportedParameterError(
-                "strict is not supported where the model may choose: leave it out, or send tool_choice required",
-                param="tools",
-            )
         names = {tool.function.name for tool in self.tools or ()}
         if len(names) < len(self.tools or ()):
             raise InvalidValueError("two tools have the same name", param="tools")

@@ -184,6 +184,43 @@ def test_each_tool_keeps_its_own_definitions() -> None:
         assert (llguidance.LLMatcher(tokenizer, grammar).try_consume_tokens(ids) == len(ids)) == fits
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_strict_tools_bind_calls_and_nothing_else(parallel: bool) -> None:
+    llguidance = pytest.importorskip("llguidance")
+    zone = {"type": "object", "properties": {"zone": {"enum": ["CET", "a::=b"]}}, "required": ["zone"]}
+    strict = {"name": "time", "strict": True, "parameters": {**zone, "additionalProperties": False}}
+    body = {**CHAT, "tools": [tool("weather", n={"const": 1}), {"type": "function", "function": strict}]}
+    ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"], reasoning_parser="qwen3")
+    answer = ask("POST", "/v1/chat/completions", json={**body, "parallel_tool_calls": parallel})
+    assert answer.json()["choices"][0]["message"]["tool_calls"], answer.text
+    grammar = compile_here(ask.engine.seen[-1].params.structured_outputs)
+    tokenizer = llguidance.LLTokenizer("byte")
+
+    def call(name: str, **arguments: object) -> str:
+        return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+    for text, fits in (
+        ("<think>If a < b</think> it is\n<tool", True),
+        (call("time", zone="CET") + " so", True),
+        ("Well: " + call("time", zone="a::=b") + call("weather", n=2), True),
+        (call("time", zone="UTC"), False),
+        ("Well: " + call("date"), False),
+        ("<tool_call>no", False),
+        (call("time", zone="CET") + call("time", zone="UTC"), not parallel),  # the second is left out of the answer
+    ):
+        ids = tokenizer.tokenize_str(text)
+        assert (llguidance.LLMatcher(tokenizer, grammar).try_consume_tokens(ids) == len(ids)) == fits, text
+
+
+@pytest.mark.parametrize("change", [{}, {"response_format": {"type": "json_object"}}])
+def test_strict_tools_are_refused_where_nothing_can_bind_them(change: dict) -> None:
+    parser = "hermes" if change else "llama3_json"
+    strict = {"type": "function", "function": {"name": "time", "strict": True}}
+    ask = Inside(FakeEngine(), tool_form=TOOL_PARSERS[parser])
+    answer = ask("POST", "/v1/chat/completions", json={**CHAT, "tools": [strict], **change})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
 def test_none_leaves_the_tools_out() -> None:
     ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
     choice = ask("POST", "/v1/chat/completions", json={**CHAT, "tool_choice": "none"}).json()["choices"][0]
