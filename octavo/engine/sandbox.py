@@ -121,7 +121,8 @@ def serve(answer: Callable[[Any], Any], *, max_bytes: int) -> None:
     import resource
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the server's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the server's to handle
+        signal.signal(number, signal.SIG_IGN)
     for limit, most in ((resource.RLIMIT_AS, max_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     for line in sys.stdin.buffer:

@@ -58,10 +58,10 @@ class Server:
         """The engine process, a child of the front."""
         return engine_of(self.process.pid)
 
-    def stop(self):
-        """Ctrl-C; returns the exit status."""
+    def stop(self, number=signal.SIGINT):
+        """Ctrl-C, or another signal; returns the exit status."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(number)
         status = self.process.wait(30)
         self._reader.join(5)
         self.process.stdout.close()

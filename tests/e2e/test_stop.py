@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,7 +35,9 @@ def test_ctrl_c_without_grace_ends_running_requests_with_an_error() -> None:
         assert server.lines[-1].strip() == "Stopped."
 
 
-def test_ctrl_c_lets_a_running_request_end() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_a_running_request_end(number: signal.Signals) -> None:
+    """Also where each process of the group gets it, from a terminal or from an init system."""
     with serving("smollm2", "--max-model-len", "1024", "--shutdown-timeout", "60") as server:
         with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=60) as client:
             stream = client.completions.create(
@@ -41,12 +45,14 @@ def test_ctrl_c_lets_a_running_request_end() -> None:
             )
             first = next(iter(stream))
             statuses: list[int] = []
-            stopping = threading.Thread(target=lambda: statuses.append(server.stop()))
+            os.kill(server.engine_pid(), number)
+            stopping = threading.Thread(target=lambda: statuses.append(server.stop(number)))
             stopping.start()
             reasons = [first.choices[0].finish_reason, *(chunk.choices[0].finish_reason for chunk in stream)]
             stopping.join()
         assert reasons[-1] == "length"
         assert statuses == [0]
+        assert "starting another" not in "".join(server.lines), "the engine was not replaced meanwhile"
 
 
 def test_a_damaged_model_is_one_line_without_traceback(tmp_path: Path) -> None:
