@@ -93,3 +93,19 @@ def assert_same_logits(
             assert scale > 0
     finally:
         native.close()
+
+
+def same_bits(
+    program: Program, weights: RandomWeights, level: str, dtype: str, steps: Steps, numbers: Sequence[int]
+) -> np.ndarray:
+    """Asserts that every number of rows, the largest first, has the same bits with one thread and with three."""
+    first: np.ndarray | None = None
+    for threads in (1, 3):
+        native = load(NativeRuntime(threads, level), program, weights, dtype=dtype, steps=steps)
+        for rows in numbers:
+            found = run(native, steps.inputs([Piece(0, 0, rows)]))
+            first = found if first is None else first
+            assert np.array_equal(found.view(np.int32), first[:rows].view(np.int32)), f"bits of {rows} rows"
+        native.close()
+    assert first is not None
+    return first

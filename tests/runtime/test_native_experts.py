@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from native_harness import LEVELS, MAX_TOKENS, Piece, RandomWeights, Steps, load, row_program, run
+from native_harness import LEVELS, MAX_TOKENS, Piece, RandomWeights, Steps, load, row_program, run, same_bits
 
 from octavo.program.ops import Buffer, Experts, Linear, Weight
 from octavo.program.program import Program, ProgramBuilder
@@ -69,15 +69,7 @@ def assert_rows(program: Program, weights: RandomWeights, level: str, dtype: str
     steps = Steps()
     reference = load(ReferenceRuntime(), program, weights, dtype=dtype, steps=steps)
     expected = run(reference, steps.inputs([Piece(0, 0, MAX_TOKENS)]))
-    first = None
-    for threads in (1, 3):
-        native = load(NativeRuntime(threads, level), program, weights, dtype=dtype, steps=steps)
-        for rows in ROWS:
-            found = run(native, steps.inputs([Piece(0, 0, rows)]))
-            first = found if first is None else first
-            assert np.array_equal(found.view(np.int32), first[:rows].view(np.int32)), f"bits of {rows} rows"
-        native.close()
-    assert first is not None
+    first = same_bits(program, weights, level, dtype, steps, ROWS)
     scale = float(np.abs(expected).max())
     assert scale > 0
     np.testing.assert_allclose(first, expected, rtol=0, atol=TOLERANCE[dtype] * scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from native_harness import LEVELS, VOCAB, Piece, RandomWeights, Steps, load, matrix, row_program, run, vector
+from native_harness import LEVELS, VOCAB, Piece, RandomWeights, Steps, load, matrix, row_program, run, same_bits, vector
 
 from lab import linear as measurement
 from octavo import LLM, SamplingParams
@@ -48,15 +48,7 @@ def assert_rows(program: Program, weights: RandomWeights, level: str, dtype: str
     steps = Steps()
     reference = load(ReferenceRuntime(), program, weights, dtype=dtype, steps=steps)
     expected = run(reference, steps.inputs([Piece(0, 0, max(ROWS))]))
-    first = None
-    for threads in (1, 3):
-        native = load(NativeRuntime(threads, level), program, weights, dtype=dtype, steps=steps)
-        for rows in ROWS:
-            found = run(native, steps.inputs([Piece(0, 0, rows)]))
-            first = found if first is None else first
-            assert np.array_equal(found.view(np.int32), first[:rows].view(np.int32)), f"bits of {rows} rows"
-        native.close()
-    assert first is not None
+    first = same_bits(program, weights, level, dtype, steps, ROWS)
     scale = float(np.abs(expected).max())
     assert np.isfinite(expected).all()
     assert scale > 0
