@@ -14,6 +14,8 @@ from starlette.types import ASGIApp
 from octavo.errors import ConfigError
 
 MAX_LINE = 16 << 20  # bytes
+MAX_ANSWER = 1 << 30
+_BEGIN = b'{"id": "batch_req_'  # of every answer
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score")
 
 
@@ -30,12 +32,24 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
                 yield number, None if too_long else line
 
 
-def answered(path: Path) -> set[str]:
-    """The custom_ids that a batch which was broken off has answered. Raises ConfigError: the file is something else."""
-    try:
-        return {json.loads(line or b"")["custom_id"] for _, line in read_lines(path)} if path.exists() else set()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} holds something else than a batch's answers: take another -o") from error
+def answered(path: Path) -> tuple[set[str], int]:
+    """The custom_ids that a batch which was broken off has answered, and how many bytes of the file those lines are.
+
+    What follows them is a line that a killed run did not finish. Raises ConfigError: the file is something else.
+    """
+    known, size = set[str](), 0
+    if not path.exists():
+        return known, size
+    with path.open("rb") as file:
+        while line := file.readline(MAX_ANSWER):
+            if not line.endswith(b"\n") and (line.startswith(_BEGIN) or _BEGIN.startswith(line)):
+                break
+            try:
+                known.update([json.loads(line)["custom_id"]] if line.strip() else ())
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path} holds something else than a batch's answers: take another -o") from error
+            size += len(line)
+    return known, size
 
 
 async def answer_all(
@@ -45,8 +59,10 @@ async def answer_all(
 
     `done` is told of every line, and whether it went well. Returns how many did and did not; those skipped are neither.
     """
-    known, counts, running = answered(target), [0, 0], set[asyncio.Task[dict[str, Any]]]()
+    counts, running = [0, 0], set[asyncio.Task[dict[str, Any]]]()
+    known, size = answered(target)
     with target.open("ab") as file:
+        file.truncate(size)
 
         async def wait(most: int) -> None:
             while len(running) > most:

@@ -52,7 +52,9 @@ async def _run(config: EngineConfig, source: Path, target: Path, at_once: int) -
     from octavo.engine.async_engine import AsyncEngine
     from octavo.server.app import create_app
 
-    answered(target)  # what is wrong with it is said now
+    _, size = answered(target)  # what is wrong with it is said now
+    if target.exists() and target.stat().st_size > size:
+        say(f"{target}: the last line was not finished when a run was killed; it is cut off and answered again")
     total = sum(1 for _ in read_lines(source))
     engine = await AsyncEngine.start(config)
     try:

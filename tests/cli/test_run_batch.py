@@ -79,6 +79,19 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     assert len(told) == len(answers) == 6
 
 
+@pytest.mark.parametrize("left", [1, 10, 60, -1])
+def test_a_line_that_was_not_finished_is_answered_again(tmp_path: Path, left: int) -> None:
+    lines = [{"custom_id": str(n), **COMPLETION} for n in range(4)]
+    run(tmp_path, lines[:3], at_once=1)
+    target = tmp_path / "out.jsonl"
+    *whole, last = target.read_bytes().splitlines(keepends=True)
+    target.write_bytes(b"".join(whole) + last[:left])
+    counts, answers, _ = run(tmp_path, lines)
+    assert counts == (2, 0), "the cut one and the new one"
+    assert answers.keys() == {"0", "1", "2", "3"}
+    assert target.read_bytes().splitlines(keepends=True)[:2] == whole
+
+
 def test_no_more_run_at_once_than_allowed(tmp_path: Path) -> None:
     class Counting(FakeEngine):
         most = 0
@@ -94,6 +107,7 @@ def test_no_more_run_at_once_than_allowed(tmp_path: Path) -> None:
 
 
 def test_another_file_is_not_written_to(tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl").write_text("my diary\n")
-    with pytest.raises(ConfigError, match="something else"):
-        answered(tmp_path / "out.jsonl")
+    for text in ("my diary\n", "my diary", '{"id": 5}', "[]\n{"):
+        (tmp_path / "out.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match="something else"):
+            answered(tmp_path / "out.jsonl")
