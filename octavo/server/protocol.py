@@ -1,8 +1,7 @@
 """What a client may send: OpenAI's request bodies with vLLM's extras, as strict and bounded pydantic models.
 
 A field is honoured, or refused with 400 naming it; none is swallowed. Known fields that are not built stand in the
-`refused` table of their model with the values that ask for nothing (null always is one). Bookkeeping fields of OpenAI
-(`metadata`, `store`) are accepted and have no effect. Strict means that "1" is not 1.
+`refused` table of their model with the values that ask for nothing (null always is one). "1" is not 1.
 """
 
 from __future__ import annotations
@@ -51,7 +50,10 @@ UNBUILT_SAMPLING: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
     "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
 }
+_INSTEAD = dict.fromkeys(("store", "metadata"), "nothing is kept of a completion: leave it out, or use /v1/responses")
 UNBUILT_CHAT: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -83,7 +85,8 @@ class Strict(BaseModel):
             if neutral is None:
                 kept[name] = value
             elif value is not None and not any(_same(value, other) for other in neutral):
-                raise UnsupportedParameterError(f"{name} is not supported here: leave it out", param=name)
+                why = _INSTEAD.get(name, f"{name} is not supported here: leave it out")
+                raise UnsupportedParameterError(why, param=name)
         return kept
 
 
@@ -326,9 +329,6 @@ class GenerationRequest(EngineRequest):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    # Bookkeeping: accepted, without effect.
-    metadata: Metadata | None = None
-    store: bool | None = None
 
     @property
     def shows_logprobs(self) -> bool:

@@ -1,6 +1,6 @@
 """Each parameter, changed alone, changes the answer or what the engine is asked for, in the stated way.
 
-A new field of the protocol without a row here (or a place in `BOOKKEEPING`) fails the last test.
+A new field of the protocol without a row here fails the last test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from octavo.server.protocol import ChatRequest, CompletionRequest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 COMPLETION = {"prompt": "ab", "max_tokens": 8}
-BOOKKEEPING = {"metadata": {"a": "b"}, "store": True}
 
 # parameter, value, what SamplingParams must hold then: name -> value
 ENGINE_ROWS = [
@@ -276,15 +275,6 @@ def test_what_the_template_makes_of_a_chat(server: Server, change: dict, prompt:
     assert server.engine.seen[-1].prompt == expected
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_bookkeeping_changes_nothing(server: Server, path: str) -> None:
-    body = COMPLETION if path == "/v1/completions" else CHAT
-    plain = post(server, path, **body)
-    booked = post(server, path, **body, **BOOKKEEPING)
-    assert booked["choices"] == plain["choices"]
-    assert booked["usage"] == plain["usage"]
-
-
 def test_null_is_the_default_everywhere(server: Server) -> None:
     post(server, "/v1/completions", **COMPLETION)
     plain = server.engine.seen[-1].params
@@ -307,7 +297,7 @@ def test_without_model_defaults_openai_s_hold(server: Server) -> None:
 
 
 def test_every_field_has_a_row() -> None:
-    tested = {row[0] for row in [*ENGINE_ROWS, *CHAT_ROWS, *COMPLETION_ROWS, *TEXT_ROWS]} | set(BOOKKEEPING)
+    tested = {row[0] for row in [*ENGINE_ROWS, *CHAT_ROWS, *COMPLETION_ROWS, *TEXT_ROWS]}
     tested |= {"model", "stream_options", "messages", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids"}
     tested |= {
         "tools",

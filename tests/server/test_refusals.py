@@ -17,6 +17,8 @@ REFUSED = {
     "kv_transfer_params": {},
     "vllm_xargs": {"a": 1},
     "service_tier": "flex",
+    "store": True,
+    "metadata": {"a": "b"},
 }
 REFUSED_CHAT = {
     "functions": [{"name": "f"}],
