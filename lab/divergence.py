@@ -6,6 +6,7 @@ All in float64, so that what is measured is the model's arithmetic and not ours.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,10 @@ class Scores:
             self.surprises.append(surprise(tested, targets[rows]))
             self.divergences.append(kl_divergence(other, tested))
             self.agreements.append(tested.argmax(axis=-1) == other.argmax(axis=-1))
+
+    def lists(self) -> list[tuple[str, list[npt.NDArray[Any]]]]:
+        """The three lists by name."""
+        return [(name, getattr(self, name)) for name in ("surprises", "divergences", "agreements")]
 
     @property
     def perplexity(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ from lab.machine import describe_machine
 from lab.text import TEXTS, load_text
 from octavo.errors import OctavoError
 from octavo.models.decoder import record
-from octavo.models.hub import resolve_model
+from octavo.models.hub import cache_folder, resolve_model
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelSpec
 from octavo.models.weights import open_weights
@@ -100,23 +101,61 @@ def windows_of(text: str, tokenizer: Tokenizer, num_tokens: int, window: int) ->
     return [np.array(first + ids[i * body : (i + 1) * body], np.int32) for i in range(num_windows)]
 
 
-def measure(arms: list[Arm], windows: list[Int32]) -> None:
-    """Feeds every window to every arm; arms[0] is what the others are compared with."""
+def measure(arms: list[Arm], windows: list[Int32], kept: Path | None = None) -> None:
+    """Feeds every window to every arm; arms[0] is what the others are compared with.
+
+    Where there is a file `kept`, windows whose scores it has are not computed; it is written after every other one.
+    """
     against = arms[0]
-    for window, start in _slices(windows):
-        targets = window[start + 1 : start + 1 + SLICE]  # the window's last token has none
-        baseline = against.logits(window, start)
-        against.scores.add(baseline, baseline, targets)
-        for arm in arms[1:]:
-            arm.scores.add(arm.logits(window, start), baseline, targets)
+    for index, window in _shown(windows, restore(kept, arms, len(windows), len(windows[0]) - 1) if kept else 0):
+        for start in range(0, len(window), SLICE):
+            targets = window[start + 1 : start + 1 + SLICE]  # the window's last token has none
+            baseline = against.logits(window, start)
+            against.scores.add(baseline, baseline, targets)
+            for arm in arms[1:]:
+                arm.scores.add(arm.logits(window, start), baseline, targets)
+        if kept:
+            keep(kept, arms, index + 1)
 
 
-def _slices(windows: list[Int32]) -> Iterator[tuple[Int32, int]]:
+def _shown(windows: list[Int32], done: int) -> Iterator[tuple[int, Int32]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        for window in progress.track(windows, description="windows"):
-            for start in range(0, len(window), SLICE):
-                yield window, start
+        task = progress.add_task("windows", total=len(windows), completed=done)
+        for index in range(done, len(windows)):
+            yield index, windows[index]
+            progress.update(task, completed=index + 1)
+
+
+def keep(path: Path, arms: list[Arm], num_windows: int) -> None:
+    """Writes the scores of the first windows in place of what the file had."""
+    scores: dict[str, Any] = {
+        f"{name}-{i}": np.concatenate(kept) for i, arm in enumerate(arms) for name, kept in arm.scores.lists()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".new.npz")
+    np.savez(staged, num_windows=num_windows, **scores)
+    staged.replace(path)
+
+
+def restore(path: Path, arms: list[Arm], num_windows: int, window_scores: int) -> int:
+    """Puts the scores that a file has of the first `num_windows` windows into the arms; returns of how many it has."""
+    if not path.exists():
+        return 0
+    with np.load(path, allow_pickle=False) as kept:
+        done = min(int(kept["num_windows"]), num_windows)
+        for i, arm in enumerate(arms):
+            for name, scores in arm.scores.lists():
+                scores.append(kept[f"{name}-{i}"][: done * window_scores])
+    return done
+
+
+def kept_path(options: argparse.Namespace, arms: list[Arm]) -> Path:
+    """Where the scores of a measurement are kept: its name says which, whatever its --tokens and --threads."""
+    asked = (options.model, options.text, options.window, options.runtime, options.stored_as)
+    computed = [(arm.name, arm.description.replace(f"{options.threads} threads, ", "")) for arm in arms]
+    digest = hashlib.sha256(repr((asked, computed)).encode()).hexdigest()[:12]
+    return cache_folder() / "perplexity" / f"{Path(options.model).stem}-{digest}.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +250,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--stored-as", choices=REQUANTIZABLE, help="quantise every matrix anew, as this type")
     parser.add_argument("--save-as", metavar="NAME", help="of the result; MODEL by default")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the scores in the cache after every window, and go on behind those kept before, by the same build",
+    )
     return parser.parse_args(arguments)
 
 
@@ -227,7 +271,7 @@ def main(arguments: list[str]) -> int:
         Arm(name, options.runtime, options.threads, spec, weights, options.window)
         for name in (options.against, *options.dtype)
     ]
-    measure(arms, windows)
+    measure(arms, windows, kept_path(options, arms) if options.resume else None)
     subject = Subject(options.model, options.text, options.window, stored_types(record(spec), weights))
     command = "python -m lab.perplexity " + " ".join(arguments)
     result = result_of(subject, arms, command)

@@ -53,6 +53,24 @@ def measured():
     return arms, result_of(subject, arms, "python -m lab.perplexity tiny")
 
 
+def test_a_run_goes_on_behind_the_windows_that_an_earlier_one_kept(tmp_path):
+    windows = [np.full(WINDOW, first, np.int32) + np.arange(WINDOW, dtype=np.int32) % 40 for first in (1, 2, 3)]
+    kept = tmp_path / "cache" / "tiny.npz"
+    whole, first, second = ([FakeArm("float32", 0), FakeArm("bent", 0)] for _ in range(3))
+    for _, bent in (whole, first, second):
+        bent.logits = lambda window, start, plain=bent.logits: plain(window, start) * np.float32(1.1)
+    perplexity.measure(whole, windows)
+    perplexity.measure(first, windows[:2], kept)
+    perplexity.measure(second, windows, kept)
+    assert [w for w, _ in second[0].asked] == [3, 3, 3]
+    subject = Subject("tiny", "moby-dick", WINDOW, {"F32": 3})
+    assert result_of(subject, second, "x") == result_of(subject, whole, "x")
+    fewer = [FakeArm("float32", 0), FakeArm("bent", 0)]
+    perplexity.measure(fewer, windows[:1], kept)  # a shorter run needs only some of them
+    assert not fewer[0].asked
+    assert len(np.concatenate(fewer[1].scores.surprises)) == WINDOW - 1
+
+
 def test_a_window_in_slices_is_the_window_at_once(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     files = ModelFiles("tiny", "hf", tmp_path)
