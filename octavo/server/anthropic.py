@@ -276,11 +276,11 @@ class _Blocks:
         elif "content" in delta:
             yield from self._grow("text", delta["content"])
         for call in delta.get("tool_calls", ()):
-            function = call["function"]
-            yield from self._begin({"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}})
-            json_delta = {"type": "input_json_delta", "partial_json": function["arguments"]}
+            if "id" in call:
+                name = call["function"]["name"]
+                yield from self._begin({"type": "tool_use", "id": call["id"], "name": name, "input": {}})
+            json_delta = {"type": "input_json_delta", "partial_json": call["function"]["arguments"]}
             yield _event("content_block_delta", index=self._index, delta=json_delta)
-            yield from self.close()
 
     def close(self) -> Iterator[bytes]:
         """Ends the open block."""
@@ -315,7 +315,7 @@ def _content(message: dict[str, Any]) -> list[dict[str, Any]]:
         function = call["function"]
         try:
             arguments = json.loads(function["arguments"])
-        except ValueError:  # max_tokens cut it
+        except (ValueError, RecursionError):  # max_tokens cut it, or it is no JSON
             arguments = {}
         blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
     return blocks

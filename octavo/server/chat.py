@@ -116,8 +116,7 @@ def chat_request(fields: dict[str, Any]) -> ChatRequest:
 def _form(front: Front, body: ChatRequest) -> Form | None:
     """How calls will be written: as the grammar says where one must be made, else as the model was taught."""
     if isinstance(body.tool_choice, NamedTool):
-        name = body.tool_choice.function.name
-        return Form(lambda text: [(name, text.strip())], openings=("{",))
+        return Form(openings=("{",), named=body.tool_choice.function.name)
     if body.tool_choice == "required":
         return REQUIRED
     if not body.tools or body.tool_choice == "none":

@@ -1,94 +1,127 @@
 """Tool calls and reasoning in what a model writes: which text is content, which is thought, which calls a function.
 
 Models were trained on one form each; `--tool-call-parser` and `--reasoning-parser` name it. Text goes through as it
-comes, except where it may be the beginning of a mark; a call is told when it is complete. What looked like a call and
-cannot be read is given as text, never dropped.
+comes, except where it may be the beginning of a mark. A call is told by its name, then by its arguments as they are
+written (a Python literal when it is complete); what these are does not depend on how the text was cut into pieces. What
+looked like a call and is none is given as text; what breaks off inside a call's arguments leaves them unfinished.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-MAX_CALL = 1 << 18  # characters of calls that are read; longer ones are text
+MAX_CALL = 1 << 18  # characters of a call, or of a Python literal, that is read as a whole; a longer one is text
+MAX_HEAD = 256  # characters before the arguments of a call that begins with its name
+BLANKS = " \t\r\n"
 THINK, UNTHINK = "<think>", "</think>"
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
-Call = tuple[str, str]  # name, arguments as JSON
+Piece = tuple[str, str]  # content, the name of a call, or some more of its arguments
 Delta = dict[str, Any]
+_HEAD = r'\{ "name" : "([^"\\]{1,64})" , "(?:arguments|parameters)" : (?=\{)'.replace(" ", r"\s{0,20}")
+_NAMED = r"|([\w.-]{1,64})\s{0,20}(?:\[CALL_ID\]\w{0,64})?(?:\[ARGS\])?\s{0,20}(?=\{)"
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
     """How a family of models writes calls: between `begin` and `end` (or the text's end), anywhere in the text; or,
-    with an empty `begin`, as the whole text, which then starts with one of `openings`."""
+    with an empty `begin`, as the whole text, which then starts with one of `openings`.
 
-    read: Callable[[str], list[Call]]  # raises ValueError
+    Attributes:
+        between: what may stand before, between and behind calls.
+        head: what a call begins with, up to its arguments; its group is the name.
+        is_python: calls are Python's, not JSON objects.
+        named: the function whose arguments are all there is.
+    """
+
     begin: str = ""
     end: str = ""
     openings: tuple[str, ...] = ()
+    between: str = r"[\s,;\[\]]*"
+    head: str = _HEAD
+    is_python: bool = False
     needs_special_tokens: bool = False
+    named: str = ""
 
 
-def _object(value: Any) -> Call:
-    """One call as a JSON object."""
+TOOL_PARSERS = {
+    "hermes": Form("<tool_call>", "</tool_call>"),
+    "llama3_json": Form(
+        openings=("{", "<|python_tag|>"), between=r"(?:[\s,;\[\]]|<\|python_tag\|>)*", needs_special_tokens=True
+    ),
+    "mistral": Form(
+        "[TOOL_CALLS]",
+        between=r"(?:[\s,;\]]|\[(?=[^T])|\[TOOL_CALLS\])*",
+        head=_HEAD + _NAMED,
+        needs_special_tokens=True,
+    ),
+    "pythonic": Form(openings=("[",), head=r"([\w.-]{1,64})\s{0,20}\(", is_python=True),
+}
+TOOL_PARSERS["qwen"] = TOOL_PARSERS["hermes"]
+REQUIRED = Form(openings=("[", "{"))  # what the grammar of tool_choice required makes
+
+
+def _object(value: Any) -> tuple[str, str]:
+    """Name and arguments of a call as a JSON object. Raises ValueError."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("no call")
     arguments = value.get("arguments", value.get("parameters", {}))
     return value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _read_json(text: str) -> list[Call]:
-    """One object, several behind each other (with or without a semicolon), or a list of them."""
-    decoder, calls, at = json.JSONDecoder(), [], 0
-    text = text.strip().removeprefix("<|python_tag|>").strip()
-    while at < len(text):
-        value, at = decoder.raw_decode(text, at)
-        calls += [_object(one) for one in (value if isinstance(value, list) else [value])]
-        while at < len(text) and text[at] in "; \n\t":
-            at += 1
-    return calls
+def _keyword(text: str) -> str:
+    """A keyword argument, a literal of JSON or Python that is parsed and never run, as a member of a JSON object.
 
-
-def _read_mistral(text: str) -> list[Call]:
-    """A list of objects, or name{arguments} once or several times, each behind [TOOL_CALLS]."""
-    if text.lstrip().startswith(("[", "{")):
-        return _read_json(text)
-    calls = []
-    for part in filter(str.strip, text.split("[TOOL_CALLS]")):
-        name, brace, rest = part.replace("[ARGS]", "").partition("{")
-        arguments, _ = json.JSONDecoder().raw_decode(brace + rest)
-        calls.append((name.strip(), json.dumps(arguments, ensure_ascii=False)))
-    return calls
-
-
-def _read_python(text: str) -> list[Call]:
-    """A Python list of calls with keyword arguments, all literals: parsed, never run."""
+    Raises ValueError.
+    """
+    name, _, value = text.partition("=")
+    if not name.strip().isidentifier():
+        raise ValueError("no keyword argument")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        nodes = tree.elts if isinstance(tree, ast.List) else []
-        calls = []
-        for node in nodes:
-            if not isinstance(node, ast.Call) or node.args or not all(k.arg for k in node.keywords):
-                raise ValueError("no call")
-            arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-            calls.append((ast.unparse(node.func), json.dumps(arguments, ensure_ascii=False)))
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError("no call") from error
-    return calls
+        literal = json.loads(value)
+    except (ValueError, RecursionError):
+        try:
+            literal = ast.literal_eval(value.strip())
+        except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise ValueError("no literal") from error
+    try:
+        return f'"{name.strip()}": {json.dumps(literal, ensure_ascii=False, allow_nan=False)}'
+    except (TypeError, RecursionError) as error:
+        raise ValueError("nothing that JSON has") from error
 
 
-TOOL_PARSERS = {
-    "hermes": Form(_read_json, begin="<tool_call>", end="</tool_call>"),
-    "llama3_json": Form(_read_json, openings=("{", "<|python_tag|>"), needs_special_tokens=True),
-    "mistral": Form(_read_mistral, begin="[TOOL_CALLS]", needs_special_tokens=True),
-    "pythonic": Form(_read_python, openings=("[",)),
-}
-TOOL_PARSERS["qwen"] = TOOL_PARSERS["hermes"]
-REQUIRED = Form(_read_json, openings=("[", "{"))  # what the grammar of tool_choice required makes
+class _Brackets:
+    """Finds the end of an open bracket in JSON or in Python's literals, which may come in pieces."""
+
+    def __init__(self, *, depth: int, quotes: str, stop: str) -> None:
+        self._depth, self._quotes, self._stop = depth, quotes, stop
+        self._quote = ""  # inside a string: how it ends
+        self._escaped = False
+
+    def find(self, text: str) -> int:
+        """Where in some more text the bracket is closed, or `stop` stands (a comma: at its own level); else -1."""
+        for at, letter in enumerate(text):
+            if self._quote:
+                if self._escaped or letter == "\\":
+                    self._escaped = not self._escaped
+                elif letter == self._quote:
+                    self._quote = ""
+            elif letter in self._quotes:
+                self._quote = letter
+            elif letter in "([{":
+                self._depth += 1
+            elif letter in ")]}":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return at
+            elif letter == self._stop and (letter != "," or self._depth == 1):
+                return at
+        return -1
 
 
 class _Split:
@@ -145,49 +178,145 @@ class Calls(_Split):
     def __init__(self, form: Form) -> None:
         super().__init__()
         self._form = form
-        self._state = "text" if form.begin else "start"
-        self.found = False
+        self._between, self._head = re.compile(form.between), re.compile(form.head)
+        self._last = False
+        self._out: list[Piece] = []
+        self._unread = ""  # before what may be a call: content, if it is none
+        self._has_called = False  # just now: blanks behind a call are nobody's
+        self._steps = self._run()
 
-    def feed(self, text: str, *, last: bool = False) -> list[str | Call]:
-        """Content and calls in some more text, in their order."""
+    def feed(self, text: str, *, last: bool = False) -> list[Piece]:
+        """Content, names and arguments in some more text, in their order."""
         self.held += text
-        out: list[str | Call] = []
-        if self._state == "start":
-            begin = self.held.lstrip()
-            if begin.startswith(self._form.openings):
-                self._state = "call"
-            elif not last and any(opening.startswith(begin) for opening in self._form.openings):
-                return []
-            else:
-                self._state = "plain"
-        while self._state == "text":
-            content, found = self.until(self._form.begin)
-            out.append(content)
-            if not found or not self._call(out, last=last):
-                break
-        if self._state == "call":
-            self._call(out, last=last)
-        if self._state == "plain" or last:
-            out.append(self.held)
-            self.held = ""
-        return [piece for piece in out if piece and not (self.found and isinstance(piece, str) and piece.isspace())]
+        self._last = last
+        next(self._steps, None)
+        out, self._out = self._out, []
+        return out
 
-    def _call(self, out: list[str | Call], *, last: bool) -> bool:
-        """Reads a call if it is complete; True when text follows it."""
-        self._state = "call"
+    def _say(self, kind: str, text: str) -> None:
+        if kind == "content":
+            text = text.lstrip(BLANKS) if self._has_called else text
+            self._has_called = self._has_called and not text
+        elif kind == "call":
+            self._unread = ""
+            self._has_called = True
+        if text or kind == "call":
+            self._out.append((kind, text))
+
+    def _run(self) -> Iterator[None]:
+        """Reads it all; yields where more text is needed."""
         form = self._form
-        at = self.held.find(form.end) if form.end else -1
-        if at < 0 and not last and len(self.held) <= MAX_CALL:
-            return False
-        body, rest = (self.held[:at], self.held[at + len(form.end) :]) if at >= 0 else (self.held, "")
-        self.held = rest
-        self._state = "text" if form.begin else "plain"
+        if not form.begin:
+            while not (begin := self.held.lstrip(BLANKS)).startswith(form.openings):
+                if self._last or not any(opening.startswith(begin) for opening in form.openings):
+                    break
+                yield
+            else:
+                yield from self._calls()
+        while True:
+            content, found = self.until(form.begin) if form.begin else (self.held, False)
+            self._say("content", content)
+            if found:
+                yield from self._calls()
+            elif self._last:
+                return self._say("content", self.held if form.begin else "")
+            else:
+                self.held = self.held if form.begin else ""
+                yield
+
+    def _calls(self) -> Iterator[None]:
+        """Calls behind each other; ends before anything else."""
+        form = self._form
+        if form.named:
+            self._say("call", form.named)
+            self.held = self.held.lstrip(BLANKS)
+            yield from self._through(depth=0, told=True)
+            return
+        self._unread, told = form.begin, False
+        while True:
+            match = self._between.match(self.held)
+            self._unread += "" if told or match is None else match[0]
+            self.held = self.held[match.end() if match else 0 :]
+            if form.end and self.held.startswith(form.end):
+                self.held = self.held[len(form.end) :]
+                self._unread += "" if told else form.end
+                break
+            if not self._last and any(mark.startswith(self.held) for mark in (form.begin, form.end, *form.openings)):
+                yield
+                continue
+            if not (yield from self._python_call() if form.is_python else self._json_call()):
+                break
+            told = True
+        self._say("content", self._unread)
+
+    def _json_call(self) -> Generator[None, None, bool]:
+        """Reads an object, or a name and an object; False if there is none."""
+        form = self._form
+        brackets, seen = _Brackets(depth=0, quotes='"', stop=form.end[:1]), 0
+        while not (head := self._head.match(self.held)):
+            if self.held.startswith("{"):
+                at = brackets.find(self.held[seen:])
+                if at >= 0:
+                    return self._whole(seen + at + 1)
+                seen = len(self.held)
+            elif form.head == _HEAD or "{" in self.held or len(self.held) >= MAX_HEAD:
+                return False
+            if self._last or seen > MAX_CALL:
+                return False
+            yield
+        self._say("call", head[head.lastindex or 0])
+        self.held = self.held[head.end() :]
+        yield from self._through(depth=0, told=True)
+        if head[0].startswith("{"):
+            yield from self._through(depth=1, told=False)  # the rest of the call
+        return True
+
+    def _whole(self, end: int) -> bool:
+        """Reads an object that does not begin with the name and the arguments of a call."""
         try:
-            calls = form.read(body) if len(body) <= MAX_CALL else []
+            name, arguments = _object(json.loads(self.held[:end] if end <= MAX_CALL else ""))
         except (ValueError, RecursionError):
-            calls = []
-        out.extend(calls or [form.begin + body + (form.end if at >= 0 else "")])
-        self.found = self.found or bool(calls)
+            return False
+        self._say("call", name)
+        self._say("arguments", arguments)
+        self.held = self.held[end:]
+        return True
+
+    def _through(self, *, depth: int, told: bool) -> Iterator[None]:
+        """Takes the text up to the end of a bracket."""
+        brackets = _Brackets(depth=depth, quotes='"', stop=self._form.end[:1])
+        while True:
+            at = brackets.find(self.held)
+            end = len(self.held) if at < 0 else at + (self.held[at] == "}")
+            self._say("arguments", self.held[:end] if told else "")
+            self.held = self.held[end:]
+            if at >= 0 or self._last:
+                return
+            yield
+
+    def _python_call(self) -> Generator[None, None, bool]:
+        """Reads a call with keyword arguments, each when it is complete; False if there is none, or it goes wrong."""
+        while not (head := self._head.match(self.held)):
+            if self._last or "(" in self.held or len(self.held) >= MAX_HEAD:
+                return False
+            yield
+        begin, sign = head.end(), "{"
+        while sign != "}":
+            brackets, seen = _Brackets(depth=1, quotes="\"'", stop=","), begin
+            while (at := brackets.find(self.held[seen:])) < 0:
+                seen = len(self.held)
+                if self._last or seen > MAX_CALL:
+                    return False
+                yield
+            text, closed = self.held[begin : seen + at], self.held[seen + at] == ")"
+            try:
+                argument = _keyword(text) if text.strip() or not closed else ""
+            except ValueError:
+                return False
+            if sign == "{":
+                self._say("call", head[1])
+            self._say("arguments", (sign if argument or sign == "{" else "") + argument + "}" * closed)
+            self.held, begin, sign = self.held[seen + at + 1 :], 0, "}" if closed else ", "
         return True
 
 
@@ -207,27 +336,29 @@ class Message:
             thought, text = self._reasoning.feed(text, last=last)
             if thought:
                 deltas.append({"reasoning_content": thought})
-        for piece in self._calls.feed(text, last=last) if self._calls else [text]:
-            if isinstance(piece, str):
-                if piece:
-                    deltas.append({"content": piece})
-            elif not (self._single and self.num_calls):
-                deltas.append({"tool_calls": [{"index": self.num_calls, **call_object(*piece)}]})
-                self.num_calls += 1
+        for kind, piece in self._calls.feed(text, last=last) if self._calls else [("content", text)]:
+            self.num_calls += kind == "call"
+            if kind == "content":
+                deltas += [{"content": piece}] if piece else []
+            elif self.num_calls == 1 or not self._single:
+                call: dict[str, Any] = {"function": {"arguments": piece}}
+                if kind == "call":
+                    function = {"name": piece, "arguments": ""}
+                    call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+                deltas.append({"tool_calls": [{"index": self.num_calls - 1, **call}]})
         return deltas
-
-
-def call_object(name: str, arguments: str) -> dict[str, Any]:
-    """OpenAI's tool call."""
-    function = {"name": name, "arguments": arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def whole_message(deltas: list[Delta]) -> dict[str, Any]:
     """The message that these deltas add up to."""
     text = "".join(delta.get("content", "") for delta in deltas)
     thought = "".join(delta.get("reasoning_content", "") for delta in deltas)
-    calls = [{k: v for k, v in call.items() if k != "index"} for d in deltas for call in d.get("tool_calls", ())]
+    calls: list[dict[str, Any]] = []
+    for part in (part for delta in deltas for part in delta.get("tool_calls", ())):
+        if "id" in part:
+            calls.append({"id": part["id"], "type": part["type"], "function": dict(part["function"])})
+        else:
+            calls[-1]["function"]["arguments"] += part["function"]["arguments"]
     message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
     if thought:
         message["reasoning_content"] = thought

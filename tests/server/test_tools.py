@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
+from itertools import pairwise
 
 import pytest
 from fake_engine import HERMES_CALL, FakeEngine
 from inside import Inside
 
 from octavo.engine.grammar import compile_here
-from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS, Calls, Message, Reasoning, whole_message
+from octavo.server.tools import (
+    REASONING_PARSERS,
+    REQUIRED,
+    TOOL_PARSERS,
+    Calls,
+    Form,
+    Message,
+    Reasoning,
+    whole_message,
+)
 
 ONE = [("weather", {"city": "Zürich", "days": 2})]
 TWO = [*ONE, ("time", {})]
@@ -59,6 +70,88 @@ def test_calls_are_found_however_the_text_is_cut(parser: str, text: str, content
         found = [call["function"] for call in message.get("tool_calls", ())]
         assert [(call["name"], json.loads(call["arguments"])) for call in found] == calls
         assert len({call["id"] for call in message.get("tool_calls", ())}) == len(calls)
+
+
+FORMS = {**TOOL_PARSERS, "required": REQUIRED, "named": Form(openings=("{",), named="weather")}
+FRAGMENTS = (*"{}[]()\"\\'<,;= \nax1", '"name":', '"arguments": {', "</tool_call>", "<tool_call>", "[TOOL_CALLS]")
+FRAGMENTS += ("<|python_tag|>", "[ARGS]", "weather(", "city=", '{"a": [1, "}"]}', PARAMETERS, ZURICH)
+
+
+def split_anyhow(text: str, luck: random.Random) -> list[str]:
+    cuts = sorted(luck.choices(range(len(text) + 1), k=luck.randrange(len(text) + 2)))
+    return [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+
+
+def spoiled(text: str, luck: random.Random) -> str:
+    for _ in range(luck.randrange(4)):
+        at = luck.randrange(len(text) + 1)
+        text = text[:at] + luck.choice(FRAGMENTS) + text[at + luck.randrange(3) :]
+    return text[: luck.randrange(len(text) + 1)] if luck.random() < 0.2 else text
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_deltas_add_up_to_the_whole_answer(name: str) -> None:
+    """For any text, sound or not, cut into any tokens: the same content, names and arguments."""
+    luck = random.Random(name)
+    texts = [row[1] for row in WRITTEN if len(row[1]) < 200]
+    own = [row[1] for row in WRITTEN if row[0] == name and row[3]]
+    own = own or [f"[{PARAMETERS}, {PARAMETERS}]" if name == "required" else '{"city": "Rome"}']
+    num_called = 0
+    for _ in range(300):
+        text = spoiled(luck.choice(luck.choice((own, texts))), luck)
+        whole, cut = (Message(None, Calls(FORMS[name]), single=False) for _ in range(2))
+        pieces = split_anyhow(text, luck)
+        deltas = [delta for piece in pieces for delta in cut.feed(piece)] + cut.feed("", last=True)
+        expected, got = whole_message(whole.feed(text, last=True)), whole_message(deltas)
+        for message in (expected, got):
+            for call in message.get("tool_calls", ()):
+                del call["id"]
+        assert got == expected, pieces
+        num_called += "tool_calls" in got
+    assert num_called > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "arguments", "behind"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": ', '{"a": "</tool_call> \\" }", "b": [{}]}', "}</tool_call>"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": ', '{"a": 1}', "</tool_call> A brace was forgotten."),
+        ("llama3_json", '{"name": "f", "parameters": ', '{ "a":"long text"\n}', "}"),
+        ("mistral", "[TOOL_CALLS]f[CALL_ID]abc[ARGS]", '{"a": "long text"}', ""),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": ', '{"a": "long text"}', ', "id": "123456789"}]'),
+        ("required", '[{"name": "f", "parameters": ', '{"a": "long text"}', "}]"),
+        ("named", "", '{"city": "Rome", "b": {}}', "\n"),
+        ("pythonic", "[f(", '{"a": "x, )", "b": [1, null]}', ")]"),
+    ],
+)
+def test_arguments_are_told_while_they_are_written(name: str, before: str, arguments: str, behind: str) -> None:
+    """Every letter at its time, as it was written; Python's literals each at its end."""
+    written = arguments if name != "pythonic" else "a='x, )', b=[1, None]"
+    message, told = Message(None, Calls(FORMS[name]), single=False), []
+    for letter in before + written + behind:
+        deltas = message.feed(letter)
+        told.append("".join(call["function"]["arguments"] for d in deltas for call in d.get("tool_calls", ())))
+    assert "".join(told) == arguments
+    inside = told[len(before) : len(before) + len(written)]
+    assert inside == (list(arguments) if name != "pythonic" else inside)
+    assert sum(map(bool, told)) == (len(arguments) if name != "pythonic" else 2)
+
+
+def test_the_official_client_sees_arguments_grow(serve) -> None:
+    server = serve(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
+    with server.client.chat.completions.stream(model="fake", **CHAT) as events:
+        kind = "tool_calls.function.arguments.delta"
+        deltas = [event.arguments_delta for event in events if event.type == kind]
+        message = events.get_final_completion().choices[0].message
+    assert len(deltas) > 10
+    assert "".join(deltas) == message.tool_calls[0].function.arguments == '{"zone": "CET"}'
+
+
+def test_a_call_that_max_tokens_cuts_is_shown_as_far_as_it_went() -> None:
+    ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
+    choice = ask("POST", "/v1/chat/completions", json={**CHAT, "max_tokens": 55}).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "time", "arguments": '{"zone": "'}
 
 
 def test_every_parser_is_tested() -> None:
@@ -113,9 +206,10 @@ def test_auto_calls_whole_and_streamed() -> None:
     assert (call["type"], call["function"]) == ("function", {"name": "time", "arguments": '{"zone": "CET"}'})
     streamed = chunks(ask("POST", "/v1/chat/completions", json={**CHAT, "stream": True}))
     assert "".join(c["delta"].get("content", "") for c in streamed) == "Hm. "
-    (told,) = [call for c in streamed for call in c["delta"].get("tool_calls", ())]
-    assert told["index"] == 0
-    assert told["function"] == call["function"]
+    first, *others = [call for c in streamed for call in c["delta"].get("tool_calls", ())]
+    assert (first["index"], first["type"], first["function"]) == (0, "function", {"name": "time", "arguments": ""})
+    assert [one["function"]["arguments"] for one in others] == list('{"zone": "CET"}'), "as the tokens come"
+    assert all(one.keys() == {"index", "function"} and one["index"] == 0 for one in others)
     assert streamed[-1]["finish_reason"] == "tool_calls"
     with_logprobs = chunks(ask("POST", "/v1/chat/completions", json={**CHAT, "stream": True, "logprobs": True}))
     assert sum(len((c["logprobs"] or {"content": []})["content"]) for c in with_logprobs) == len(HERMES_CALL) + 1
