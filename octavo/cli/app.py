@@ -12,7 +12,7 @@ import typer
 
 from octavo import __version__
 from octavo.cli import bench, chat, complete, doctor, program, pull, replay, run_batch, serve, simulate
-from octavo.cli.help import Verbs
+from octavo.cli.help import Verbs, add_verbs
 from octavo.cli.terminal import say, say_error
 from octavo.errors import ConfigError, ModelError, OctavoError
 
@@ -47,8 +47,8 @@ def root(
         typer.echo(context.get_help())
 
 
-for module in (serve, chat, complete, run_batch, bench, simulate, replay, program, pull, doctor):
-    module.register(app)
+add_verbs(app, serve, chat, complete, run_batch, simulate, replay, program, pull, doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def run(args: Sequence[str]) -> int:

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.cli.serve import find_model, read_template
 from octavo.cli.talk import Answer, ApiKeyOption, Message, Sampling, Talker, UrlOption, open_talker, say_where
 from octavo.cli.terminal import say, say_error
@@ -24,16 +23,11 @@ _HELP = """\
   /help          this list
   /exit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
 
-_EXAMPLES = (
+EXAMPLES = (
     "octavo chat                                 the default model, loaded here\n\n"
     "octavo chat --url http://127.0.0.1:8000     a server that runs\n\n"
     "echo 'Why is the sky blue?' | octavo chat   one question for each line of stdin"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(chat)
 
 
 @engine_flags(without=("served_model_name",))

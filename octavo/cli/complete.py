@@ -10,23 +10,17 @@ from typing import Annotated
 import typer
 
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.cli.serve import find_model
 from octavo.cli.talk import Answer, ApiKeyOption, Sampling, UrlOption, open_talker
 from octavo.cli.terminal import say
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 
-_EXAMPLES = (
+EXAMPLES = (
     'octavo complete "The capital of France is" --max-tokens 16\n\n'
     'octavo complete "Once upon a time" --model stories15m --temperature 0.8\n\n'
     "echo 'def fibonacci(n):' | octavo complete --url http://127.0.0.1:8000"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(complete)
 
 
 @engine_flags(model_as="option", without=("served_model_name",))

@@ -13,7 +13,6 @@ from pathlib import Path
 import typer
 
 from octavo import __version__
-from octavo.cli.help import Verb
 from octavo.cli.serve import check_port
 from octavo.cli.terminal import console, say, size_text
 from octavo.config import DEFAULT_MODEL, EngineConfig
@@ -32,11 +31,6 @@ class Finding:
     found: str
     problem: str = ""
     command: str = ""
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb)(doctor)
 
 
 def doctor() -> None:

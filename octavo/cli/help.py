@@ -6,6 +6,7 @@ import inspect
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import typer
@@ -28,9 +29,14 @@ class Verb(TyperCommand):
 class Verbs(TyperGroup):
     """A group of commands with our help page."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Writes the page to stdout."""
-        typer.echo(page(self, ctx))
+    format_help = Verb.format_help
+
+
+def add_verbs(app: typer.Typer, *modules: ModuleType) -> None:
+    """Adds the verb of each module: the function of the module's name, with its EXAMPLES at the end of the help."""
+    for module in modules:
+        verb = getattr(module, module.__name__.rpartition(".")[2])
+        app.command(cls=Verb, epilog=getattr(module, "EXAMPLES", None))(verb)
 
 
 def page(command: Any, ctx: Any) -> str:

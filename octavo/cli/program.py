@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.cli.sizes import parse_size
 from octavo.cli.terminal import say
 from octavo.config import EngineConfig
@@ -16,16 +15,11 @@ from octavo.config import EngineConfig
 if TYPE_CHECKING:
     from octavo.program.ops import Weight
 
-_EXAMPLES = (
+EXAMPLES = (
     "octavo program                                 one decode step of the default model\n\n"
     "octavo program gemma3-270m --num-tokens 512    a prefill of 512 tokens\n\n"
     "octavo program ./folder --context 8k           attention over 8000 positions"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(program)
 
 
 @engine_flags(

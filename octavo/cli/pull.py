@@ -6,17 +6,11 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.help import Verb
 from octavo.cli.terminal import say, size_text
 
-_EXAMPLES = (
+EXAMPLES = (
     "octavo pull                list aliases, and what is in the cache\n\noctavo pull gemma3-270m    fetch a model"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(pull)
 
 
 def pull(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from octavo.cli.help import Verb
 from octavo.cli.simulate import progress, say_figures
 from octavo.cli.sizes import parse_size
 from octavo.cli.terminal import say, say_error, say_table
@@ -22,17 +21,12 @@ if TYPE_CHECKING:
     from octavo.simulate.simulator import Machine
 
 EXIT_DIVERGED = 1
-_EXAMPLES = (
+EXAMPLES = (
     "octavo replay FILE                                            does the scheduler decide the same again?\n\n"
     "octavo replay FILE --until 812                                what was going on at step 812?\n\n"
     "octavo replay FILE --what-if max_num_seqs=64                  the same requests under another setting\n\n"
     "octavo replay FILE --what-if scheduling_policy=slo,num_blocks=500"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(replay)
 
 
 def replay(

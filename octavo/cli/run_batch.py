@@ -6,26 +6,19 @@ import asyncio
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.cli.serve import find_model
 from octavo.cli.terminal import say
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, OctavoError
 
-_EXAMPLES = (
+EXAMPLES = (
     "octavo run-batch -i in.jsonl -o out.jsonl           a line: "
     '{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}\n\n'
     "octavo run-batch -i in.jsonl -o out.jsonl           once more: goes on where it was broken off"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command("run-batch", cls=Verb, epilog=_EXAMPLES)(run_batch)
 
 
 @engine_flags(model_as="option")

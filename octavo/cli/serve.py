@@ -15,12 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import typer
 from typer import Option
 
 from octavo import __version__
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.cli.terminal import console, process_age, say, say_table
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
@@ -33,17 +31,12 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXAMPLE_TEMPERATURE = 0.3  # the default model is small: at 1 it rambles
-_EXAMPLES = (
+EXAMPLES = (
     "octavo serve                                        the default model\n\n"
     "octavo serve ./Qwen3-0.6B --port 9000               a Hugging Face folder\n\n"
     "octavo serve model.gguf --max-model-len 4k          a GGUF file, a shorter context\n\n"
     "octavo serve gemma3-270m --kv-cache-memory-bytes 400MiB --max-num-seqs 16"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(serve)
 
 
 @dataclass(slots=True)

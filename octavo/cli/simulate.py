@@ -13,7 +13,6 @@ import typer
 from typer import Option
 
 from octavo.cli.flags import engine_flags, flag_name
-from octavo.cli.help import Verb
 from octavo.cli.terminal import console, say, say_table
 from octavo.config import EngineConfig, SchedulingPolicy
 from octavo.errors import ConfigError
@@ -28,18 +27,13 @@ if TYPE_CHECKING:
 CALIBRATION_SECONDS = 45.0
 NUM_RUNS = 3
 EXIT_OFF = 1  # a simulation further off than it may be
-_EXAMPLES = (
+EXAMPLES = (
     "octavo simulate --calibrate smollm2                  time steps of the model here, into octavo-costs.json\n\n"
     "octavo simulate --load 1.2 --compare                 every policy at 120 % of what the machine can do\n\n"
     "octavo simulate --trace mooncake.jsonl --limit 500   somebody else's traffic on this machine\n\n"
     "octavo simulate --num-gpu-blocks-override 200        the same with a smaller KV cache\n\n"
     "octavo simulate --validate smollm2 --rate 3          is the simulation right? run both"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(simulate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import typer
 
 from octavo.cli.bench.arithmetic import percentile
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.cli.terminal import console
 from octavo.config import EngineConfig
 
@@ -23,16 +22,11 @@ if TYPE_CHECKING:
     from octavo.sampling_params import SamplingParams
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
-_EXAMPLES = (
+EXAMPLES = (
     "octavo bench latency                       8 prompts of 32 tokens, 128 tokens each\n\n"
     "octavo bench latency --batch-size 1 --input-len 512 --output-len 1    time to first token\n\n"
     "octavo bench latency --batch-size 32 --profile    what each node of a step takes"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(latency)
 
 
 @engine_flags(model_as="option", without=("served_model_name",))

@@ -9,19 +9,13 @@ import typer
 from typer import Option
 
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.config import EngineConfig
 
-_EXAMPLES = (
+EXAMPLES = (
     "octavo bench scheduler                                      256 running, 2000 waiting\n\n"
     "octavo bench scheduler --scheduling-policy slo --record-steps    with the recording of every decision"
 )
 MAX_REQUESTS = 100_000
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(scheduler)
 
 
 @engine_flags(only=("scheduling_policy", "block_size", "enable_prefix_caching", "max_num_batched_tokens"))

@@ -18,7 +18,6 @@ from octavo.cli.bench.load import Job, Kind, Target, check, run_load
 from octavo.cli.bench.results import save
 from octavo.cli.client import Server
 from octavo.cli.flags import grouped_flags
-from octavo.cli.help import Verb
 from octavo.cli.talk import served_model
 from octavo.cli.terminal import console, say
 from octavo.errors import ConfigError
@@ -27,17 +26,12 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 ENDPOINTS: dict[str, str] = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
-_EXAMPLES = (
+EXAMPLES = (
     "octavo bench serve --request-rate 4 --num-prompts 100 --ignore-eos\n\n"
     "octavo bench serve --max-concurrency 8 --random-input-len 512 --random-output-len 64\n\n"
     "octavo bench serve --backend openai-chat --dataset-name sharegpt --dataset-path talks.json\n\n"
     "octavo bench serve --goodput ttft:200 --goodput tpot:50 --save-result"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(serve)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import typer
 
 from octavo.cli.bench.datasets import NAMES, Dataset
 from octavo.cli.flags import engine_flags
-from octavo.cli.help import Verb
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 
@@ -20,16 +19,11 @@ if TYPE_CHECKING:
     from octavo.engine.llm import LLM
     from octavo.text.tokenizer import Tokenizer
 
-_EXAMPLES = (
+EXAMPLES = (
     "octavo bench throughput                                          the default model, random prompts\n\n"
     "octavo bench throughput --input-len 512 --output-len 64 --num-prompts 100\n\n"
     "octavo bench throughput --dataset-name sharegpt --dataset-path talks.json"
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command(cls=Verb, epilog=_EXAMPLES)(throughput)
 
 
 @engine_flags(model_as="option", without=("served_model_name",))
