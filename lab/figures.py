@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from lab.engines import Batch, Engine, HttpEngine, OctavoEngine
 from lab.overheads import SHARES, run
 from lab.workloads import W2_CONCURRENCY, Work, long_context, w1, w2, w3, w4
-from octavo.cli.bench.arithmetic import percentile
 from octavo.cli.bench.arrivals import send_times
+from octavo.simulate.outcome import percentile
 
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 0}
 LOAD = 0.7  # of what the engine was seen to do at most

@@ -12,7 +12,18 @@ import typer
 
 from octavo.cli.flags import engine_flags
 from octavo.cli.serve import find_model, read_template
-from octavo.cli.talk import Answer, ApiKeyOption, Message, Sampling, Talker, UrlOption, open_talker, say_where
+from octavo.cli.talk import (
+    Answer,
+    ApiKeyOption,
+    Message,
+    Sampling,
+    Talker,
+    TemperatureOption,
+    TopPOption,
+    UrlOption,
+    open_talker,
+    show,
+)
 from octavo.cli.terminal import say, say_error
 from octavo.config import EngineConfig
 from octavo.errors import RequestError, ServerError
@@ -35,11 +46,8 @@ def chat(
     config: EngineConfig,
     system: Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1, metavar="N")] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     chat_template: Annotated[
         Path | None,
         typer.Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE"),
@@ -52,7 +60,7 @@ def chat(
     template = read_template(chat_template)
     if url is None:
         find_model(config)
-    say_where(config, url)
+    say(f"Asking {url}" if url else f"Loading {config.model} ...", style="dim")
     with asyncio.Runner() as runner:
         talker = runner.run(open_talker(config, url, api_key, chats=True, chat_template=template))
         try:
@@ -114,7 +122,7 @@ class Conversation:
         self._messages.append({"role": "user", "content": text})
         answer = Answer()
         try:
-            self._runner.run(self._stream(answer))
+            self._runner.run(show(self._talker.chat(self._messages, self._sampling, answer)))
         except (RequestError, ServerError) as error:
             self._messages.pop()
             say_error(f"{error}; /reset forgets the conversation")
@@ -125,12 +133,6 @@ class Conversation:
         sys.stdout.flush()
         self._messages.append({"role": "assistant", "content": answer.text})
         say(answer.summary() + (", stopped" if answer.finish_reason == "abort" else ""), style="dim")
-
-    async def _stream(self, answer: Answer) -> None:
-        async with contextlib.aclosing(self._talker.chat(self._messages, self._sampling, answer)) as pieces:
-            async for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
 
     def _read_line(self) -> str | None:
         if not self._interactive:

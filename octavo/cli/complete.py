@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from typing import Annotated
 
@@ -11,7 +10,16 @@ import typer
 
 from octavo.cli.flags import engine_flags
 from octavo.cli.serve import find_model
-from octavo.cli.talk import Answer, ApiKeyOption, Sampling, UrlOption, open_talker
+from octavo.cli.talk import (
+    Answer,
+    ApiKeyOption,
+    Sampling,
+    TemperatureOption,
+    TopPOption,
+    UrlOption,
+    open_talker,
+    show,
+)
 from octavo.cli.terminal import say
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
@@ -28,11 +36,8 @@ def complete(
     config: EngineConfig,
     text: Annotated[str | None, typer.Argument(help="The text to continue; without it, stdin is read.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")] = 128,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     url: UrlOption = None,
     api_key: ApiKeyOption = None,
 ) -> None:
@@ -61,10 +66,7 @@ async def _complete(
     talker = await open_talker(config, url, api_key)
     answer = Answer()
     try:
-        async with contextlib.aclosing(talker.complete(prompt, sampling, answer)) as pieces:
-            async for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+        await show(talker.complete(prompt, sampling, answer))
     finally:
         await talker.close()
     return answer

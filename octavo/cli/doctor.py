@@ -66,18 +66,10 @@ def _compiler() -> Finding:
     try:
         return Finding("compiler", " ".join(find_compiler()))
     except BuildError:
-        note = "none found; needed only to build the kernels again"
-        return (
-            Finding("compiler", note)
-            if _library_is_there()
-            else Finding(
-                "compiler", "none found", "The kernels are built with a C++20 compiler.", "sudo apt install g++"
-            )
-        )
-
-
-def _library_is_there() -> bool:
-    return not _kernels().problem
+        if not _kernels().problem:
+            return Finding("compiler", "none found; needed only to build the kernels again")
+        problem = "The kernels are built with a C++20 compiler."
+        return Finding("compiler", "none found", problem, "sudo apt install g++")
 
 
 def _kernels() -> Finding:
@@ -103,12 +95,8 @@ def _memory() -> Finding:
         return Finding("memory", "unknown", str(error), "octavo serve --kv-cache-memory-bytes 256MiB")
     found = f"{size_text(free)} free"
     if free < MIN_FREE_MEMORY:
-        return Finding(
-            "memory",
-            found,
-            "That is little even for the default model: end something, or take a short context.",
-            "octavo serve --max-model-len 1k --max-num-seqs 4",
-        )
+        problem = "That is little even for the default model: end something, or take a short context."
+        return Finding("memory", found, problem, "octavo serve --max-model-len 1k --max-num-seqs 4")
     return Finding("memory", found)
 
 
@@ -136,12 +124,8 @@ def _default_model_path() -> Path | None:
 def _default_model() -> Finding:
     path = _default_model_path()
     if path is None:
-        return Finding(
-            "model",
-            f"{DEFAULT_MODEL} is not here yet",
-            "The default model is fetched on first use.",
-            "octavo pull smollm2",
-        )
+        problem = "The default model is fetched on first use."
+        return Finding("model", f"{DEFAULT_MODEL} is not here yet", problem, "octavo pull smollm2")
     return Finding("model", f"{DEFAULT_MODEL}, {path}")
 
 

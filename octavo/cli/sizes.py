@@ -4,26 +4,9 @@ from __future__ import annotations
 
 import re
 
-_FACTORS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "K": 2**10,
-    "M": 2**20,
-    "G": 2**30,
-    "T": 2**40,
-    "kb": 10**3,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-}
+_FACTORS = {"": 1, "kb": 1000}
+for _power, (_small, _large) in enumerate(zip("kmgt", "KMGT", strict=True), start=1):
+    _FACTORS |= {_small: 1000**_power, f"{_large}B": 1000**_power, _large: 1024**_power, f"{_large}iB": 1024**_power}
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, fields
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from octavo.cli.client import Server, error_message, fetch_json, raise_for_status, request
-from octavo.cli.terminal import say
+from octavo.cli.flags import flag_name
 from octavo.config import DEFAULT_MODEL, EngineConfig
 from octavo.errors import ConfigError, ServerError
 
@@ -25,6 +27,11 @@ UrlOption = Annotated[
     str | None,
     typer.Option("--url", help="Talk to the server at this address instead of loading a model.", metavar="URL"),
 ]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
+]
+TopPOption = Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")]
 ApiKeyOption = Annotated[
     str | None, typer.Option("--api-key", help="Key for --url.", metavar="KEY", envvar="OPENAI_API_KEY")
 ]
@@ -93,6 +100,14 @@ class Talker(Protocol):
         ...
 
 
+async def show(pieces: AsyncGenerator[str, None]) -> None:
+    """Writes the pieces of an answer to stdout as they come."""
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+
 async def open_talker(
     config: EngineConfig,
     url: str | None,
@@ -129,7 +144,7 @@ def refuse_engine_flags(config: EngineConfig) -> None:
     default = EngineConfig()
     for name in (f.name for f in fields(EngineConfig) if f.name != "model"):
         if getattr(config, name) != getattr(default, name):
-            raise ConfigError(f"--{name.replace('_', '-')} shapes an engine, but --url names one that runs: give one")
+            raise ConfigError(f"{flag_name(name)} shapes an engine, but --url names one that runs: give one")
 
 
 async def served_model(server: Server) -> str:
@@ -148,19 +163,16 @@ class EngineTalker:
         self._engine = engine
         self._count = 0
 
-    async def chat(self, messages: list[Message], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
+    def chat(self, messages: list[Message], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
         engine = self._engine
         assert engine.chat_template is not None, "checked by open_talker"
         assert engine.tokenizer is not None, "a template comes with a tokenizer"
         text = engine.chat_template.render([dict(m) for m in messages], add_generation_prompt=True)
         # the template writes the special tokens itself
-        ids = engine.tokenizer.encode(text, add_special_tokens=False)
-        async for piece in self._generate(ids, sampling, answer):
-            yield piece
+        return self._generate(engine.tokenizer.encode(text, add_special_tokens=False), sampling, answer)
 
-    async def complete(self, prompt: str, sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
-        async for piece in self._generate(prompt, sampling, answer):
-            yield piece
+    def complete(self, prompt: str, sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
+        return self._generate(prompt, sampling, answer)
 
     async def close(self) -> None:
         await self._engine.shutdown()
@@ -187,13 +199,11 @@ class ServerTalker:
         self._server = server
         self._model = model
 
-    async def chat(self, messages: list[Message], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
-        async for piece in self._stream("/v1/chat/completions", {"messages": messages}, sampling, answer):
-            yield piece
+    def chat(self, messages: list[Message], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
+        return self._stream("/v1/chat/completions", {"messages": messages}, sampling, answer)
 
-    async def complete(self, prompt: str, sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
-        async for piece in self._stream("/v1/completions", {"prompt": prompt}, sampling, answer):
-            yield piece
+    def complete(self, prompt: str, sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
+        return self._stream("/v1/completions", {"prompt": prompt}, sampling, answer)
 
     async def close(self) -> None:
         """Nothing to let go of: each request has its own connection."""
@@ -241,8 +251,3 @@ def read_chunk(data: bytes) -> Chunk:
     choice = (event.get("choices") or [{}])[0]
     text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
     return Chunk(text, choice.get("finish_reason"), usage.get("completion_tokens"), usage.get("prompt_tokens"))
-
-
-def say_where(config: EngineConfig, url: str | None) -> None:
-    """One line on who will answer."""
-    say(f"Asking {url}" if url else f"Loading {config.model} ...", style="dim")

@@ -108,7 +108,7 @@ def max_min_shares(wanted: dict[str, float], total: float) -> dict[str, float]:
 
 
 def percentile(values: Sequence[float], p: float) -> float:
-    """The p-th percentile, between neighbours by a straight line; 0 of nothing."""
+    """The value below which `p` percent lie, between neighbours by a straight line (numpy's default); 0 of nothing."""
     if not values:
         return 0.0
     ordered = sorted(values)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.cli.bench.arithmetic import Outcome, is_good, percentile, printed_block, report, result_keys, summarize
+from octavo.cli.bench.arithmetic import Outcome, is_good, printed_block, report, result_keys, summarize
+from octavo.simulate.outcome import percentile
 
 FINITE = st.floats(0, 1e6, allow_nan=False)
 

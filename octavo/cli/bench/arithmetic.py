@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from octavo.simulate.outcome import percentile
+
 METRICS = ("ttft", "tpot", "itl", "e2el")
 _TITLES = {
     "ttft": "Time to First Token",
@@ -81,17 +83,6 @@ class Report:
     def total_token_throughput(self) -> float:
         """Prompt and generated tokens per second."""
         return (self.total_input_tokens + self.total_output_tokens) / self.duration
-
-
-def percentile(values: Sequence[float], rank: float) -> float:
-    """The value below which `rank` percent lie, interpolated linearly (numpy's default); 0 of nothing."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * rank / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def summarize(values: Sequence[float], percentiles: Sequence[float]) -> Summary:

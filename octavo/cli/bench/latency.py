@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.bench.arithmetic import percentile
 from octavo.cli.flags import engine_flags
 from octavo.cli.terminal import console
 from octavo.config import EngineConfig
@@ -46,6 +45,7 @@ def latency(
     """Measure the latency of a batch. Prompts are fresh for every batch, so that no prefix is found in the cache."""
     from octavo.engine.llm import LLM
     from octavo.sampling_params import SamplingParams
+    from octavo.simulate.outcome import percentile
 
     params = SamplingParams(n=n, temperature=1.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
     draw = random.Random(config.seed)
