@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 
 from octavo.errors import InvalidValueError, UnsupportedParameterError
 from octavo.outputs import CompletionOutput
-from octavo.sampling_params import StructuredOutputsParams
+from octavo.server import call_grammar
 from octavo.server.answer import Answer
 from octavo.server.chunks import ChunkWriter
 from octavo.server.front import Caller, Front
@@ -61,7 +60,6 @@ class Chat(Generation):
 
 
 Job = TypeVar("Job", bound=Chat)
-_ANY = {"type": "object"}
 
 
 async def chat(front: Front, body: ChatRequest, caller: Caller) -> Answer:
@@ -85,8 +83,8 @@ async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Call
             raise UnsupportedParameterError("it needs a server with --reasoning-parser", param="max_thinking_tokens")
         marks = ("" if opened else THINK, UNTHINK)
         params = replace(params, max_thinking_tokens=body.max_thinking_tokens, thinking_marks=marks)
-    forced = _forced(body)
-    if (structure := forced or _strict(body, form)) is not None:
+    forced = call_grammar.forced(body)
+    if (structure := forced or call_grammar.strict(front, body, form)) is not None:
         params = replace(params, structured_outputs=structure)
     if form and form.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
@@ -116,7 +114,7 @@ def chat_request(fields: dict[str, Any]) -> ChatRequest:
 def _form(front: Front, body: ChatRequest) -> Form | None:
     """How calls will be written: as the grammar says where one must be made, else as the model was taught."""
     if isinstance(body.tool_choice, NamedTool):
-        return Form(openings=("{",), named=body.tool_choice.function.name)
+        return Form(openings=("{",), head=r"(?=\{)", named=body.tool_choice.function.name)
     if body.tool_choice == "required":
         return REQUIRED
     if not body.tools or body.tool_choice == "none":
@@ -128,77 +126,3 @@ def _form(front: Front, body: ChatRequest) -> Form | None:
             param="tools",
         )
     return front.tool_form
-
-
-def _forced(body: ChatRequest) -> StructuredOutputsParams | None:
-    """What the answer must look like when a call must be made: the arguments of the named function, or a list of calls.
-
-    Raises InvalidValueError beside another structure.
-    """
-    schemas = {tool.function.name: tool.function.parameters or _ANY for tool in body.tools or ()}
-    if isinstance(body.tool_choice, NamedTool):
-        schema = schemas[body.tool_choice.function.name]
-    elif body.tool_choice == "required":
-        calls, definitions = _call_schemas(schemas, "parameters")
-        schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions}
-        if body.parallel_tool_calls is False:
-            schema["maxItems"] = 1
-    else:
-        return None
-    if body.structure() is not None:
-        raise InvalidValueError(
-            "a call that must be made and another structure exclude each other", param="tool_choice"
-        )
-    return StructuredOutputsParams(json=schema, asked_as="tools")
-
-
-def _strict(body: ChatRequest, form: Form | None) -> StructuredOutputsParams | None:
-    """Where the model may choose: any text, but behind a call's mark a call, which follows a strict tool's schema.
-
-    Raises UnsupportedParameterError where calls have no marks, InvalidValueError beside another structure.
-    """
-    tools = [tool.function for tool in body.tools or ()]
-    if form is None or body.tool_choice not in (None, "auto") or not any(tool.strict for tool in tools):
-        return None
-    if not form.end:
-        raise UnsupportedParameterError(
-            "strict needs --tool-call-parser hermes or qwen where the model may choose: leave it out, or send "
-            "tool_choice required",
-            param="tools",
-        )
-    if body.structure() is not None:
-        raise InvalidValueError("a strict tool and another structure exclude each other", param="tools")
-    calls, definitions = _call_schemas(
-        {one.name: (one.strict and one.parameters) or _ANY for one in tools}, "arguments"
-    )
-    schema = json.dumps({"anyOf": calls, "$defs": definitions}).replace("::=", ":\\u003a=")  # which would make it EBNF
-    times = "?" if body.parallel_tool_calls is False else "*"
-    lines = (
-        f"start: call{times} TEXT",
-        f"call: mark SPACE schema SPACE {json.dumps(form.end)}",
-        f"mark[lazy]: TEXT {json.dumps(form.begin)}",
-        f"schema: %json {schema}",
-        r"TEXT: /(.|\n)*/",
-        r"SPACE: /[ \n]{0,20}/",
-    )
-    return StructuredOutputsParams(grammar="\n".join(lines), asked_as="tools")
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A schema that stands at `place` in another one: its references to itself lead there."""
-    if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(part, place) for key, part in schema.items()}
-    if isinstance(ref := schema.get("$ref"), str) and ref.startswith("#"):
-        moved["$ref"] = place + ref[1:]
-    return moved
-
-
-def _call_schemas(schemas: dict[str, Any], word: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A call of each tool, as an object whose arguments stand under `word`, and the definitions that it refers to."""
-    definitions = {name: _moved(own, f"#/$defs/{name}") for name, own in schemas.items()}
-    closed = {"type": "object", "required": ["name", word], "additionalProperties": False}
-    calls = [{**closed, "properties": {"name": {"const": name}, word: {"$ref": f"#/$defs/{name}"}}} for name in schemas]
-    return calls, definitions

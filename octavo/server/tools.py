@@ -23,6 +23,7 @@ THINK, UNTHINK = "<think>", "</think>"
 REASONING_PARSERS = ("qwen3", "deepseek_r1")
 Piece = tuple[str, str]  # content, the name of a call, or some more of its arguments
 Delta = dict[str, Any]
+_NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 _HEAD = r'\{ "name" : "([^"\\]{1,64})" , "(?:arguments|parameters)" : (?=\{)'.replace(" ", r"\s{0,20}")
 _NAMED = r"|([\w.-]{1,64})\s{0,20}(?:\[CALL_ID\]\w{0,64})?(?:\[ARGS\])?\s{0,20}(?=\{)"
 
@@ -37,6 +38,8 @@ class Form:
         head: what a call begins with, up to its arguments; its group is the name.
         is_python: calls are Python's, not JSON objects.
         named: the function whose arguments are all there is.
+        answer: the grammar of a text with such calls (call_grammar.py), of which `call` and `named` are the tools';
+            between @ stands what makes it several calls.
     """
 
     begin: str = ""
@@ -47,52 +50,62 @@ class Form:
     is_python: bool = False
     needs_special_tokens: bool = False
     named: str = ""
+    answer: str = ""
 
 
 TOOL_PARSERS = {
-    "hermes": Form("<tool_call>", "</tool_call>"),
+    "hermes": Form(
+        "<tool_call>",
+        "</tool_call>",
+        answer=r"""mark[lazy]: TEXT "<tool_call>"
+one: mark SPACE call SPACE "</tool_call>"
+answer: (one @one*@)? TEXT""",
+    ),
     "llama3_json": Form(
-        openings=("{", "<|python_tag|>"), between=r"(?:[\s,;\[\]]|<\|python_tag\|>)*", needs_special_tokens=True
+        openings=("{", "<|python_tag|>"),
+        between=r"(?:[\s,;\[\]]|<\|python_tag\|>)*",
+        needs_special_tokens=True,
+        answer=r"""answer: PLAIN | (TAG | SPACE "<|python_tag|>")? SPACE call @(SPACE ";" SPACE call)*@ SPACE
+PLAIN: TEXT & ~OPEN
+TAG: /[ \t\r\n]*<\|python_tag\|>/
+OPEN: /[ \t\r\n]*(\{|<\|python_tag\|>)(.|\n)*/""",
     ),
     "mistral": Form(
         "[TOOL_CALLS]",
         between=r"(?:[\s,;\]]|\[(?=[^T])|\[TOOL_CALLS\])*",
         head=_HEAD + _NAMED,
         needs_special_tokens=True,
+        answer=r"""mark[lazy]: TEXT /\[TOOL_CALLS\]/
+args: "[ARGS]"
+list: "[" SPACE call @(SPACE "," SPACE call)*@ SPACE "]"
+answer: TEXT | (mark | TEXT "[TOOL_CALLS]") SPACE (list | named @("[TOOL_CALLS]" named)*@) SPACE""",
     ),
-    "pythonic": Form(openings=("[",), head=r"([\w.-]{1,64})\s{0,20}\(", is_python=True),
+    "pythonic": Form(
+        openings=("[",),
+        head=r"([\w.-]{1,64})\s{0,20}\(",
+        is_python=True,
+        answer=r"""answer: PLAIN | SPACE "[" SPACE call @("," SPACE call)*@ SPACE "]" SPACE
+PLAIN: TEXT & ~OPEN
+OPEN: /[ \t\r\n]*\[(.|\n)*/""",
+    ),
 }
 TOOL_PARSERS["qwen"] = TOOL_PARSERS["hermes"]
 REQUIRED = Form(openings=("[", "{"))  # what the grammar of tool_choice required makes
 
 
-def _object(value: Any) -> tuple[str, str]:
-    """Name and arguments of a call as a JSON object. Raises ValueError."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ValueError("no call")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    return value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
 def _keyword(text: str) -> str:
     """A keyword argument, a literal of JSON or Python that is parsed and never run, as a member of a JSON object.
 
-    Raises ValueError.
+    Raises what _NO_LITERAL lists.
     """
     name, _, value = text.partition("=")
     if not name.strip().isidentifier():
         raise ValueError("no keyword argument")
     try:
         literal = json.loads(value)
-    except (ValueError, RecursionError):
-        try:
-            literal = ast.literal_eval(value.strip())
-        except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise ValueError("no literal") from error
-    try:
-        return f'"{name.strip()}": {json.dumps(literal, ensure_ascii=False, allow_nan=False)}'
-    except (TypeError, RecursionError) as error:
-        raise ValueError("nothing that JSON has") from error
+    except ValueError:
+        literal = ast.literal_eval(value.strip())
+    return f'"{name.strip()}": {json.dumps(literal, ensure_ascii=False, allow_nan=False)}'
 
 
 class _Brackets:
@@ -132,7 +145,7 @@ class _Split:
 
     def until(self, mark: str) -> tuple[str, bool]:
         """Takes the held text up to `mark`, which is dropped; without it, all that cannot be its beginning."""
-        at = self.held.find(mark)
+        at = self.held.find(mark) if mark else -1
         if at >= 0:
             text, self.held = self.held[:at], self.held[at + len(mark) :]
             return text, True
@@ -159,16 +172,16 @@ class Reasoning(_Split):
             if not last and THINK.startswith(begin):
                 return "", ""
             self._state = "thought" if self._opened or begin.startswith(THINK) else "answer"
-            if begin.startswith(THINK):
-                self.held = begin[len(THINK) :]
-        thought = ""
+            self.held = begin[len(THINK) :] if begin.startswith(THINK) else self.held
+        thought = answer = ""
         if self._state == "thought":
             thought, ended = self.until(UNTHINK)
-            if not ended:
-                thought, self.held = (thought + self.held, "") if last else (thought, self.held)
-                return thought if self._shown else "", ""
-            self._state = "answer"
-        answer, self.held = self.held, ""
+            if ended:
+                self._state = "answer"
+            elif last:
+                thought += self.held
+        if self._state == "answer":
+            answer, self.held = self.held, ""
         return thought if self._shown else "", answer
 
 
@@ -214,40 +227,36 @@ class Calls(_Split):
             else:
                 yield from self._calls()
         while True:
-            content, found = self.until(form.begin) if form.begin else (self.held, False)
+            content, found = self.until(form.begin)
             self._say("content", content)
             if found:
                 yield from self._calls()
             elif self._last:
-                return self._say("content", self.held if form.begin else "")
+                break
             else:
-                self.held = self.held if form.begin else ""
                 yield
+        self._say("content", self.held)
 
     def _calls(self) -> Iterator[None]:
         """Calls behind each other; ends before anything else."""
         form = self._form
-        if form.named:
-            self._say("call", form.named)
-            self.held = self.held.lstrip(BLANKS)
-            yield from self._through(depth=0, told=True)
-            return
         self._unread, told = form.begin, False
         while True:
-            match = self._between.match(self.held)
-            self._unread += "" if told or match is None else match[0]
-            self.held = self.held[match.end() if match else 0 :]
-            if form.end and self.held.startswith(form.end):
-                self.held = self.held[len(form.end) :]
-                self._unread += "" if told else form.end
+            rest = self._between.sub("", self.held, count=1)
+            self._unread += self.held[: len(self.held) - len(rest)]
+            self.held = rest
+            if form.end and rest.startswith(form.end):
+                self.held = rest[len(form.end) :]
+                self._unread += form.end
                 break
-            if not self._last and any(mark.startswith(self.held) for mark in (form.begin, form.end, *form.openings)):
+            marks = (form.begin, form.end, *form.openings)
+            if not self._last and any(mark != rest and mark.startswith(rest) for mark in marks):
                 yield
                 continue
             if not (yield from self._python_call() if form.is_python else self._json_call()):
                 break
             told = True
-        self._say("content", self._unread)
+        self._say("content", "" if told else self._unread)
 
     def _json_call(self) -> Generator[None, None, bool]:
         """Reads an object, or a name and an object; False if there is none."""
@@ -264,7 +273,7 @@ class Calls(_Split):
             if self._last or seen > MAX_CALL:
                 return False
             yield
-        self._say("call", head[head.lastindex or 0])
+        self._say("call", form.named or head[head.lastindex or 0])
         self.held = self.held[head.end() :]
         yield from self._through(depth=0, told=True)
         if head[0].startswith("{"):
@@ -274,11 +283,14 @@ class Calls(_Split):
     def _whole(self, end: int) -> bool:
         """Reads an object that does not begin with the name and the arguments of a call."""
         try:
-            name, arguments = _object(json.loads(self.held[:end] if end <= MAX_CALL else ""))
+            call = json.loads(self.held[:end] if end <= MAX_CALL else "")
         except (ValueError, RecursionError):
             return False
-        self._say("call", name)
-        self._say("arguments", arguments)
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return False
+        arguments = call.get("arguments", call.get("parameters", {}))
+        self._say("call", call["name"])
+        self._say("arguments", arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
         self.held = self.held[end:]
         return True
 
@@ -311,7 +323,9 @@ class Calls(_Split):
             text, closed = self.held[begin : seen + at], self.held[seen + at] == ")"
             try:
                 argument = _keyword(text) if text.strip() or not closed else ""
-            except ValueError:
+            except _NO_LITERAL:
+                return False
+            if self.held[seen + at] not in ",)":
                 return False
             if sign == "{":
                 self._say("call", head[1])

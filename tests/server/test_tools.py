@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from itertools import pairwise
+from types import SimpleNamespace
 
+import httpx
 import pytest
-from fake_engine import HERMES_CALL, FakeEngine
+from fake_engine import BOS, EOS, HERMES_CALL, FakeEngine, FakeTokenizer
 from inside import Inside
 
 from octavo.engine.grammar import compile_here
@@ -72,7 +75,7 @@ def test_calls_are_found_however_the_text_is_cut(parser: str, text: str, content
         assert len({call["id"] for call in message.get("tool_calls", ())}) == len(calls)
 
 
-FORMS = {**TOOL_PARSERS, "required": REQUIRED, "named": Form(openings=("{",), named="weather")}
+FORMS = {**TOOL_PARSERS, "required": REQUIRED, "named": Form(openings=("{",), head=r"(?=\{)", named="weather")}
 FRAGMENTS = (*"{}[]()\"\\'<,;= \nax1", '"name":', '"arguments": {', "</tool_call>", "<tool_call>", "[TOOL_CALLS]")
 FRAGMENTS += ("<|python_tag|>", "[ARGS]", "weather(", "city=", '{"a": [1, "}"]}', PARAMETERS, ZURICH)
 
@@ -278,40 +281,127 @@ def test_each_tool_keeps_its_own_definitions() -> None:
         assert (llguidance.LLMatcher(tokenizer, grammar).try_consume_tokens(ids) == len(ids)) == fits
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-def test_strict_tools_bind_calls_and_nothing_else(parallel: bool) -> None:
+ZONE = {"type": "object", "properties": {"zone": {"enum": ["CET", "a::=b"]}}, "required": ["zone"]}
+STRICT = {"name": "time", "strict": True, "parameters": {**ZONE, "additionalProperties": False}}
+STRICT_BODY = {**CHAT, "tools": [tool("weather", n={"const": 1}), {"type": "function", "function": STRICT}]}
+MARKS = ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+
+
+class MarkTokenizer(FakeTokenizer):
+    """One that has special tokens for marks: 258 to 260."""
+
+    special_ids = frozenset((BOS, EOS, 258, 259, 260))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [258 + MARKS.index(text)] if text in MARKS else super().encode(text)
+
+
+class Words(SimpleNamespace):
+    """The same as llguidance asks for it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    eos_token_id = EOS
+    special_token_ids = tuple(range(256, 261))
+    tokens = tuple([bytes([byte]) for byte in range(256)] + [b"<bos>", b"<eos>", *map(str.encode, MARKS)])
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def fits(grammar: str, text: str, *, special: bool = False) -> bool:
+    """Whether a text can be written, and whole, under a grammar; with `special` its marks are special tokens."""
     llguidance = pytest.importorskip("llguidance")
-    zone = {"type": "object", "properties": {"zone": {"enum": ["CET", "a::=b"]}}, "required": ["zone"]}
-    strict = {"name": "time", "strict": True, "parameters": {**zone, "additionalProperties": False}}
-    body = {**CHAT, "tools": [tool("weather", n={"const": 1}), {"type": "function", "function": strict}]}
-    ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"], reasoning_parser="qwen3")
-    answer = ask("POST", "/v1/chat/completions", json={**body, "parallel_tool_calls": parallel})
-    assert answer.json()["choices"][0]["message"]["tool_calls"], answer.text
+    parts = re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text) if special else [text]
+    ids = [i for part in parts for i in ([258 + MARKS.index(part)] if part in MARKS else part.encode())]
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer(Words(), n_vocab=261, eos_token=[EOS]), grammar)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def written(name: str, *calls: tuple[str, dict]) -> str:
+    """Calls as the models of a form write them."""
+    word = "parameters" if name in ("llama3_json", "tagged") else "arguments"
+    objects = [json.dumps({"name": called, word: arguments}) for called, arguments in calls]
+    keywords = [(called, ", ".join(f"{k}={json.dumps(v)}" for k, v in own.items())) for called, own in calls]
+    return {
+        "hermes": "".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects),
+        "llama3_json": "; ".join(objects),
+        "tagged": "<|python_tag|>" + "; ".join(objects),
+        "mistral": f"[TOOL_CALLS] [{', '.join(objects)}]",
+        "named": "".join(f"[TOOL_CALLS]{called}[ARGS]{json.dumps(own)}" for called, own in calls),
+        "pythonic": "[" + ", ".join(f"{called}({own})" for called, own in keywords) + "]",
+    }[name]
+
+
+@pytest.mark.parametrize(("special", "parallel"), [(True, False), (False, True)])
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "tagged", "mistral", "named", "pythonic"])
+def test_strict_tools_bind_calls_and_nothing_else(name: str, special: bool, parallel: bool) -> None:
+    parser = {"tagged": "llama3_json", "named": "mistral"}.get(name, name)
+    engine = FakeEngine()
+    engine.tokenizer = MarkTokenizer() if special else engine.tokenizer
+    ask = Inside(engine, tool_form=TOOL_PARSERS[parser], reasoning_parser="qwen3")
+    answer = ask("POST", "/v1/chat/completions", json={**STRICT_BODY, "parallel_tool_calls": parallel})
+    assert answer.status_code == 200, answer.text
     grammar = compile_here(ask.engine.seen[-1].params.structured_outputs)
-    tokenizer = llguidance.LLTokenizer("byte")
-
-    def call(name: str, **arguments: object) -> str:
-        return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-
-    for text, fits in (
-        ("<think>If a < b</think> it is\n<tool", True),
-        (call("time", zone="CET") + " so", True),
-        ("Well: " + call("time", zone="a::=b") + call("weather", n=2), True),
-        (call("time", zone="UTC"), False),
-        ("Well: " + call("date"), False),
-        ("<tool_call>no", False),
-        (call("time", zone="CET") + call("time", zone="UTC"), not parallel),  # the second is left out of the answer
+    cet, utc, date = ("time", {"zone": "CET"}), ("time", {"zone": "UTC"}), ("date", {})
+    weather = ("weather", {"n": 1})
+    before = "Well: " if parser in ("hermes", "mistral") else ""
+    for text, good in (
+        ("<think>If a < b</think> it is\n<tool, (1) or [2].", True),
+        ("", True),
+        (before + written(name, cet), True),
+        (before + written(name, ("weather", {"n": 2})), True),
+        (f"<think>Hm.</think>\n{before}{written(name, ('time', {'zone': 'a::=b'}))}", True),
+        (before + written(name, cet, weather), parallel or name == "hermes"),  # where a text may follow it is one
+        (before + written(name, utc), False),
+        (f"<think>Hm.</think>{before}{written(name, utc)}", False),
+        (before + written(name, date), False),
+        (before + written(name, cet, utc), name == "hermes" and not parallel),
+        (written(name, cet)[:-6], False),
     ):
-        ids = tokenizer.tokenize_str(text)
-        assert (llguidance.LLMatcher(tokenizer, grammar).try_consume_tokens(ids) == len(ids)) == fits, text
+        assert fits(grammar, text, special=special) == good, text
+        if good and "zone" in text:
+            message = Message(Reasoning(opened=False, shown=False), Calls(TOOL_PARSERS[parser]), single=False)
+            assert "tool_calls" in whole_message(message.feed(text, last=True)), text
 
 
-@pytest.mark.parametrize("change", [{}, {"response_format": {"type": "json_object"}}])
-def test_strict_tools_are_refused_where_nothing_can_bind_them(change: dict) -> None:
-    parser = "hermes" if change else "llama3_json"
-    strict = {"type": "function", "function": {"name": "time", "strict": True}}
-    ask = Inside(FakeEngine(), tool_form=TOOL_PARSERS[parser])
-    answer = ask("POST", "/v1/chat/completions", json={**CHAT, "tools": [strict], **change})
+def test_python_s_arguments_follow_their_schema_in_order() -> None:
+    ask = Inside(FakeEngine(), tool_form=TOOL_PARSERS["pythonic"])
+
+    def asked(parameters: dict) -> httpx.Response:
+        strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+        return ask("POST", "/v1/chat/completions", json={**CHAT, "tools": [strict]})
+
+    def grammar_of(parameters: dict) -> str:
+        assert asked(parameters).status_code == 200
+        return compile_here(ask.engine.seen[-1].params.structured_outputs)
+
+    kinds = {"a": {"type": "integer"}, "b": {"$ref": "#/$defs/B"}, "c": {"type": "array", "items": {"type": "null"}}}
+    schema = {"type": "object", "properties": kinds, "required": list(kinds), "$defs": {"B": {"type": "boolean"}}}
+    grammar = grammar_of(schema)
+    for text, good in (
+        ("[f(a=1, b=true, c=[null])]", True),
+        ("[f(a=1,b=false,c=[])]", True),
+        ("[f(a=1, b=true)]", False),
+        ("[f(b=true, a=1, c=[])]", False),
+        ("[f(a=1, b=5, c=[])]", False),
+    ):
+        assert fits(grammar, text) == good, text
+    assert fits(grammar_of({"type": "object", "properties": {}}), "[f(), f()]")
+    assert fits(grammar_of({"type": "object"}), '[f(a=1, b={"c": []})]')
+    bad = [{"anyOf": []}, {**schema, "properties": []}, {**schema, "required": [{}]}, {**schema, "required": ["a"]}]
+    for parameters in (
+        *bad,
+        {"type": "object", "properties": {"a b": {}}, "required": ["a b"]},
+        {**schema, "properties": 5},
+    ):
+        answer = asked(parameters)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools"), parameters
+
+
+def test_a_strict_tool_and_another_structure_exclude_each_other() -> None:
+    ask = Inside(FakeEngine(), tool_form=TOOL_PARSERS["hermes"])
+    answer = ask("POST", "/v1/chat/completions", json={**STRICT_BODY, "response_format": {"type": "json_object"}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
 
 
