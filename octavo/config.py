@@ -99,8 +99,7 @@ class EngineConfig:
         _range("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 1 << 20)
         _range("block_size", self.block_size, 1, 256)
         _range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
-        if not 0.0 <= self.swap_space <= 65536.0:
-            raise ConfigError(f"swap_space must be from 0 to 65536 GiB, not {self.swap_space}")
+        _range("swap_space", self.swap_space, 0.0, 65536.0, " GiB")
         if self.swap_space and not self.enable_prefix_caching:
             raise ConfigError(
                 "swap_space needs enable_prefix_caching: KV in host memory is found by the hash of its prefix"
@@ -109,8 +108,7 @@ class EngineConfig:
         _range("max_logprobs", self.max_logprobs, 0, 20)
         _range("num_threads", self.num_threads, 1, 1024)
         _range("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        if not 0.0 <= self.admission_headroom <= 1000.0:
-            raise ConfigError(f"admission_headroom must be from 0 to 1000 blocks, not {self.admission_headroom}")
+        _range("admission_headroom", self.admission_headroom, 0.0, 1000.0, " blocks")
         _range("record_bytes", self.record_bytes, 1 << 16, 1 << 40)
         if not self.record:
             raise ConfigError("record must be auto, off or a folder")
@@ -118,8 +116,7 @@ class EngineConfig:
         _range("slo_itl_ms", self.slo_itl_ms, 1, 3_600_000)
         _range("max_num_queued_reqs", self.max_num_queued_reqs, 0, 1 << 20)
         _range("max_num_queued_tokens", self.max_num_queued_tokens, 0, 1 << 40)
-        if not 0.001 <= self.priority_ageing <= 1e6:
-            raise ConfigError(f"priority_ageing must be from 0.001 to 1e6 seconds, not {self.priority_ageing}")
+        _range("priority_ageing", self.priority_ageing, 0.001, 1e6, " seconds")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
@@ -189,6 +186,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
-def _range(name: str, value: int | None, low: int, high: int) -> None:
+def _range(name: str, value: float | None, low: float, high: float, unit: str = "") -> None:
     if value is not None and not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+        kind = "an integer" if isinstance(low, int) else "a number"
+        raise ConfigError(f"{name} must be {kind} from {low} to {high}{unit}, not {value!r}")

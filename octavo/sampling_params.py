@@ -145,7 +145,7 @@ class SamplingParams:
         _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidValueError("allowed_token_ids must name at least one token", param="allowed_token_ids")
-        _words("bad_words", self.bad_words)
+        _words("bad_words", self.bad_words, MAX_BAD_WORDS)
         if self.structured_outputs and (self.ignore_eos or self.min_tokens):
             name = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise InvalidValueError(f"{name} does not go with structured outputs: they say when to end", param=name)
@@ -316,15 +316,7 @@ def _number(name: str, value: object, low: float, high: float) -> None:
 
 
 def _stop_list(stop: object) -> list[str]:
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, Sequence) or len(stops) > MAX_STOP:
-        raise InvalidValueError(f"stop must be a string or a list of at most {MAX_STOP} strings", param="stop")
-    for s in stops:
-        if not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_LENGTH:
-            raise InvalidValueError(
-                f"each stop must be a string of 1 to {MAX_STOP_LENGTH} characters, not {_show(s)}", param="stop"
-            )
-    return list(stops)
+    return _words("stop", [stop] if isinstance(stop, str) else stop, MAX_STOP, "a string or a list")
 
 
 def _token_ids(name: str, ids: object, limit: int) -> None:
@@ -336,16 +328,17 @@ def _token_ids(name: str, ids: object, limit: int) -> None:
         _integer(name, token, 0, 1 << 31)
 
 
-def _words(name: str, words: object) -> None:
+def _words(name: str, words: object, limit: int, kind: str = "a list") -> list[str]:
     if words is None:
-        return
-    if not isinstance(words, Sequence) or isinstance(words, str) or len(words) > MAX_BAD_WORDS:
-        raise InvalidValueError(f"{name} must be a list of at most {MAX_BAD_WORDS} strings", param=name)
+        return []
+    if not isinstance(words, Sequence) or isinstance(words, str) or len(words) > limit:
+        raise InvalidValueError(f"{name} must be {kind} of at most {limit} strings", param=name)
     for word in words:
         if not isinstance(word, str) or not 0 < len(word) <= MAX_STOP_LENGTH:
             raise InvalidValueError(
                 f"each of {name} must be a string of 1 to {MAX_STOP_LENGTH} characters, not {_show(word)}", param=name
             )
+    return list(words)
 
 
 def is_too_large(spec: object) -> bool:

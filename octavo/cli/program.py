@@ -40,7 +40,7 @@ def program(
     The weights are not read: a bare config.json with --load-format dummy is enough.
     """
     from octavo.models.decoder import record
-    from octavo.models.hub import resolve_model
+    from octavo.models.hub import resolve_model_of
     from octavo.models.reader import read_spec
     from octavo.models.weights import open_weights
     from octavo.program.ops import Sizes
@@ -48,9 +48,7 @@ def program(
     from octavo.runtime.choose import choose, choose_kv
     from octavo.runtime.native.packing import kept_bytes
 
-    files = resolve_model(
-        config.model, revision=config.revision, download_dir=config.download_dir, load_format=config.load_format
-    )
+    files = resolve_model_of(config)
     spec = read_spec(files, max_model_len=config.max_model_len)
     choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
     computed = config.quantization or dtype

@@ -181,12 +181,10 @@ def serve(config: EngineConfig, http: HttpFlags, access: AccessFlags) -> None:
 def find_model(config: EngineConfig) -> None:
     """Fetches the model if it is not there yet, with a progress bar. Done outside the event loop, so that Ctrl-C ends
     a download at once."""
-    from octavo.models.hub import resolve_model
+    from octavo.models.hub import resolve_model_of
 
     began = time.monotonic()
-    files = resolve_model(
-        config.model, revision=config.revision, download_dir=config.download_dir, load_format=config.load_format
-    )
+    files = resolve_model_of(config)
     say(f"Model    {config.model}: {files.path} ({time.monotonic() - began:.2f} s)")
 
 

@@ -31,7 +31,7 @@ from octavo.engine.template import TemplateRenderer
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
 from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs, StepRecord
-from octavo.models.hub import resolve_model
+from octavo.models.hub import resolve_model_of
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.observe.metrics import Metrics
@@ -91,12 +91,7 @@ class AsyncEngine:
         Raises what the model or the config deserve: ModelError, ConfigError, MemoryPlanError, EngineDeadError.
         """
         began = time.monotonic()
-        files = resolve_model(
-            config.model,
-            revision=config.revision,
-            download_dir=config.download_dir,
-            load_format=config.load_format,
-        )
+        files = resolve_model_of(config)
         engine = cls(config, files)
         engine.timings["find model"] = time.monotonic() - began
         engine._process = await EngineProcess.spawn(config, files)

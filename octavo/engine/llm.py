@@ -20,7 +20,7 @@ from octavo.engine.vectors import cosine, vector_of
 from octavo.errors import ConfigError, InvalidValueError, StepError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AbortRequests
-from octavo.models.hub import resolve_model
+from octavo.models.hub import resolve_model_of
 from octavo.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
@@ -52,12 +52,7 @@ class LLM:
         if model is not None:
             kwargs["model"] = model
         config = EngineConfig.from_kwargs(**kwargs)
-        files = resolve_model(
-            config.model,
-            revision=config.revision,
-            download_dir=config.download_dir,
-            load_format=config.load_format,
-        )
+        files = resolve_model_of(config)
         self._executor = LocalExecutor(config, files)
         start = self._executor.start()
         self.core = EngineCore(config, self._executor, start, tokenizer=lambda: self._text.tokenizer)

@@ -30,19 +30,19 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A row. Names of config fields are Hugging Face's; `flags` are fields of ModelSpec.
+    """A row; what it leaves out is as in Llama. Names of config fields are Hugging Face's.
 
     `keys` maps Llama's config keys to the row's own. `defaults` are the values that Hugging Face assumes for absent
     keys. `only` lists keys with the one value that is built. `extras` reads what no other row has: it gets the config
-    and hidden_size, and gives fields of ModelSpec.
+    and hidden_size, and gives fields of ModelSpec, as `flags` do.
     """
 
     name: str
     model_types: tuple[str, ...]
-    roots: tuple[str, ...]  # prefixes of tensor names, tried in order
-    tensors: Mapping[str, str | Stored]  # canonical -> stored, outside layers
-    layer: str  # prefix of layer N below the root
-    layer_tensors: Mapping[str, str | Stored]  # {} in a name: the number of the expert
+    roots: tuple[str, ...] = ("model.", "")  # prefixes of tensor names, tried in order
+    tensors: Mapping[str, str | Stored] = field(default_factory=lambda: _LLAMA_TENSORS)  # canonical: stored
+    layer: str = "layers.{}."  # prefix of layer N below the root
+    layer_tensors: Mapping[str, str | Stored] = field(default_factory=lambda: _LLAMA_LAYER)  # {}: the expert's number
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -80,8 +80,8 @@ class Architecture:
         return Stored(f"{prefix}{entry.name}{suffix}", entry.transposed and is_matrix, entry.piece, entry.pieces)
 
 
-_LLAMA_TENSORS = {"embed": "embed_tokens.weight", "final_norm": "norm"}
-_LLAMA_LAYER = {
+_LLAMA_TENSORS: dict[str, str] = {"embed": "embed_tokens.weight", "final_norm": "norm"}
+_LLAMA_LAYER: dict[str, str] = {
     "attn_norm": "input_layernorm",
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -202,10 +202,6 @@ ARCHITECTURES = (
     Architecture(
         name="llama",
         model_types=("llama",),
-        roots=("model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
-        layer_tensors=_LLAMA_LAYER,
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"},
         extras=_llama_extras,
         bias_key="attention_bias",
@@ -213,20 +209,12 @@ ARCHITECTURES = (
     Architecture(
         name="mistral",
         model_types=("mistral",),
-        roots=("model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
-        layer_tensors=_LLAMA_LAYER,
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "hidden_act": "silu"},
         windows="all",
     ),
     Architecture(
         name="qwen2",
         model_types=("qwen2",),
-        roots=("model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
-        layer_tensors=_LLAMA_LAYER,
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu"},
         flags={"qkv_bias": True},
         windows="upper",
@@ -234,10 +222,6 @@ ARCHITECTURES = (
     Architecture(
         name="qwen3",
         model_types=("qwen3",),
-        roots=("model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
-        layer_tensors=_LLAMA_LAYER,
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu", "head_dim": 128},
         flags={"qk_norm": True},
         bias_key="attention_bias",
@@ -246,9 +230,6 @@ ARCHITECTURES = (
     Architecture(
         name="mixtral",
         model_types=("mixtral",),
-        roots=("model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
         layer_tensors=_MIXTRAL_LAYER,
         defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "hidden_act": "silu", "rope_theta": 1e6},
         extras=_mixtral_extras,
@@ -257,9 +238,6 @@ ARCHITECTURES = (
     Architecture(
         name="qwen2moe",
         model_types=("qwen2_moe",),
-        roots=("model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
         layer_tensors=_QWEN_MOE_LAYER,
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu"},
         extras=_qwen2_moe_extras,
@@ -268,9 +246,6 @@ ARCHITECTURES = (
     Architecture(
         name="qwen3moe",
         model_types=("qwen3_moe",),
-        roots=("model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
         layer_tensors=_QWEN_MOE_LAYER,
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu"},
         only={"use_sliding_window": False},
@@ -282,8 +257,6 @@ ARCHITECTURES = (
         name="gemma3",
         model_types=("gemma3_text", "gemma3"),
         roots=("model.", "language_model.model.", "model.language_model.", ""),
-        tensors=_LLAMA_TENSORS,
-        layer="layers.{}.",
         layer_tensors=_GEMMA_LAYER,
         keys={"hidden_act": "hidden_activation"},
         defaults={
@@ -337,7 +310,6 @@ ARCHITECTURES = (
         model_types=("opt",),
         roots=("model.decoder.", "decoder.", ""),
         tensors=_OPT_TENSORS,
-        layer="layers.{}.",
         layer_tensors=_OPT_LAYER,
         keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
         defaults={"activation_function": "relu", "tie_word_embeddings": True, "rms_norm_eps": 1e-5},

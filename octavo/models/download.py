@@ -90,11 +90,9 @@ def verify(path: Path, expected: Digest) -> None:
     Raises:
         ModelFileError: not what was expected; the file is removed, so that the next run fetches it.
     """
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-        found = Digest(file.tell(), digest.hexdigest())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        found = Digest(file.tell(), sha256)
     if found != expected:
         path.unlink(missing_ok=True)
         raise _wrong_digest(path, found, expected)
@@ -277,10 +275,8 @@ def _remove_abandoned(folder: Path) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # alive, and somebody else's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else alive, and somebody else's
     return True
 
 

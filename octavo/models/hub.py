@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from octavo.config import EngineConfig
 from octavo.errors import ConfigError, DownloadError, ModelError, ModelFileError, ModelNotFoundError
 from octavo.models.aliases import ALIASES, Alias
 from octavo.models.download import fetch, is_verified, verify
@@ -61,6 +62,13 @@ def resolve_model(
         raise _not_found(name)
     folder = _hub_folder(name, revision, download_dir, load_format == "dummy", quiet)
     return ModelFiles(name, "hf", folder)
+
+
+def resolve_model_of(config: EngineConfig) -> ModelFiles:
+    """The files of the model that a config asks for. Raises as `resolve_model` does."""
+    return resolve_model(
+        config.model, revision=config.revision, download_dir=config.download_dir, load_format=config.load_format
+    )
 
 
 def cache_folder(download_dir: str | Path | None = None) -> Path:

@@ -100,7 +100,7 @@ def test_a_swap_space_that_does_not_fit_is_refused(files):
         make_core(files, **SMALL, swap_space=60_000.0)
     with pytest.raises(MemoryPlanError, match="holds no KV block"):
         make_core(files, **SMALL, swap_space=1e-9)
-    with pytest.raises(ConfigError, match="swap_space must be from 0"):
+    with pytest.raises(ConfigError, match="swap_space must be a number from 0"):
         make_core(files, swap_space=-1.0)
     with pytest.raises(ConfigError, match="needs enable_prefix_caching"):
         make_core(files, swap_space=1.0, enable_prefix_caching=False)
