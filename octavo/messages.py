@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from octavo.sampling_params import Pooling, SamplingParams
 from octavo.step import TokenLogprobs
 
@@ -82,12 +84,11 @@ class EngineFailed:
     message: str
 
 
-@dataclass(slots=True)
-class RequestDelta:
-    """What one step brought one request."""
+class RequestDelta(msgspec.Struct, omit_defaults=True, gc=False):
+    """What one step brought one request; between processes without what is as usual."""
 
     request_id: str
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = msgspec.field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None  # the stop token id

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from octavo.sampling_params import Pooling, SamplingParams
+
+NO_BLOCKS: tuple[list[int], ...] = ((),)  # type: ignore[assignment]
 
 
 def most_blocks(num_tokens: int, block_size: int, windows: tuple[int, ...], step_tokens: int) -> int:
@@ -39,8 +43,7 @@ class NewRow:
     pooling: Pooling | None = None  # nothing is sampled: the prompt becomes one vector
 
 
-@dataclass(slots=True)
-class ScheduledRow:
+class ScheduledRow(msgspec.Struct, gc=False):
     """One Request's share of a step: the next `num_tokens` positions after what is computed."""
 
     row: int
@@ -50,7 +53,7 @@ class ScheduledRow:
     num_tokens: int
     samples: bool  # True when the last position is the Request's last token, so a new token comes out
     # per KV group, appended to the row's table; empty for a row that is new in this step (NewRow carries them all)
-    new_block_ids: tuple[list[int], ...] = ((),)  # type: ignore[assignment]
+    new_block_ids: tuple[list[int], ...] = NO_BLOCKS
     fork_of: int = -1  # with num_tokens = 0: the row of this step whose last logits it samples from; it shares its KV
 
 

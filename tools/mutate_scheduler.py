@@ -43,7 +43,12 @@ class Bug:
 
 
 BUGS = (
-    Bug("a decode goes on past its last block", SCHEDULER, "<= start < request.num_slots", "<= start"),
+    Bug(
+        "a decode goes on past its last block",
+        SCHEDULER,
+        "if start >= request.num_slots",
+        "if start > request.num_slots",
+    ),
     Bug("a result of an old epoch is taken", SCHEDULER, "if request.epoch != item.epoch:", "if False:", "def update"),
     Bug("preemption and abort do not raise the epoch", SCHEDULER, "request.epoch += 1", "pass", "def _release"),
     Bug(
@@ -64,10 +69,10 @@ BUGS = (
     ),
     Bug("run-ahead passes max_tokens", BUDGET, "< request.max_tokens", "<= request.max_tokens", "def can_run_ahead"),
     Bug("who fails alone is tried for ever", SCHEDULER, "if request.retry_alone:", "if False:", "def fail"),
-    Bug("an abort frees what others share", POOL, "self._ref_counts[block] -= 1", "self._ref_counts[block] = 0"),
+    Bug("an abort frees what others share", POOL, "refs[block] = count = refs[block] - 1", "refs[block] = count = 0"),
     Bug("a hit stays evictable", POOL, "del self._cached[block]", "pass", "def touch"),
-    Bug("a block is handed out twice", POOL, "block = self._free.pop()", "block = self._free[-1]"),
-    Bug("an evicted prefix is still found", POOL, "del self._holders[digest]", "pass", "def _evict"),
+    Bug("a block is handed out twice", POOL, "blocks.append(free.pop())", "blocks.append(free[-1])"),
+    Bug("an evicted prefix is still found", POOL, "del holders[digest]", "pass", "def _evict"),
     Bug("a hit covers the last token", MANAGER, "(request.num_tokens - 1) //", "request.num_tokens //"),
     Bug("a fork writes into its parent's block", MANAGER, "self.host.copies.append((borrowed, blocks[0]))", "pass"),
     Bug("a window gives back a block too early", MANAGER, "position - window + 1)", "position - window + 2)"),

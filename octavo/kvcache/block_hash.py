@@ -32,6 +32,5 @@ class BlockHasher:
     def digest(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
         """The digest of the full block that follows `parent` (another block's digest, or a root)."""
         state = self._block.copy()
-        state.update(parent)
-        state.update(self._pack(*token_ids))
+        state.update(parent + self._pack(*token_ids))
         return state.digest()

@@ -59,20 +59,19 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` (<= num_available) unhashed blocks, each with one reference."""
-        blocks = []
-        for _ in range(count):
-            if self._free:
-                block = self._free.pop()
-                self._ref_counts[block] = 1
-            elif len(self._ref_counts) < self.num_blocks:
-                block = len(self._ref_counts)
-                self._ref_counts.append(1)
-                self._digests.append(None)
-                self._uses.append(0)
-            else:
-                block = self._evict()
-                self._ref_counts[block] = 1
-            blocks.append(block)
+        refs, free = self._ref_counts, self._free
+        blocks: list[int] = []
+        while free and len(blocks) < count:
+            blocks.append(free.pop())
+        while len(refs) < self.num_blocks and len(blocks) < count:
+            blocks.append(len(refs))
+            refs.append(0)
+            self._digests.append(None)
+            self._uses.append(0)
+        if len(blocks) < count:
+            blocks += self._evict(count - len(blocks))
+        for block in blocks:
+            refs[block] = 1
         return blocks
 
     def touch(self, blocks: Iterable[int]) -> None:
@@ -85,10 +84,11 @@ class BlockPool:
 
     def free(self, blocks: list[int]) -> None:
         """Gives up one reference to each block of a table, the last first, so that tails are evicted before heads."""
+        refs, digests = self._ref_counts, self._digests
         for block in reversed(blocks):
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                if self._digests[block] is None:
+            refs[block] = count = refs[block] - 1
+            if not count:
+                if digests[block] is None:
                     self._free.append(block)
                 else:
                     self._cached.add(block, self._uses[block])
@@ -128,13 +128,15 @@ class BlockPool:
         """How many tables a block is in."""
         return self._ref_counts[block] if block < len(self._ref_counts) else 0
 
-    def _evict(self) -> int:
-        block = self._cached.pop()
-        digest = self._digests[block]
-        assert digest is not None, f"cached block {block} is not hashed"
-        del self._holders[digest]
-        self._digests[block] = None
-        self.num_evictions += 1
-        if self._host is not None:
-            self._host.save(block, digest)
-        return block
+    def _evict(self, count: int) -> list[int]:
+        digests, holders = self._digests, self._holders
+        blocks = [self._cached.pop() for _ in range(count)]
+        for block in blocks:
+            digest = digests[block]
+            assert digest is not None, f"cached block {block} is not hashed"
+            del holders[digest]
+            digests[block] = None
+            if self._host is not None:
+                self._host.save(block, digest)
+        self.num_evictions += count
+        return blocks

@@ -238,16 +238,19 @@ class KVCacheManager:
 
         Returns what became findable, for unhash(): (block, key).
         """
-        hashed: list[tuple[int, bytes]] = []
-        if self.enable_prefix_caching:
-            table = self._tables[request.request_id]
-            for index in range(table.num_hashed, num_tokens // self.block_size):
-                digest = self._digest(request, table, index)
-                for group, ids in enumerate(table.block_ids):
-                    key = _key(digest, group) if group else digest
-                    if ids[index] != GONE and self.pool.hash(ids[index], key):
-                        hashed.append((ids[index], key))
-                table.num_hashed = index + 1
+        table, last = self._tables[request.request_id], num_tokens // self.block_size
+        first = table.num_hashed
+        if first >= last or not self.enable_prefix_caching:
+            return []
+        self._digest(request, table, last - 1)
+        table.num_hashed = last
+        hashed = []
+        for index in range(first, last):
+            digest = table.digests[index]
+            for group, ids in enumerate(table.block_ids):
+                key = _key(digest, group) if group else digest
+                if ids[index] != GONE and self.pool.hash(ids[index], key):
+                    hashed.append((ids[index], key))
         return hashed
 
     def known_digests(self, request_id: str) -> list[bytes]:
@@ -316,13 +319,14 @@ class KVCacheManager:
         return num_blocks
 
     def _digest(self, request: Request, table: _Table, index: int) -> bytes:
-        digests = table.digests
-        while len(digests) <= index:
-            start = len(digests) * self.block_size
-            parent = digests[-1] if digests else table.root
-            digests.append(self._hasher.digest(parent, request.token_ids[start : start + self.block_size]))
-            if self.on_digest is not None:
-                self.on_digest(request, len(digests) - 1, digests[-1])
+        digests, size = table.digests, self.block_size
+        if len(digests) <= index:
+            tokens, parent = request.token_ids, digests[-1] if digests else table.root
+            for place in range(len(digests), index + 1):
+                parent = self._hasher.digest(parent, tokens[place * size : (place + 1) * size])
+                digests.append(parent)
+                if self.on_digest is not None:
+                    self.on_digest(request, place, parent)
         return digests[index]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import StepRecord
@@ -29,6 +30,7 @@ class _Counted:
     num_prefill_pairs: int = 0
 
 
+_SLOTS, _COMPUTED = attrgetter("num_slots"), attrgetter("num_computed_tokens")
 _COUNTED = tuple(field.name for field in fields(_Counted))
 
 
@@ -59,7 +61,9 @@ class Counts(_Counted):
                 self.host_queries += request.num_tokens - num_found + kv.num_loaded_tokens(request)
                 self.host_hits += kv.num_loaded_tokens(request)
 
-    def fill(self, record: StepRecord, output: SchedulerOutput, running: Iterable[Request], kv: KVCacheManager) -> None:
+    def fill(
+        self, record: StepRecord, output: SchedulerOutput, running: Collection[Request], kv: KVCacheManager
+    ) -> None:
         """Writes everything, and the pool's state after schedule(), into a record."""
         for name in _COUNTED:
             if count := getattr(self, name):  # most are zero, as in a new record
@@ -72,9 +76,7 @@ class Counts(_Counted):
         host.num_saved = host.num_loaded = 0
         record.host_usage = len(host) / host.num_blocks if host.num_blocks else 0.0
         record.num_copied_blocks = len(output.copy_blocks) - record.num_saved_blocks - record.num_loaded_blocks
-        record.num_idle_slots = sum(  # a fork may have computed more than its own blocks hold
-            [r.num_slots - r.num_computed_tokens for r in running if r.num_slots > r.num_computed_tokens]
-        )
+        record.num_idle_slots = sum(map(_SLOTS, running)) - sum(map(_COMPUTED, running))
         record.num_evicted_blocks = pool.num_evictions - self._evictions_told
         self._evictions_told = pool.num_evictions
         free, cached = pool.num_free, pool.num_cached

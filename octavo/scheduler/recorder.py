@@ -30,9 +30,11 @@ import os
 import zlib
 from array import array
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from octavo.errors import ConfigError, RequestError
 from octavo.messages import RequestDelta
@@ -290,7 +292,7 @@ class RecordingScheduler(Scheduler):
     def _write_state(self, ring: Ring) -> None:
         self._describer.restart()
         known = {"format": FORMAT, "settings": self._settings, "numbers": self._describer.numbers, "count": self._count}
-        flying = {step: [asdict(row) for row in rows] for step, rows in self._describer.flying.items()}
+        flying = {step: [msgspec.structs.asdict(row) for row in rows] for step, rows in self._describer.flying.items()}
         ring.write({"e": "state", **known, "flying": flying, "scheduler": freeze(self)})
         ring.flush()
 

@@ -29,7 +29,7 @@ from octavo.scheduler.deltas import append, last_deltas, new_row
 from octavo.scheduler.door import Door, refuse_impossible
 from octavo.scheduler.forks import Forks
 from octavo.scheduler.policies import FcfsPolicy, Policy
-from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
+from octavo.step import NO_BLOCKS, ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -228,22 +228,24 @@ class Scheduler:
         """
         order = self._visit_order()
         charge = self.policy.charge if self.policy.charges else None
+        scheduled, requests = output.scheduled, step.requests
         kv_read = 0
         for request in order:
             if output.num_tokens == self._budget.max_tokens:
                 break
             start, num_pending = request.num_computed_tokens, request.num_pending
-            if (  # what most rows of most steps are, made short: one more token, into a block that is there
-                request.plain_from <= start < request.num_slots
-                and start + 1 == len(request.token_ids) + num_pending
-                and (not num_pending or self._budget.can_run_ahead(request))
-            ):
-                output.scheduled.append(ScheduledRow(request.row, request.request_id, request.epoch, start, 1, True))
-                step.requests.append(request)
-                output.num_tokens += 1
-                request.num_computed_tokens = start + 1
+            if request.plain_from <= start:  # what most rows of most steps are, made short: one more token
+                if num_pending and not self._budget.can_run_ahead(request):
+                    continue
+                blocks = NO_BLOCKS if start < request.num_slots else self._allocate(output, request, start + 1, order)
+                if blocks is None:
+                    continue
+                scheduled.append(ScheduledRow(request.row, request.request_id, request.epoch, start, 1, True, blocks))
+                requests.append(request)
+                request.num_computed_tokens = end = start + 1
                 request.num_pending = num_pending + 1
-                kv_read += start + 1
+                output.num_tokens += 1
+                kv_read += end
                 if charge is not None:
                     charge(request, 0, 1)
                 continue
@@ -355,8 +357,8 @@ class Scheduler:
         request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
         request.row = heapq.heappop(self._free_rows)
-        request.num_slots = self.kv.num_slots(request)
-        request.plain_from = max(request.num_lost_tokens, request.num_prompt_tokens)
+        request.num_slots = max(self.kv.num_slots(request), num_computed_tokens)  # what it borrows is full for it
+        request.plain_from = max(request.num_lost_tokens, request.num_prompt_tokens, request.num_tokens - 1)
         if request in self._beams:
             request.plain_from = self.max_model_len  # never
         self._running[request.request_id] = request
@@ -404,29 +406,30 @@ class Scheduler:
         """Takes a step's tokens: hashes, appends, stops. What is of an old epoch is dropped."""
         step = self._in_flight.pop(output.step)
         deltas: list[RequestDelta] = []
-        block_size = self.kv.block_size
+        block_size, has_suspects = self.kv.block_size, bool(self.suspects)
         for request, item, tokens, logprobs in zip(
             step.requests, output.scheduled, result.token_ids, result.logprobs, strict=True
         ):
             if request.epoch != item.epoch:
                 continue
-            if request.reads_prompt:
-                request.prompt_logprobs += result.prompt_logprobs.get(item.row, [])
             end = item.start + item.num_tokens
             if end % block_size < item.num_tokens:  # a block became full
                 self.kv.hash_full(request, end)
-            if not tokens:
-                continue
-            request.num_pending -= 1
             if (  # again what most are: one more token, and not the last
                 request.plain_from <= item.start < request.max_length - 2
                 and len(tokens) == 1
                 and tokens[0] not in request.stop_ids
-                and not request.retry_alone
+                and not has_suspects
             ):
+                request.num_pending -= 1
                 request.token_ids.append(tokens[0])
                 deltas.append(RequestDelta(request.request_id, tokens, logprobs))  # the front knows the rest already
                 continue
+            if request.reads_prompt:
+                request.prompt_logprobs += result.prompt_logprobs.get(item.row, [])
+            if not tokens:
+                continue
+            request.num_pending -= 1
             if request.retry_alone:  # it sampled: it was not the guilty one
                 request.retry_alone = False
                 del self.suspects[request.request_id]

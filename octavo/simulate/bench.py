@@ -90,7 +90,7 @@ class SchedulerBench:
         )
         sampled = time.perf_counter()
         deltas = scheduler.update(output, result)
-        record.num_finished = sum(delta.finish_reason is not None for delta in deltas)
+        record.num_finished = len(deltas) - [delta.finish_reason for delta in deltas].count(None)
         self._log.append(record)
         updated = time.perf_counter()
         new = [self._request() for _ in range(record.num_finished)]

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 NARROW = {("text", "models"): {"gguf_file", "spec"}, ("models", "runtime"): {"base"}, ("server", "models"): {"spec"}}
 BANNED = {"pickle", "dill", "cloudpickle", "joblib", "jsonpickle", "marshal", "shelve"}
-WEB = ["fastapi", "uvicorn", "starlette", "pydantic", "msgspec", "gguf", "typer", "rich", "prometheus_client"]
+WEB = ["fastapi", "uvicorn", "starlette", "pydantic", "gguf", "typer", "rich", "prometheus_client"]
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
