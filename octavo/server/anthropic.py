@@ -111,12 +111,13 @@ class Turn(Strict):
 class CustomTool(Strict):
     """A function that the model may call."""
 
-    refused: ClassVar[Mapping[str, tuple[object, ...]]] = _CACHE
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {**_CACHE, "eager_input_streaming": (True,)}
 
     name: FunctionName
     description: Annotated[str, Field(max_length=1 << 16)] | None = None
     input_schema: JsonSchema
     type: Literal["custom"] | None = None
+    strict: bool | None = None
 
 
 class Choice(Strict):
@@ -133,6 +134,19 @@ class Choice(Strict):
         return self
 
 
+class Thinking(Strict):
+    """For how many tokens the model may think; adaptive: as it likes."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> Thinking:
+        if (self.type == "enabled") != (self.budget_tokens is not None):
+            raise InvalidValueError("budget_tokens goes with type enabled, and with no other", param="budget_tokens")
+        return self
+
+
 class Metadata(Strict):
     """Whose request it is."""
 
@@ -143,7 +157,6 @@ class CountRequest(Strict):
     """Body of POST /v1/messages/count_tokens."""
 
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "thinking": ({"type": "disabled"},),
         "mcp_servers": ([],),
         "container": (),
     }
@@ -153,6 +166,7 @@ class CountRequest(Strict):
     system: Texts | None = None
     tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Choice | None = None
+    thinking: Thinking | None = None
 
     def as_chat(self) -> dict[str, Any]:
         """The same as a chat's body."""
@@ -162,14 +176,14 @@ class CountRequest(Strict):
         for turn in self.messages:
             messages += _turn(turn)
         chat: dict[str, Any] = {"model": self.model, "messages": messages}
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            chat["max_thinking_tokens"] = self.thinking.budget_tokens or 0
         if self.tools:
-            chat["tools"] = [
-                {
-                    "type": "function",
-                    "function": {"name": t.name, "description": t.description, "parameters": t.input_schema},
-                }
+            functions = (
+                {"name": t.name, "description": t.description, "parameters": t.input_schema, "strict": t.strict}
                 for t in self.tools
-            ]
+            )
+            chat["tools"] = [{"type": "function", "function": function} for function in functions]
         if self.tool_choice is not None:
             named = {"type": "function", "function": {"name": self.tool_choice.name}}
             kind = self.tool_choice.type

@@ -100,6 +100,17 @@ def test_tools_and_thoughts(get: Callable[..., Any]) -> None:
     assert message.content[0].thinking == "Hm."
 
 
+def test_thinking_is_limited_and_strict_tools_are_bound() -> None:
+    ask = Inside(FakeEngine(), reasoning_parser="qwen3", tool_form=TOOL_PARSERS["hermes"])
+    for thinking, most in (({"type": "enabled", "budget_tokens": 9}, 9), ({"type": "disabled"}, 0)):
+        create(ask, thinking=thinking)
+        assert ask.engine.seen[-1].params.max_thinking_tokens == most
+    create(ask, thinking={"type": "adaptive"}, tools=[{**TOOLS[0], "strict": True}])
+    params = ask.engine.seen[-1].params
+    assert params.max_thinking_tokens is None
+    assert '{"const": "time"}' in params.structured_outputs.grammar
+
+
 def test_the_conversation_becomes_a_chat() -> None:
     seen = []
 
@@ -172,7 +183,8 @@ def test_count_tokens() -> None:
             "cache_control",
         ),
         ({"service_tier": "priority"}, "BadRequestError", "service_tier"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "BadRequestError", "thinking is not supported"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "BadRequestError", "--reasoning-parser"),
+        ({"thinking": {"type": "enabled"}}, "BadRequestError", "budget_tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "BadRequestError", "type"),
         ({"tool_choice": {"type": "tool"}}, "BadRequestError", "name goes with"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "BadRequestError", "not among the tools"),
