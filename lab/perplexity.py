@@ -56,12 +56,12 @@ class Arm:
         dtype, _, kv_dtype = name.partition("+")
         self.scores = Scores()
         self._runtime, source, kept = _runtime_for(dtype, runtime, threads, weights)
-        report = self._runtime.load(
+        loaded = self._runtime.load(
             record(spec), source, dtype=kept, max_num_tokens=SLICE, max_num_logits=SLICE, max_num_requests=1
         )
         self._runtime.allocate_kv(-(-window // BLOCK_SIZE), BLOCK_SIZE, kv_dtype or "float32")
         simulated = ARITHMETICS.get(dtype)
-        computed = f"simulated: {simulated.description}" if simulated else report.description
+        computed = f"simulated: {simulated.description}" if simulated else loaded
         self.description = f"{computed}, KV {kv_dtype}" if kv_dtype else computed
 
     def logits(self, window: Int32, start: int) -> Float32:

@@ -50,22 +50,22 @@ def program(
 
     files = resolve_model_of(config)
     spec = read_spec(files, max_model_len=config.max_model_len)
-    choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
+    runtime, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
     computed = config.quantization or dtype
     recorded = record(spec)
     kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
     kv_bytes = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / spec.head_dim, "fp8": 1.0}[kv_dtype]
     kept: dict[tuple[str, ...], int] = {}  # the reference keeps float32 whatever it rounds to
-    if choice.runtime == "reference":
+    if runtime == "reference":
         kv_bytes = 4.0
-    if choice.runtime == "native":
+    if runtime == "native":
         kept = kept_bytes(recorded, open_weights(files, spec, load_format=config.load_format), computed)
 
     def resident_bytes(weight: Weight) -> int:
         return kept.get(weight.parts, 4 * math.prod(weight.shape))
 
     say(
-        f"{config.model}: {spec.architecture}, {choice.runtime} runtime, {computed} weights, {kv_dtype} KV",
+        f"{config.model}: {spec.architecture}, {runtime} runtime, {computed} weights, {kv_dtype} KV",
         style="bold",
     )
     typer.echo(describe(recorded, Sizes(num_tokens, 1, context), resident_bytes, kv_bytes=kv_bytes), nl=False)

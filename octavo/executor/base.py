@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ class StepResult(Protocol):
 class Executor(Protocol):
     """`start` once, then per step `execute` and `sample`, in the order the steps were scheduled."""
 
-    def start(self, progress: Callable[[int], None] | None = None) -> WorkerInfo:
+    def start(self) -> WorkerInfo:
         """Loads the model on every worker. Raises what the workers raise."""
         ...
 

@@ -19,8 +19,8 @@ class LocalExecutor:
         self._failure: Exception | None = None  # of the step that execute() could not launch
         self._failed: _Failed | None = None  # the last step that was not launched
 
-    def start(self, progress: Callable[[int], None] | None = None) -> WorkerInfo:
-        return self.worker.start(progress)
+    def start(self) -> WorkerInfo:
+        return self.worker.start()
 
     def execute(self, output: SchedulerOutput) -> None:
         if self._failed is not None and not self._failed.is_told:

@@ -74,6 +74,7 @@ class Sizes:
     num_requests: int | None = None  # that the tokens belong to; None: one each
 
 
+FLOAT_BYTES = 4  # of an activation
 WeightBytes = Callable[[Weight], int]  # resident bytes of a weight in the runtime that will run it
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu_mul", "gelu_tanh_mul"]
 
@@ -109,12 +110,10 @@ class Op:
         """Floating-point operations (a multiply-add counts two)."""
         return sum(b.width * rows_of(b, sizes) for b in self.outputs)
 
-    def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
-    ) -> int:
+    def bytes_moved(self, sizes: Sizes, weight_bytes: WeightBytes, kv_bytes: float) -> int:
         """Bytes that must move: weights once, buffers once, KV as attended. `kv_bytes` is per KV element."""
         buffers = sum(b.width * rows_of(b, sizes) for b in self.inputs + self.outputs)
-        return buffers * act_bytes + sum(weight_bytes(w) for w in self.weights)
+        return buffers * FLOAT_BYTES + sum(weight_bytes(w) for w in self.weights)
 
     def _outputs(self) -> tuple[str, ...]:
         return ("out",)
@@ -138,11 +137,9 @@ class Embedding(Op):
     position_weight: Weight | None = None  # [max positions, width]: GPT-2, OPT
     position_offset: int = 0
 
-    def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
-    ) -> int:
+    def bytes_moved(self, sizes: Sizes, weight_bytes: WeightBytes, kv_bytes: float) -> int:
         per_row = sum(weight_bytes(w) // w.shape[0] for w in self.weights)
-        return sizes.num_tokens * (per_row + self.out.width * act_bytes)
+        return sizes.num_tokens * (per_row + self.out.width * FLOAT_BYTES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,12 +227,10 @@ class Experts(Op):
         weights = sum(w.shape[0] * w.shape[1] for w in self.weights)
         return 2 * rows_of(self.x, sizes) * self.top_k * weights // self.num_experts
 
-    def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
-    ) -> int:
+    def bytes_moved(self, sizes: Sizes, weight_bytes: WeightBytes, kv_bytes: float) -> int:
         missed = (1 - self.top_k / self.num_experts) ** rows_of(self.x, sizes)  # of tokens that choose at random
         buffers = sum(b.width * rows_of(b, sizes) for b in self.inputs + self.outputs)
-        return int(buffers * act_bytes + (1 - missed) * sum(weight_bytes(w) for w in self.weights))
+        return int(buffers * FLOAT_BYTES + (1 - missed) * sum(weight_bytes(w) for w in self.weights))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,10 +255,8 @@ class RopeKVWrite(Op):
     k_norm: Weight | None = None
     eps: float = 1e-6
 
-    def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
-    ) -> int:
-        moved = (self.qkv.width + self.out.width) * act_bytes + 2 * self.num_kv_heads * self.head_dim * kv_bytes
+    def bytes_moved(self, sizes: Sizes, weight_bytes: WeightBytes, kv_bytes: float) -> int:
+        moved = (self.qkv.width + self.out.width) * FLOAT_BYTES + 2 * self.num_kv_heads * self.head_dim * kv_bytes
         return int(sizes.num_tokens * moved)
 
 
@@ -292,15 +285,13 @@ class Attention(Op):
     def operations(self, sizes: Sizes) -> int:
         return int(4 * sizes.num_tokens * self.num_heads * self.head_dim * self._attended(sizes))
 
-    def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
-    ) -> int:
+    def bytes_moved(self, sizes: Sizes, weight_bytes: WeightBytes, kv_bytes: float) -> int:
         others = sizes.num_tokens / (sizes.num_requests or sizes.num_tokens or 1) - 1  # tokens of the same request
         read = sizes.context_len + others / 2  # positions of a request, read once for all its tokens
         if self.window:
             read = min(read, self.window + others)
         kv = 2 * read * self.num_kv_heads * self.head_dim * kv_bytes
-        return int(sizes.num_tokens * (kv / (1 + others) + (self.q.width + self.out.width) * act_bytes))
+        return int(sizes.num_tokens * (kv / (1 + others) + (self.q.width + self.out.width) * FLOAT_BYTES))
 
     def _attended(self, sizes: Sizes) -> float:
         return min(sizes.context_len, self.window) if self.window else sizes.context_len
@@ -313,10 +304,8 @@ class GatherRows(Op):
     x: Buffer  # T rows
     out: Buffer  # R rows
 
-    def bytes_moved(
-        self, sizes: Sizes, weight_bytes: Callable[[Weight], int], kv_bytes: float, act_bytes: int = 4
-    ) -> int:
-        return int(2 * sizes.num_logits * self.out.width * act_bytes)  # only the rows that are kept are read
+    def bytes_moved(self, sizes: Sizes, weight_bytes: WeightBytes, kv_bytes: float) -> int:
+        return int(2 * sizes.num_logits * self.out.width * FLOAT_BYTES)  # only the rows that are kept are read
 
 
 AnyOp = Embedding | Norm | Add | Linear | Experts | RopeKVWrite | Attention | GatherRows

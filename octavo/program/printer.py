@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from octavo.program.ops import AnyOp, Attention, Experts, Linear, Norm, Sizes, Weight, WeightBytes, rows_of
+from octavo.program.ops import FLOAT_BYTES, AnyOp, Attention, Experts, Linear, Norm, Sizes, Weight, WeightBytes, rows_of
 from octavo.program.program import Program
 
 _HEADER = ("node", "op", "out", "weight", "weight bytes", "moved", "operations", "ops/byte")
@@ -25,28 +25,24 @@ class Cost:
         return Cost(self.moved + other.moved, self.operations + other.operations)
 
 
-def cost_of(
-    nodes: Iterable[AnyOp], sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: float = 4, act_bytes: int = 4
-) -> Cost:
-    """The summed cost of nodes. `kv_bytes` and `act_bytes` are per element."""
+def cost_of(nodes: Iterable[AnyOp], sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: float = 4) -> Cost:
+    """The summed cost of nodes. `kv_bytes` is per element."""
     total = Cost(0, 0)
     for node in nodes:
-        total += Cost(node.bytes_moved(sizes, weight_bytes, kv_bytes, act_bytes), node.operations(sizes))
+        total += Cost(node.bytes_moved(sizes, weight_bytes, kv_bytes), node.operations(sizes))
     return total
 
 
-def describe(
-    program: Program, sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: float = 4, act_bytes: int = 4
-) -> str:
+def describe(program: Program, sizes: Sizes, weight_bytes: WeightBytes, *, kv_bytes: float = 4) -> str:
     """The table of a program for one step of `sizes`. A layer that equals an earlier one is folded into a line.
 
     Args:
         weight_bytes: resident bytes of a weight in the runtime that will run it.
-        kv_bytes, act_bytes: bytes of one element of the KV cache and of the activations.
+        kv_bytes: bytes of one element of the KV cache.
     """
 
     def cost(nodes: Iterable[AnyOp]) -> Cost:
-        return cost_of(nodes, sizes, weight_bytes, kv_bytes=kv_bytes, act_bytes=act_bytes)
+        return cost_of(nodes, sizes, weight_bytes, kv_bytes=kv_bytes)
 
     sections = [(name, list(nodes)) for name, nodes in groupby(program.nodes, key=_section_of)]
     first_of: dict[tuple[Cells, ...], str] = {}
@@ -72,7 +68,7 @@ def describe(
             table.append((f"{_ranges(folded)} as {name}", "", "", "", *_numbers(held, total)))
     resident = sum(weight_bytes(w) for w in program.weights)
     table.append(("total", f"{len(program.nodes)} nodes", "", "", *_numbers(resident, cost(program.nodes))))
-    return f"{line_up(table)}\n\n{_footer(program, sizes, kv_bytes, act_bytes)}\n"
+    return f"{line_up(table)}\n\n{_footer(program, sizes, kv_bytes)}\n"
 
 
 def _section_of(node: AnyOp) -> str:
@@ -127,9 +123,9 @@ def _ranges(names: list[str]) -> str:
     return "layers." + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _footer(program: Program, sizes: Sizes, kv_bytes: float, act_bytes: int) -> str:
+def _footer(program: Program, sizes: Sizes, kv_bytes: float) -> str:
     plan = program.plan_buffers()
-    arena = plan.elements(sizes.num_tokens, sizes.num_logits) * act_bytes
+    arena = plan.elements(sizes.num_tokens, sizes.num_logits) * FLOAT_BYTES
     return (
         f"step          {sizes.num_tokens} tokens, {sizes.num_logits} sampled, {sizes.context_len} positions attended\n"
         f"activations   {_bytes(arena)} in {len(plan.slot_width)} slots for {len(program.buffers)} buffers\n"
@@ -153,19 +149,16 @@ def line_up(table: list[Cells], *, num_text_columns: int = _NUM_TEXT_COLUMNS) ->
 
 def _bytes(count: int) -> str:
     """1536 -> "1.5 KiB"."""
-    value, units = float(count), ("B", "KiB", "MiB", "GiB", "TiB")
-    for unit in units:
-        if value < 1024 or unit == units[-1]:
-            break
-        value /= 1024
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def _count(count: int) -> str:
     """1500000 -> "1.5 M"."""
-    value, units = float(count), ("", "k", "M", "G", "T", "P")
-    for unit in units:
-        if value < 1000 or unit == units[-1]:
-            break
-        value /= 1000
-    return str(count) if not unit else f"{value:.1f} {unit}"
+    return _scaled(count, 1000, ("", "k", "M", "G", "T", "P"))
+
+
+def _scaled(count: int, factor: int, units: Sequence[str]) -> str:
+    power = 0
+    while count >= factor ** (power + 1) and power + 1 < len(units):
+        power += 1
+    return f"{count / factor**power:.{min(power, 1)}f} {units[power]}".rstrip()

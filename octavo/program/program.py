@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from octavo.program.ops import AnyOp, Buffer, Rows, Weight
@@ -195,9 +195,6 @@ class ProgramBuilder:
         """Declares the KV cache of one attention layer and returns its index."""
         self._kv_layers.append(replace(layer, place=len(self._kv_layers)))
         return len(self._kv_layers) - 1
-
-    def __iter__(self) -> Iterator[AnyOp]:
-        return iter(self._nodes)
 
     def finish(self, *, hidden: Buffer, logits: Buffer, hidden_size: int, vocab_size: int, max_len: int) -> Program:
         """The recorded program."""

@@ -199,15 +199,6 @@ class SamplerOutput:
         )
 
 
-@dataclass(slots=True)
-class LoadReport:
-    """What loading took."""
-
-    weight_bytes: int  # packed, resident
-    arena_bytes: int  # activations
-    description: str  # "native (portable, 2 threads, float32)"
-
-
 class Runtime(Protocol):
     """Runs one program. Calls come from one thread, in this order: load, rehearse, allocate_kv, then
     (execute, sample)*. rehearse() may be left out: then free_bytes() does not know what a step takes."""
@@ -225,13 +216,13 @@ class Runtime(Protocol):
         max_num_tokens: int,
         max_num_logits: int,
         max_num_requests: int,
-        progress: Callable[[int], None] | None = None,
-    ) -> LoadReport:
-        """Packs the weights and plans the buffers. `dtype` is how matrices are kept: "float32"; "bfloat16", rounded to
-        nearest even; "quantized", each part in its stored block type, float types as bfloat16. With the latter two a
-        weight's value is bf16(dequantised), a Linear rounds its activations to bf16, and sums are float32. "int8":
-        as runtime/reference/int8.py defines.
-        `progress` is called with the number of weights done. Raises MemoryPlanError, ModelFileError."""
+    ) -> str:
+        """Packs the weights and plans the buffers; says what runs: "native (portable, 2 threads, float32)".
+
+        `dtype` is how matrices are kept: "float32"; "bfloat16", rounded to nearest even; "quantized", each part in its
+        stored block type, float types as bfloat16. With the latter two a weight's value is bf16(dequantised), a Linear
+        rounds its activations to bf16, and sums are float32. "int8": as runtime/reference/int8.py defines.
+        Raises MemoryPlanError, ModelFileError."""
         ...
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
@@ -297,14 +288,6 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Frees everything; threads end."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Why a runtime was chosen for a model; printed at start."""
-
-    runtime: str
-    reason: str
 
 
 def weight_parts(program: Program) -> Iterator[tuple[Weight, str]]:

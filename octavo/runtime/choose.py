@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from octavo.errors import ConfigError, UnsupportedError
-from octavo.runtime.base import Choice, Runtime
+from octavo.runtime.base import Runtime
 from octavo.runtime.cuda import missing
 
 # What each runtime computes in; what it has fast kernels for; what `--dtype auto` takes for everything else.
@@ -21,7 +21,7 @@ QUANTIZATIONS = {"native": ("int8",), "reference": ("int8",), "cuda": ()}  # wha
 FALLBACK = {"native": "float32", "reference": "float32", "cuda": "bfloat16"}
 
 
-def choose(runtime: str, dtype: str, stored_dtype: str, quantization: str | None = None) -> tuple[Choice, str]:
+def choose(runtime: str, dtype: str, stored_dtype: str, quantization: str | None = None) -> tuple[str, str]:
     """Resolves `--runtime` and `--dtype` ("auto" included) against what the checkpoint stores.
 
     The runtime `auto` is cuda where it can run, else native. The dtype `auto` is the checkpoint's own where the runtime
@@ -31,8 +31,7 @@ def choose(runtime: str, dtype: str, stored_dtype: str, quantization: str | None
         UnsupportedError: a type that the runtime cannot compute in, or a quantisation that it does not have.
         ConfigError: `--runtime cuda` where it cannot run; says why.
     """
-    choice = _choose_runtime(runtime)
-    name = choice.runtime
+    name = _choose_runtime(runtime)
     if quantization is not None and quantization not in QUANTIZATIONS[name]:
         able = " or ".join(r for r, known in QUANTIZATIONS.items() if quantization in known)
         raise UnsupportedError(
@@ -40,10 +39,10 @@ def choose(runtime: str, dtype: str, stored_dtype: str, quantization: str | None
             f"quantise at load; leave it out, or take --runtime {able}"
         )
     if dtype == "auto":
-        return choice, stored_dtype if stored_dtype in FAST[name] else FALLBACK[name]
+        return name, stored_dtype if stored_dtype in FAST[name] else FALLBACK[name]
     if dtype not in DTYPES[name]:
         raise UnsupportedError(f"--dtype {dtype}: the {name} runtime computes in {', '.join(DTYPES[name])}; take one")
-    return choice, dtype
+    return name, dtype
 
 
 def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
@@ -53,16 +52,16 @@ def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
     return "float32" if dtype in ("float32", "float16") else "bfloat16"
 
 
-def _choose_runtime(runtime: str) -> Choice:
+def _choose_runtime(runtime: str) -> str:
     if runtime == "auto":
-        return Choice("native", "a CPU") if missing() else Choice("cuda", "a GPU")
+        return "native" if missing() else "cuda"
     if runtime == "cuda" and (problem := missing()):
         raise ConfigError(f"--runtime cuda: {problem}")
-    return Choice(runtime, "asked for")
+    return runtime
 
 
 def create(
-    choice: Choice,
+    name: str,
     num_threads: int,
     dtype: str,
     *,
@@ -72,11 +71,11 @@ def create(
     cuda_ops: str = "triton",
 ) -> Runtime:
     """Makes the chosen runtime; compiled code is loaded here and nowhere earlier."""
-    if choice.runtime == "reference":
+    if name == "reference":
         from octavo.runtime.reference import ReferenceRuntime
 
         return ReferenceRuntime()
-    if choice.runtime == "cuda":
+    if name == "cuda":
         from octavo.runtime.cuda import CudaRuntime
 
         return CudaRuntime(

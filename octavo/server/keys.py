@@ -124,11 +124,6 @@ class Keyring:
                 raise ConfigError(f"the key that ends in ...{entry.key[-4:]} was given twice")
             self._keys.append((digest, _key(entry)))
 
-    @property
-    def closed(self) -> bool:
-        """True when a key is needed."""
-        return bool(self._keys)
-
     def check(self, path: str, headers: Headers) -> Key | Failure:
         """The caller's key, or the refusal: 401 without a valid one, 403 for what only an administrator may."""
         if not self._keys or path in self._public:

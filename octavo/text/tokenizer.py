@@ -21,6 +21,7 @@ from tokenizers import decoders, processors
 
 from octavo.errors import ContextLengthError, InvalidValueError, ModelFileError, UnsupportedModelError
 from octavo.models.gguf_file import GGUFFile
+from octavo.models.hf_config import read_json
 from octavo.models.spec import ModelFiles
 from octavo.text.gguf_tokenizer import SPACE, build_gguf_tokenizer, token_id
 
@@ -250,15 +251,7 @@ def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in `file`, or {} when there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{file}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{file} must hold a JSON object")
-    return value
+    return read_json(file) if file.exists() else {}
 
 
 def _token_text(value: object) -> str | None:

@@ -48,16 +48,16 @@ class Worker:
         self._runtime: Runtime | None = None
         self._runner: ModelRunner | None = None
 
-    def start(self, progress: Callable[[int], None] | None = None) -> WorkerInfo:
+    def start(self) -> WorkerInfo:
         """Reads the model, packs the weights, reserves KV, runs one step.
 
         Raises ModelError, ConfigError or MemoryPlanError, each with the numbers and the next step.
         """
         config, clock = self._config, _PhaseClock()
         spec = read_spec(self._files, max_model_len=config.max_model_len)
-        choice, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
+        name, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
         runtime = self._runtime = create(
-            choice,
+            name,
             config.threads(),
             dtype,
             enforce_eager=config.enforce_eager,
@@ -81,14 +81,13 @@ class Worker:
             spec = read_spec(self._files, max_model_len=plan.max_model_len)
             program = replace(record(spec), kv_layers=program.kv_layers)  # the groups that were planned with
         clock.ends("files")
-        report = runtime.load(
+        shown = runtime.load(
             program,
             weights,
             dtype=computed,
             max_num_tokens=config.max_num_batched_tokens,
             max_num_logits=config.max_num_seqs + PROMPT_ROWS,
             max_num_requests=config.max_num_seqs,
-            progress=progress,
         )
         clock.ends("weights")
         runtime.rehearse(config.block_size, kv_dtype)
@@ -103,8 +102,7 @@ class Worker:
         clock.ends("warm-up")
         copy_seconds = self._time_host_copies(plan, program.num_kv_groups) if plan.num_host_blocks else 0.0
         clock.ends("host copies")
-        shown, windows = report.description, appetite.windows
-        return WorkerInfo(spec, plan, shown, dtype, windows, runtime.max_depth, copy_seconds, clock.seconds)
+        return WorkerInfo(spec, plan, shown, dtype, appetite.windows, runtime.max_depth, copy_seconds, clock.seconds)
 
     @property
     def num_foreign_calls(self) -> int:

@@ -42,7 +42,8 @@ def test_experts_count_what_is_chosen(tmp_path: Path) -> None:
     node = next(n for n in program.nodes if isinstance(n, Experts))
     held = sum(float_bytes(w) for w in node.weights)
     assert (held, node.operations(Sizes(5, 5, 50))) == (4 * 7 * 3 * 48 * 28, 2 * 5 * 3 * 3 * 48 * 28)
-    moved = [node.bytes_moved(Sizes(n, n, 50), float_bytes, 4, act_bytes=0) for n in (0, 1, 2, 1000)]
+    width = sum(buffer.width for buffer in node.inputs + node.outputs)
+    moved = [node.bytes_moved(Sizes(n, n, 50), float_bytes, 4) - 4 * n * width for n in (0, 1, 2, 1000)]
     assert moved == [0, held * 3 // 7, int(held * (1 - (4 / 7) ** 2)), held]
     text = describe(program, SIZES, float_bytes)
     assert "Experts 3 of 7 +shared" in text

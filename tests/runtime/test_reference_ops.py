@@ -175,9 +175,7 @@ def small_program() -> tuple[Program, dict[str, Float32]]:
 def loaded(program: Program, arrays: dict[str, Float32], dtype: str = "float32") -> ReferenceRuntime:
     runtime = ReferenceRuntime()
     sizes = {"max_num_tokens": 16, "max_num_logits": 4, "max_num_requests": 4}
-    report = runtime.load(program, Source(arrays), dtype=dtype, **sizes)
-    assert report.weight_bytes == runtime.weight_bytes(program, Source(arrays), dtype)
-    assert report.arena_bytes == program.plan_buffers().elements(16, 4) * 4
+    runtime.load(program, Source(arrays), dtype=dtype, **sizes)
     runtime.allocate_kv(4, 4)
     return runtime
 

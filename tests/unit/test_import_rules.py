@@ -29,7 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": {"models"},
     "observe": set(),
 }
-NARROW = {("text", "models"): {"gguf_file", "spec"}, ("models", "runtime"): {"base"}, ("server", "models"): {"spec"}}
+NARROW = {
+    ("text", "models"): {"gguf_file", "hf_config", "spec"},
+    ("models", "runtime"): {"base"},
+    ("server", "models"): {"spec"},
+}
 BANNED = {"pickle", "dill", "cloudpickle", "joblib", "jsonpickle", "marshal", "shelve"}
 WEB = ["fastapi", "uvicorn", "starlette", "pydantic", "gguf", "typer", "rich", "prometheus_client"]
 

@@ -13,7 +13,7 @@ from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention, Experts
 from octavo.program.profile import Profile
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.base import Float32, Int32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.graphs import (
     DRAWS,
@@ -100,8 +100,7 @@ class CudaRuntime:
         max_num_tokens: int,
         max_num_logits: int,
         max_num_requests: int,
-        progress: Callable[[int], None] | None = None,
-    ) -> LoadReport:
+    ) -> str:
         """Puts the weights on the device, reserves every buffer of the largest step, prepares the launches.
 
         Raises:
@@ -118,10 +117,8 @@ class CudaRuntime:
         num_weights = sum(math.prod(weight.shape) for weight in program.weights)
         self._most_mixed = min(max_num_tokens, most_mixed_tokens(num_weights))
         try:
-            for done, weight in enumerate(program.weights, start=1):
+            for weight in program.weights:
                 self._weights[weight.parts] = pack(weight, weights, self._dtype, self._device)
-                if progress is not None:
-                    progress(done)
             self._arena = Arena(program, max_num_tokens, max_num_logits, self._dtype, self._device)
             self._sampler = Sampler(max_num_logits, program.vocab_size, self._device, num_rows_kept=max_num_requests)
             row_tokens = self._sampler.row_tokens
@@ -132,12 +129,8 @@ class CudaRuntime:
             self._results = Results(max_num_logits, self.max_depth + 1, self._device)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for the weights: {error}") from None
-        return LoadReport(
-            weight_bytes=self.weight_bytes(program, weights, dtype),
-            arena_bytes=self.arena_bytes(program, max_num_tokens, max_num_logits),
-            description=f"cuda ({self._device_name()}, {dtype}{', C++ operators' * self._options['uses_cpp']}"
-            f"{', no graphs' if self._graphs is None else ''})",
-        )
+        notes = ", C++ operators" * self._options["uses_cpp"] + ", no graphs" * (self._graphs is None)
+        return f"cuda ({self._device_name()}, {dtype}{notes})"
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
         """Bytes that load() would make resident, from shapes alone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Packer:
         """Bytes that pack() makes resident for each weight, by its parts; from shapes and types alone."""
         return {weight.parts: self._bytes(weight) for weight in self._program.weights}
 
-    def pack(self, engine: ctypes.c_void_p, progress: Callable[[int], None] | None) -> dict[tuple[str, ...], int]:
+    def pack(self, engine: ctypes.c_void_p) -> dict[tuple[str, ...], int]:
         """Packs every weight; returns their ids by parts, so that a tied one is there once."""
         ids: dict[tuple[str, ...], int] = {}
         for weight in self._program.weights:
@@ -62,8 +62,6 @@ class Packer:
                 self._pack_parts(engine, index, weight)
             else:
                 self._pack_floats(engine, index, weight)
-            if progress is not None:
-                progress(len(ids))
         return ids
 
     def _is_packed(self, weight: Weight) -> bool:

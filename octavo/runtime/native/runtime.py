@@ -16,7 +16,7 @@ from octavo.program.ops import Experts, Linear, Rows, Sizes
 from octavo.program.profile import Limits as MachineLimits
 from octavo.program.profile import Profile
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.base import Float32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.native import library as lib
 from octavo.runtime.native.packing import Packer
 from octavo.runtime.native.table import Limits, Tables, build_tables
@@ -83,8 +83,7 @@ class NativeRuntime:
         max_num_tokens: int,
         max_num_logits: int,
         max_num_requests: int,
-        progress: Callable[[int], None] | None = None,
-    ) -> LoadReport:
+    ) -> str:
         """Packs the weights with all threads and hands the program over.
 
         Raises:
@@ -94,16 +93,12 @@ class NativeRuntime:
         """
         _check_dtype(dtype)
         packer = Packer(self._library, program, weights, dtype)
-        ids = packer.pack(self._handle(), progress)
+        ids = packer.pack(self._handle())
         limits = Limits(max_num_tokens, max_num_logits, max_num_requests)
         self._tables = build_tables(program, ids, limits)
         self._call(self._library.octavo_set_program, ctypes.byref(self._tables.program))
         self._program, self._weight_bytes = program, packer.bytes()
-        return LoadReport(
-            weight_bytes=sum(self._weight_bytes.values()),
-            arena_bytes=self.arena_bytes(program, max_num_tokens, max_num_logits),
-            description=f"native ({self.level}, {self.num_threads} threads, {dtype})",
-        )
+        return f"native ({self.level}, {self.num_threads} threads, {dtype})"
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
         """Bytes that load() would make resident, from shapes and stored types alone."""
@@ -248,7 +243,7 @@ class NativeRuntime:
         """Writes a step into the table; returns the arrays that its results will be in."""
         self._fill_inputs(step, inputs)
         self._fill_sampling(step, sampling, step.num_logits)
-        output = _new_output(step.num_logits, int(max(0, sampling.num_logprobs.max(initial=0))))
+        output = SamplerOutput.without_logprobs(np.empty(step.num_logits, np.int32), sampling.num_logprobs)
         step.max_logprobs = output.top_ids.shape[1]
         for name in lib.OUTPUT_ARRAYS:
             setattr(step, f"out_{name}", _address(getattr(output, name)))
@@ -338,13 +333,3 @@ def _checked(name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape:
 def _address(array: npt.NDArray[Any]) -> int:
     address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
     return address
-
-
-def _new_output(num_logits: int, num_logprobs: int) -> SamplerOutput:
-    return SamplerOutput(
-        token_ids=np.empty(num_logits, dtype=np.int32),
-        logprobs=np.empty(num_logits, dtype=np.float32),
-        ranks=np.empty(num_logits, dtype=np.int32),
-        top_ids=np.empty((num_logits, num_logprobs), dtype=np.int32),
-        top_logprobs=np.empty((num_logits, num_logprobs), dtype=np.float32),
-    )

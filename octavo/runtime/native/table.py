@@ -114,16 +114,15 @@ class _Translator:
     def weight(self, weight: Weight | None) -> int:
         return _ABSENT if weight is None else self.weights[weight.parts]
 
-    def entry(self, op: AnyOp, out: Buffer, **values: float) -> Node:
+    def entry(self, op: AnyOp, **values: float) -> Node:
         ids = dict.fromkeys(("x", "y", "residual_out", "weight", "bias", "extra", "rope", "shared"), _ABSENT)
-        return Node(**(ids | {"op": OP_CODES[type(op).__name__], "out": self.buffer(out), "scale": 1.0} | values))
+        return Node(**(ids | {"op": OP_CODES[type(op).__name__], "out": self.buffer(op.out), "scale": 1.0} | values))
 
     def node(self, node: AnyOp) -> Node:
         match node:
             case Embedding():
                 return self.entry(
                     node,
-                    node.out,
                     weight=self.weight(node.weight),
                     extra=self.weight(node.position_weight),
                     scale=node.scale,
@@ -132,7 +131,6 @@ class _Translator:
             case Norm():
                 return self.entry(
                     node,
-                    node.out,
                     x=self.buffer(node.x),
                     y=self.buffer(node.residual),
                     residual_out=self.buffer(node.residual_out),
@@ -142,11 +140,10 @@ class _Translator:
                     eps=node.eps,
                 )
             case Add():
-                return self.entry(node, node.out, x=self.buffer(node.x), y=self.buffer(node.y))
+                return self.entry(node, x=self.buffer(node.x), y=self.buffer(node.y))
             case Linear():
                 return self.entry(
                     node,
-                    node.out,
                     x=self.buffer(node.x),
                     weight=self.weight(node.weight),
                     bias=self.weight(node.bias),
@@ -159,7 +156,6 @@ class _Translator:
             case RopeKVWrite():
                 return self.entry(
                     node,
-                    node.out,
                     x=self.buffer(node.qkv),
                     weight=self.weight(node.q_norm),
                     extra=self.weight(node.k_norm),
@@ -170,7 +166,6 @@ class _Translator:
             case Attention():
                 return self.entry(
                     node,
-                    node.out,
                     x=self.buffer(node.q),
                     window=node.window,
                     scale=node.scale,
@@ -178,12 +173,11 @@ class _Translator:
                     **_heads(node),
                 )
             case GatherRows():
-                return self.entry(node, node.out, x=self.buffer(node.x))
+                return self.entry(node, x=self.buffer(node.x))
 
     def _experts(self, node: Experts) -> Node:
         return self.entry(
             node,
-            node.out,
             x=self.buffer(node.x),
             y=self.buffer(node.scores),
             shared=self.buffer(node.shared),

@@ -8,6 +8,7 @@ import numpy as np
 
 from octavo.errors import StepError, UnsupportedError
 from octavo.program.ops import (
+    FLOAT_BYTES,
     Add,
     AnyOp,
     Attention,
@@ -21,15 +22,14 @@ from octavo.program.ops import (
     Weight,
 )
 from octavo.program.profile import Profile
-from octavo.program.program import BufferPlan, Program
-from octavo.runtime.base import Float32, Int32, LoadReport, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.program.program import Program
+from octavo.runtime.base import Float32, Int32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.bfloat16 import round_to_bfloat16
 from octavo.runtime.reference import ops
 from octavo.runtime.reference.int8 import BLOCK, Int8Matrix
 from octavo.runtime.reference.sampler import sample
 from octavo.runtime.reference.tensors import stack
 
-FLOAT_BYTES = 4
 DTYPES = ("float32", "bfloat16", "quantized", "int8")
 KV_ROUNDING: dict[str, Callable[[Float32], Float32]] = {
     "float32": lambda x: x,
@@ -69,8 +69,7 @@ class ReferenceRuntime:
         max_num_tokens: int,
         max_num_logits: int,
         max_num_requests: int,
-        progress: Callable[[int], None] | None = None,
-    ) -> LoadReport:
+    ) -> str:
         """Reads every weight as float32.
 
         With "bfloat16" and "quantized" (which differ in what a runtime keeps, not in what it computes) the values of
@@ -81,20 +80,13 @@ class ReferenceRuntime:
             raise UnsupportedError(f"the reference runtime computes in {', '.join(DTYPES)}, not {dtype}")
         self._rounds = dtype in ("bfloat16", "quantized")
         self._program = program
-        plan: BufferPlan = program.plan_buffers()
-        self._slot_of = dict(zip(program.buffers, plan.slot_of, strict=True))
-        for done, weight in enumerate(program.weights, start=1):
+        self._slot_of = dict(zip(program.buffers, program.plan_buffers().slot_of, strict=True))
+        for weight in program.weights:
             if dtype == "int8" and not weight.is_exact:
                 self._int8[weight.parts] = Int8Matrix.of(stack(weight, weights, "float32"))
             else:
                 self._weights[weight.parts] = stack(weight, weights, dtype)
-            if progress is not None:
-                progress(done)
-        return LoadReport(
-            weight_bytes=self.weight_bytes(program, weights, dtype),
-            arena_bytes=plan.elements(max_num_tokens, max_num_logits) * FLOAT_BYTES,
-            description=f"reference (numpy, {dtype})",
-        )
+        return f"reference (numpy, {dtype})"
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
         """Everything but int8 is kept as float32, whatever `dtype` its values were rounded to."""
