@@ -33,7 +33,7 @@ from octavo.models.reader import read_spec
 from octavo.models.spec import ModelSpec
 from octavo.models.weights import open_weights
 from octavo.program.program import Program
-from octavo.runtime.base import Choice, Float32, Int32, Runtime, SamplingInputs, StepInputs, WeightSource, weight_parts
+from octavo.runtime.base import Float32, Int32, Runtime, SamplingInputs, StepInputs, WeightSource, weight_parts
 from octavo.runtime.choose import create
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -76,7 +76,7 @@ def _runtime_for(dtype: str, runtime: str, threads: int, weights: WeightSource) 
     """(runtime, weights, dtype to load them as)."""
     if simulated := ARITHMETICS.get(dtype):
         return SimulatedRuntime(simulated.activations), SimulatedWeights(weights, simulated.weights), "float32"
-    return create(Choice(runtime, "asked for"), threads, dtype), weights, dtype
+    return create(runtime, threads, dtype), weights, dtype
 
 
 def slice_inputs(window: Int32, start: int) -> StepInputs:

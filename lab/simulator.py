@@ -23,10 +23,11 @@ from lab.machine import describe_machine
 from lab.scheduling import RESULTS, fill_page
 from octavo.cli.app import run
 from octavo.config import EngineConfig
+from octavo.engine.calibrate import timed_steps
 from octavo.engine.core import EngineCore
 from octavo.executor.local import LocalExecutor
 from octavo.models.hub import resolve_model
-from octavo.simulate.costs import Costs, time_steps
+from octavo.simulate.costs import Costs
 from octavo.simulate.real import run_real
 from octavo.simulate.simulator import capacity, simulate
 from octavo.simulate.trace import Workload, clipped
@@ -73,7 +74,7 @@ def in_cpu_time(load: float, num_requests: int, num_runs: int) -> dict[str, Any]
     scaled = arrivals
     with tqdm(total=num_runs * len(arrivals), unit=" requests") as bar:
         for number in range(num_runs + 1):
-            timed += time_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1))
+            timed += timed_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1))
             costs = Costs.of(CONFIG.model, core, timed)
             if not number:
                 pace = load * capacity(arrivals, costs.machine, CONFIG)

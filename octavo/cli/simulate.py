@@ -179,8 +179,9 @@ def _arrivals(trace: TraceFlags, machine: Machine, config: EngineConfig) -> list
 def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, num_runs: int, output: Path | None) -> int:
     """Calibrates, and holds `num_runs` real runs of the trace against a simulation. The steps that calibrate are timed
     before, between and behind those, because machines drift."""
+    from octavo.engine.calibrate import timed_steps
     from octavo.engine.llm import LLM
-    from octavo.simulate.costs import Costs, time_steps
+    from octavo.simulate.costs import Costs
     from octavo.simulate.real import run_real
     from octavo.simulate.simulator import simulate as run
     from octavo.simulate.validate import compare
@@ -191,7 +192,7 @@ def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, num_runs: 
         arrivals: list[Arrival] = []
         for number in range(num_runs + 1):
             with progress(1.0, "Calibrating") as tell:
-                timed += time_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1), tell=tell)
+                timed += timed_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1), tell=tell)
             costs = Costs.of(config.model, core, timed)
             if number < num_runs:
                 arrivals = arrivals or _arrivals(trace, costs.machine, config)

@@ -54,18 +54,13 @@ def _choose_copies(core: EngineCore, cost: CostModel) -> None:
 
 def calibrate(core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None) -> CostModel:
     """The cost model of an idle engine, from at most about `seconds` of steps; `tell` hears the share that is done."""
-    return fit(typical(samples(timed_steps(core, seconds=seconds, tell=tell))))
-
-
-def samples(records: list[StepRecord]) -> list[tuple[StepWork, float]]:
-    """What each step did and what it took: all of it, scheduling included."""
-    return [(StepWork.of(r), r.schedule_seconds + r.execute_seconds + r.update_seconds) for r in records]
+    return fit(typical(timed_steps(core, seconds=seconds, tell=tell)))
 
 
 def timed_steps(
     core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None
-) -> list[StepRecord]:
-    """The records of calibration steps; the first two (cold caches) are left out."""
+) -> list[tuple[StepWork, float]]:
+    """What each calibration step did and what it took, scheduling included. Not the first two: cold caches."""
     kv, log = core.scheduler.kv, core.log
     caching, kv.enable_prefix_caching, core.log = kv.enable_prefix_caching, False, StepLog()
     door, core.scheduler.door = core.scheduler.door, Door()  # without bounds, and the real one learns no pace
@@ -86,7 +81,7 @@ def timed_steps(
     finally:
         kv.enable_prefix_caching, core.log, core.scheduler.door = caching, log, door
     tell(1.0)
-    return records[2:]
+    return [(StepWork.of(r), r.schedule_seconds + r.execute_seconds + r.update_seconds) for r in records[2:]]
 
 
 def _batches(core: EngineCore) -> Iterator[list[AddRequest]]:

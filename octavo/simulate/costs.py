@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from octavo.engine.calibrate import samples, timed_steps
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.scheduler.cost import CostModel, StepWork, fit
 from octavo.simulate.simulator import Machine
 
 FORMAT = "octavo-costs-1"
-
-
-def time_steps(
-    core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None
-) -> list[tuple[StepWork, float]]:
-    """Calibrates an idle engine: about `seconds` of steps, what each did and took."""
-    return samples(timed_steps(core, seconds=seconds, tell=tell))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +31,7 @@ class Costs:
 
     @classmethod
     def of(cls, model: str, core: EngineCore, timed: list[tuple[StepWork, float]]) -> Costs:
-        """From steps of `core` that time_steps() timed. Steps that something else held up count: a run has them, too,
+        """From steps of `core` that timed_steps() ran. Steps that something else held up count: a run has them, too,
         and who waits in a queue waits for the mean step, not for the typical one."""
         cost = fit(timed)
         errors = sorted(abs(cost.seconds(work) / taken - 1.0) for work, taken in timed)

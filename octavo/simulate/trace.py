@@ -95,10 +95,6 @@ class Workload:
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be from {low:g} to {high:g}, not {value:g}")
 
-    def at(self, rate: float) -> Workload:
-        """The same requests at another rate."""
-        return replace(self, rate=rate)
-
     def generate(self) -> list[Arrival]:
         """The trace, in the order of arrival. Another rate with the same seed gives the same requests."""
         lengths, gaps = random.Random(self.seed), random.Random(self.seed + 1)

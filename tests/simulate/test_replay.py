@@ -32,7 +32,7 @@ def recorded(folder: Path, **settings: object) -> tuple[Path, Outcome]:
     )  # type: ignore[arg-type]
     core, executor = known_core(config, num_blocks=44 * 16 // config.block_size)
     prepare(core)
-    trace = [a for a in WORKLOAD.at(30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
+    trace = [a for a in replace(WORKLOAD, rate=30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
     outcome = run_real(trace, core, clock=executor.clock, wait=executor.wait)
     assert core.record is not None
     core.close()
@@ -67,7 +67,7 @@ def test_a_ring_that_is_small_beside_its_states_still_covers_many_steps(tmp_path
     scheduler = core.scheduler
     assert isinstance(scheduler, RecordingScheduler)
     scheduler.record(Ring(tmp_path / "r", 4_000), {"block_size": 16})
-    trace = [a for a in WORKLOAD.at(30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
+    trace = [a for a in replace(WORKLOAD, rate=30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
     outcome = run_real(trace, core, clock=executor.clock, wait=executor.wait)
     scheduler.close()
     lines = [line for path in tmp_path.iterdir() for line in path.read_text().splitlines()]

@@ -131,8 +131,8 @@ def test_later_turns_hit_what_earlier_ones_said() -> None:
 
 def test_capacity_is_load_one() -> None:
     rate = capacity(WORKLOAD.generate(), MACHINE, EngineConfig())
-    calm = simulate(WORKLOAD.at(0.5 * rate).generate(), MACHINE, EngineConfig()).figures(ttft=1.0, itl=1.0)
-    storm = simulate(WORKLOAD.at(2 * rate).generate(), MACHINE, EngineConfig()).figures(ttft=1.0, itl=1.0)
+    calm = simulate(replace(WORKLOAD, rate=0.5 * rate).generate(), MACHINE, EngineConfig()).figures(ttft=1.0, itl=1.0)
+    storm = simulate(replace(WORKLOAD, rate=2 * rate).generate(), MACHINE, EngineConfig()).figures(ttft=1.0, itl=1.0)
     assert calm["TTFT p99 ms"] < storm["TTFT p99 ms"]
     assert storm["requests/s"] == pytest.approx(rate, rel=0.25)
 
@@ -143,7 +143,7 @@ def test_capacity_is_load_one() -> None:
 def test_traces_follow_from_their_seed_and_their_rate_changes_only_times() -> None:
     one, same, other = WORKLOAD.generate(), WORKLOAD.generate(), replace(WORKLOAD, seed=1).generate()
     assert one == same != other
-    slower = WORKLOAD.at(6.0).generate()
+    slower = replace(WORKLOAD, rate=6.0).generate()
     assert [a.prompt for a in slower] == [a.prompt for a in one]
     assert [a.time for a in slower] == pytest.approx([2 * a.time for a in one])
     assert WORKLOAD.num_requests / one[-1].time == pytest.approx(WORKLOAD.rate, rel=0.3)
