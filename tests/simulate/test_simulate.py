@@ -11,13 +11,13 @@ import pytest
 
 from octavo.cli.app import run
 from octavo.config import EngineConfig
-from octavo.engine.calibrate import LONGEST, NUM_NEW
+from octavo.engine.calibrate import LONGEST, NUM_NEW, timed_steps
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.messages import AddRequest, StepRecord
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.cost import CostModel, StepWork
-from octavo.simulate.costs import FORMAT, Costs, time_steps
+from octavo.simulate.costs import FORMAT, Costs
 from octavo.simulate.outcome import Outcome, Seen, max_min_shares, percentile
 from octavo.simulate.real import run_real
 from octavo.simulate.simulator import Machine, capacity, simulate
@@ -91,7 +91,7 @@ def test_a_simulation_is_exact_where_the_costs_are_known(policy: str, burst_size
 
 def test_a_calibration_is_not_held_up_at_the_door_and_the_door_is_there_again() -> None:
     core, _ = known_core(EngineConfig(max_num_seqs=32, max_num_queued_reqs=1))
-    timed = time_steps(core, seconds=0.2)
+    timed = timed_steps(core, seconds=0.2)
     assert max(work.num_sampled for work, _ in timed) == 32
     longest = min(LONGEST, MACHINE.max_model_len - NUM_NEW)
     assert max(work.num_kv_read for work, _ in timed if work.num_pairs) >= longest / 2, "no prompt as long as they come"
