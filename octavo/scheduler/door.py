@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.request import Request
+from octavo.scheduler.policies import STALE
 
 RECENT = 64  # admissions that the predicted wait is made from
 LEAST_WAIT = 1.0  # seconds; also what is said before anything is known
@@ -23,6 +24,7 @@ class Door:
         self._num_tokens = 0  # prompt tokens of those never admitted yet
         self._admissions: deque[float] = deque(maxlen=RECENT)
         self._deadlines: list[tuple[float, str]] = []  # a heap; what has ended leaves lazily
+        self._deadline_of: dict[str, float] = {}  # of what has not
 
     def enter(self, request: Request, num_waiting: int, now: float) -> None:
         """Lets a Request in. Raises QueueFullError, with the predicted wait, when the queue is full."""
@@ -41,6 +43,7 @@ class Door:
             )
         self._num_tokens = num_tokens
         if request.deadline is not None:
+            self._deadline_of[request.request_id] = request.deadline
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
 
     def admitted(self, request: Request, now: float) -> None:
@@ -52,6 +55,10 @@ class Door:
         """A Request has ended."""
         if request.first_scheduled_time is None:
             self._num_tokens -= request.num_prompt_tokens
+        self._deadline_of.pop(request.request_id, None)
+        if len(self._deadlines) > 2 * len(self._deadline_of) + STALE:
+            self._deadlines = [(deadline, request_id) for request_id, deadline in self._deadline_of.items()]
+            heapq.heapify(self._deadlines)
 
     def predicted_wait(self, num_waiting: int, now: float) -> float:
         """Seconds until as many as wait now are admitted, at the pace of the last RECENT admissions."""
@@ -60,10 +67,12 @@ class Door:
         pace = (now - self._admissions[0]) / len(self._admissions)
         return max(LEAST_WAIT, num_waiting * pace)
 
-    def expired(self, now: float) -> Iterator[tuple[float, str]]:
-        """(deadline, request id) of those that have passed; the Request may have ended since."""
+    def expired(self, now: float) -> Iterator[str]:
+        """Ids of the live Requests whose deadline has passed; each is to end before the next is asked for."""
         while self._deadlines and self._deadlines[0][0] <= now:
-            yield heapq.heappop(self._deadlines)
+            deadline, request_id = heapq.heappop(self._deadlines)
+            if self._deadline_of.get(request_id) == deadline:  # else it has ended; a namesake may run
+                yield request_id
 
 
 def refuse_impossible(request: Request, kv: KVCacheManager, max_model_len: int, max_num_seqs: int) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 from octavo.request import Request
 
 NO_CAP = 1 << 30  # tokens
+STALE = 64  # entries of a heap whose Request has left, beside as many as are live
 
 
 class Policy(Protocol):
@@ -109,7 +110,8 @@ class FcfsPolicy:
 
 
 class RequestHeap:
-    """Waiting Requests by a key that never changes while they wait. O(log n); what is removed leaves lazily."""
+    """Waiting Requests by a key that never changes while they wait. O(log n); what is removed leaves lazily, but is
+    never the larger part for long."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, str]] = []  # key, order of arrival here, request id
@@ -135,6 +137,10 @@ class RequestHeap:
     def remove(self, request: Request) -> None:
         """Takes a Request out, wherever it stands."""
         del self._entries[request.request_id]
+        if len(self._heap) > 2 * len(self._entries) + STALE:
+            live = {(count, request_id) for request_id, (count, _) in self._entries.items()}
+            self._heap = [item for item in self._heap if item[1:] in live]
+            heapq.heapify(self._heap)
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._entries

@@ -165,12 +165,11 @@ class Scheduler:
     def expire(self) -> list[RequestDelta]:
         """Ends the Requests whose deadline has passed: their last deltas."""
         deltas = []
-        for deadline, request_id in self.door.expired(self._clock()):
-            request = self._requests.get(request_id)
-            if request is not None and request.deadline == deadline:  # else it has ended; a namesake may run
-                allowed = deadline - request.arrival_time
-                error = f"the request's timeout of {allowed:g} s has passed: allow more, or ask for fewer tokens"
-                deltas += self._give_up(request, FinishReason.ERROR, error, TimeLimitError.__name__)
+        for request_id in self.door.expired(self._clock()):
+            request = self._requests[request_id]
+            allowed = (request.deadline or 0.0) - request.arrival_time
+            error = f"the request's timeout of {allowed:g} s has passed: allow more, or ask for fewer tokens"
+            deltas += self._give_up(request, FinishReason.ERROR, error, TimeLimitError.__name__)
         return deltas
 
     def finish(self, request_id: str, num_kept: int) -> None:

@@ -267,3 +267,21 @@ def test_a_passed_deadline_ends_a_request_wherever_it_is() -> None:
     assert engine.tokens["quick"] == naive(prompt(3), 2)[0]
     engine.now = 99.0
     assert engine.scheduler.expire() == []
+
+
+@pytest.mark.parametrize("name", ["priority", "slo"])
+def test_who_left_before_its_turn_and_its_deadline_is_not_remembered(name: str) -> None:
+    """Clients that give up by the thousand, with timeouts of a day and behind somebody who waits."""
+    policy = PriorityPolicy() if name == "priority" else SloPolicy(1e6, 0.1, CostModel())
+    engine = Engine(max_num_seqs=1, policy=policy)
+    engine.add(make_request("runs", prompt(3), 50, priority=-9))
+    engine.step()
+    engine.add(make_request("waits", prompt(3), 2, timeout=9.0))
+    for number in range(1000):
+        engine.add(make_request(f"r{number}", prompt(3), priority=1 << 30, arrival=1.0, timeout=86_400.0))
+        engine.scheduler.abort(f"r{number}")
+    heap = policy._heap if isinstance(policy, PriorityPolicy) else policy._hopeful
+    assert max(len(engine.scheduler.door._deadlines), len(heap._heap)) <= 100
+    assert policy.first(engine.now) is engine.scheduler.find("waits")
+    engine.now = 9.0
+    assert [delta.request_id for delta in engine.scheduler.expire()] == ["waits"]
