@@ -67,8 +67,10 @@ def strict(front: Front, body: ChatRequest, form: Form | None) -> StructuredOutp
         if len(ids) == 1 and ids[0] in front.tokenizer.special_ids:
             answer = answer.replace(mark, f"({mark} | <[{ids[0]}]>)")
     lines = ["start: answer", answer, _TEXT]
-    if form.openings and front.reasoning_parser is not None:
-        lines[0] = f"start: thought? answer\nthought[lazy]: {_THOUGHTS[front.reasoning_parser]}"
+    if form.openings:
+        lines.append(f"PLAIN: TEXT & ~/[ \\t\\r\\n]*({'|'.join(map(re.escape, form.openings))})(.|\\n)*/")
+        if front.reasoning_parser is not None:
+            lines[0] = f"start: thought? answer\nthought[lazy]: {_THOUGHTS[front.reasoning_parser]}"
     schemas = {one.name: (one.strict and one.parameters) or _ANY for one in tools}
     calls, definitions = _call_schemas(schemas, "parameters" if form.openings else "arguments")
     lines += _python_calls(schemas) if form.is_python else [f"call: {_json({'anyOf': calls, '$defs': definitions})}"]

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 PING_SECONDS = 15.0  # of silence in a stream
 GIVEN = ("n", "presence_penalty", "frequency_penalty", "length_penalty", "early_stopping")  # None: the default
+SAME = (  # as they are
+    *("use_beam_search", "seed", "prompt_logprobs", "stop", "stop_token_ids", "include_stop_str_in_output"),
+    *("ignore_eos", "min_tokens", "bad_words", "allowed_token_ids", "skip_special_tokens"),
+)
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -218,22 +222,12 @@ class Front:
         given = {name: getattr(body, name) for name in (*MODEL_DEFAULTS, *GIVEN) if getattr(body, name) is not None}
         params = SamplingParams(
             **{**({} if body.use_beam_search else default_sampling(engine.spec)), **given},
+            **{name: getattr(body, name) for name in SAME},
             best_of=getattr(body, "best_of", None),
-            use_beam_search=body.use_beam_search,
-            seed=body.seed,
-            prompt_logprobs=body.prompt_logprobs,
-            stop=body.stop,
-            stop_token_ids=body.stop_token_ids,
-            include_stop_str_in_output=body.include_stop_str_in_output,
-            ignore_eos=body.ignore_eos,
             max_tokens=max_tokens,
-            min_tokens=body.min_tokens,
             logprobs=logprobs,
             logit_bias={int(token): bias for token, bias in body.logit_bias.items()} if body.logit_bias else None,
-            bad_words=body.bad_words,
-            allowed_token_ids=body.allowed_token_ids,
             structured_outputs=body.structure(),
-            skip_special_tokens=body.skip_special_tokens,
             detokenize=engine.tokenizer is not None,
             output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
         )

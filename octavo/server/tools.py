@@ -38,8 +38,8 @@ class Form:
         head: what a call begins with, up to its arguments; its group is the name.
         is_python: calls are Python's, not JSON objects.
         named: the function whose arguments are all there is.
-        answer: the grammar of a text with such calls (call_grammar.py), of which `call` and `named` are the tools';
-            between @ stands what makes it several calls.
+        answer: the grammar of a text with such calls (call_grammar.py), of which `call` and `named` are the tools',
+            PLAIN is what does not begin with an opening; between @ stands what makes it several calls.
     """
 
     begin: str = ""
@@ -66,9 +66,7 @@ answer: (one @one*@)? TEXT""",
         between=r"(?:[\s,;\[\]]|<\|python_tag\|>)*",
         needs_special_tokens=True,
         answer=r"""answer: PLAIN | (TAG | SPACE "<|python_tag|>")? SPACE call @(SPACE ";" SPACE call)*@ SPACE
-PLAIN: TEXT & ~OPEN
-TAG: /[ \t\r\n]*<\|python_tag\|>/
-OPEN: /[ \t\r\n]*(\{|<\|python_tag\|>)(.|\n)*/""",
+TAG: /[ \t\r\n]*<\|python_tag\|>/""",
     ),
     "mistral": Form(
         "[TOOL_CALLS]",
@@ -84,9 +82,7 @@ answer: TEXT | (mark | TEXT "[TOOL_CALLS]") SPACE (list | named @("[TOOL_CALLS]"
         openings=("[",),
         head=r"([\w.-]{1,64})\s{0,20}\(",
         is_python=True,
-        answer=r"""answer: PLAIN | SPACE "[" SPACE call @("," SPACE call)*@ SPACE "]" SPACE
-PLAIN: TEXT & ~OPEN
-OPEN: /[ \t\r\n]*\[(.|\n)*/""",
+        answer=r"""answer: PLAIN | SPACE "[" SPACE call @("," SPACE call)*@ SPACE "]" SPACE""",
     ),
 }
 TOOL_PARSERS["qwen"] = TOOL_PARSERS["hermes"]

@@ -50,6 +50,9 @@ def test_langchain_binds_tools(serve, langchain) -> None:
     chat = langchain(server, max_tokens=100).bind_tools([tool])
     [call] = chat.invoke("hi").tool_calls
     assert (call["name"], call["args"]) == ("time", {"zone": "CET"})
+    pieces = list(chat.stream("hi"))
+    assert len(pieces) > 20
+    assert sum(pieces[1:], pieces[0]).tool_calls[0]["args"] == {"zone": "CET"}
     forced = serve(FakeEngine(answer=b'[{"name": "time", "parameters": {"zone": "CET"}}]'))
     chat = langchain(forced, max_tokens=100).bind_tools([tool], tool_choice="required")
     assert [call["name"] for call in chat.invoke("hi").tool_calls] == ["time"]

@@ -100,6 +100,15 @@ def test_tools_and_thoughts(get: Callable[..., Any]) -> None:
     assert message.content[0].thinking == "Hm."
 
 
+def test_a_tool_s_input_comes_piece_by_piece() -> None:
+    ask = Inside(FakeEngine(answer=HERMES_CALL), tool_form=TOOL_PARSERS["hermes"])
+    raw = ask("POST", "/v1/messages", json={**ASK, "tools": TOOLS, "max_tokens": 100, "stream": True}).text
+    events = [json.loads(event.split("data: ", 1)[1]) for event in raw.strip().split("\n\n")]
+    pieces = [event["delta"]["partial_json"] for event in events if event.get("delta", {}).get("partial_json")]
+    assert pieces == list('{"zone": "CET"}')
+    assert [event["type"] for event in events[-3:]] == ["content_block_stop", "message_delta", "message_stop"]
+
+
 def test_thinking_is_limited_and_strict_tools_are_bound() -> None:
     ask = Inside(FakeEngine(), reasoning_parser="qwen3", tool_form=TOOL_PARSERS["hermes"])
     for thinking, most in (({"type": "enabled", "budget_tokens": 9}, 9), ({"type": "disabled"}, 0)):
