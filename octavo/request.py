@@ -92,9 +92,8 @@ class Request:
 
     @property
     def answer_ids(self) -> list[str]:
-        """Under which ids its answers return: its own, or with beam search one for each of n."""
-        n = self.params.n if self.params.use_beam_search else 1
-        return [answer_id(self.request_id, index, n) for index in range(n)]
+        """Under which ids its answers return."""
+        return answer_ids(self.request_id, self.params)
 
     @property
     def num_output_tokens(self) -> int:
@@ -105,6 +104,12 @@ class Request:
     def output_token_ids(self) -> list[int]:
         """The generated tokens (a copy)."""
         return self.token_ids[len(self.prompt_token_ids) :]
+
+
+def answer_ids(request_id: str, params: SamplingParams) -> list[str]:
+    """The ids of an engine request's answers: its own, or with beam search one for each of n."""
+    n = params.n if params.use_beam_search else 1
+    return [answer_id(request_id, index, n) for index in range(n)]
 
 
 def answer_id(request_id: str, index: int, n: int) -> str:

@@ -33,7 +33,7 @@ from octavo.messages import (
     ToEngine,
 )
 from octavo.observe.step_log import StepLog
-from octavo.request import FinishReason, Request
+from octavo.request import FinishReason, Request, answer_ids
 from octavo.scheduler.choose import make_policy
 from octavo.scheduler.deltas import last_deltas
 from octavo.scheduler.recorder import RecordingScheduler
@@ -144,9 +144,9 @@ class EngineCore:
                 self._let_in(message)
         elif isinstance(message, AbortRequests):
             for request_id in message.request_ids:
-                if self._rules.forget(request_id) or self._forget_held(request_id):
+                if self._rules.forget(request_id):
                     self._pending.append(RequestDelta(request_id, finish_reason=FinishReason.ABORT))
-                self._pending.extend(self.scheduler.abort(request_id))
+                self._pending.extend(self._abort_held(request_id) or self.scheduler.abort(request_id))
         elif isinstance(message, FinishRequest):
             self._rules.forget(message.request_id)
             self.scheduler.finish(message.request_id, message.num_kept)
@@ -195,11 +195,12 @@ class EngineCore:
         else:
             self._add(message)
 
-    def _forget_held(self, request_id: str) -> bool:
+    def _abort_held(self, request_id: str) -> list[RequestDelta]:
         held = next((item for item in self._held if item[1].request_id == request_id), None)
-        if held is not None:
-            self._held.remove(held)
-        return held is not None
+        if held is None:
+            return []
+        self._held.remove(held)
+        return [RequestDelta(name, finish_reason=FinishReason.ABORT) for name in answer_ids(request_id, held[1].params)]
 
     def _add(self, message: AddRequest) -> None:
         params = message.params

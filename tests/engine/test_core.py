@@ -255,7 +255,8 @@ def test_a_beam_search_told_again_has_the_engine_for_itself_until_it_ends(files)
     core.handle(AddRequest("beams", [5, 6, 7], beams, 5, seed=0, runs_alone=True))
     for name in ("kept", "left", "late"):
         core.handle(AddRequest(name, [8, 9], plain, 5, seed=0, timeout=1e-9 if name == "late" else None))
-    core.handle(AbortRequests(["left"]))
+    core.handle(AddRequest("gone", [8, 9], beams, 5, seed=0))
+    core.handle(AbortRequests(["left", "gone"]))
     ended, widths = {}, []
     while core.has_work:
         outputs = core.step()
@@ -265,5 +266,6 @@ def test_a_beam_search_told_again_has_the_engine_for_itself_until_it_ends(files)
     assert set(widths[1:]) == {2}
     assert [(delta.request_id, delta.alone) for delta in told] == [("beams", True)] * len(widths)
     reasons = {name: str(delta.finish_reason) for name, delta in ended.items()}
-    assert reasons == {"beams#0": "length", "beams#1": "length", "kept": "length", "left": "abort", "late": "error"}
+    beam_reasons = {"beams#0": "length", "beams#1": "length", "gone#0": "abort", "gone#1": "abort"}
+    assert reasons == {**beam_reasons, "kept": "length", "left": "abort", "late": "error"}
     assert ended["late"].error_kind == "TimeLimitError"
