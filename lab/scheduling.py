@@ -219,7 +219,7 @@ def main() -> None:
             "num_blocks": NUM_BLOCKS,
             "workload": asdict(WORKLOAD),
             "num_traces": NUM_TRACES,
-            "figures": measure(replace(measured.machine, num_blocks=NUM_BLOCKS)),
+            "figures": measure(replace(measured.machine(CONFIG), num_blocks=NUM_BLOCKS)),
         }
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     result = json.loads(path.read_text(encoding="utf-8"))

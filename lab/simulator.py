@@ -77,13 +77,13 @@ def in_cpu_time(load: float, num_requests: int, num_runs: int) -> dict[str, Any]
             timed += timed_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1))
             costs = Costs.of(CONFIG.model, core, timed)
             if not number:
-                pace = load * capacity(arrivals, costs.machine, CONFIG)
+                pace = load * capacity(arrivals, costs.machine(CONFIG), CONFIG)
                 scaled = [replace(arrival, time=arrival.time / pace) for arrival in arrivals]
             if number < num_runs:
                 measured.append(run_real(scaled, core, salt=f"run {number}", clock=clock, wait=clock.wait))
                 bar.update(len(arrivals))
     core.close()
-    rows = compare(simulate(scaled, costs.machine, CONFIG), *measured)
+    rows = compare(simulate(scaled, costs.machine(CONFIG), CONFIG), *measured)
     figures = [{**asdict(r), "measured": r.measured, "error": r.error, "spread": r.spread} for r in rows]
     return {"costs": asdict(costs), "figures": figures}
 

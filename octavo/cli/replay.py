@@ -18,7 +18,6 @@ from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.simulate.replay import Divergence, Replay
-    from octavo.simulate.simulator import Machine
 
 EXIT_DIVERGED = 1
 EXAMPLES = (
@@ -106,14 +105,14 @@ def _say_what_if(run: Replay, changes: str) -> None:
     if not run.steps:
         raise ConfigError("the recording holds no whole step: nothing to price other ones with")
     known = run.settings
-    asked = _changes(changes, set(known))
+    asked = _changes(changes, set(known) - {"kv_windows"})
     _refuse_unknowable(known, asked)
-    if "block_size" in asked:  # the same memory, unless that is changed too
-        asked.setdefault("num_blocks", max(1, known["num_blocks"] * known["block_size"] // asked["block_size"]))
-    machine, config = _setting(run, known)
-    other, changed = _setting(run, known | asked)
-    fits = [min(m.max_model_len, m.num_blocks * c.block_size) for m, c in ((machine, config), (other, changed))]
-    trace, num_left_out = clipped(run.trace(), min(fits))
+    scale = asked.get("block_size", known["block_size"]) / known["block_size"]
+    for name in ("num_blocks", "num_host_blocks"):  # the same memory, unless that is changed too
+        asked.setdefault(name, int(known[name] / scale) or min(known[name], 1))
+    machine, config = run.setting({})
+    other, changed = run.setting(asked)
+    trace, num_left_out = clipped(run.trace(), min(machine.longest(config), other.longest(changed)))
     num_left_out += sum(request.params.use_beam_search for request in run.requests.values())
     if num_left_out:
         say(f"{num_left_out} requests that do not fit, or are beam searches, were left out", style="yellow")
@@ -124,15 +123,6 @@ def _say_what_if(run: Replay, changes: str) -> None:
     say_figures(outcomes, config)
 
 
-def _setting(run: Replay, settings: dict[str, Any]) -> tuple[Machine, EngineConfig]:
-    """What the recording ran on, under these settings."""
-    from octavo.simulate.simulator import Machine
-
-    of_machine = {name: settings[name] for name in ("num_blocks", "max_model_len")}
-    config = EngineConfig(**{name: value for name, value in settings.items() if name not in of_machine})
-    return Machine(run.cost(), **of_machine), config
-
-
 def _refuse_unknowable(known: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises ConfigError for what a recording cannot tell, because it tells equal prompts by their blocks' digests."""
     size, new_size = known["block_size"], asked.get("block_size", known["block_size"])
@@ -140,6 +130,11 @@ def _refuse_unknowable(known: dict[str, Any], asked: dict[str, Any]) -> None:
         raise ConfigError(
             f"--what-if block_size={new_size}: the recording tells what prompts share by blocks of {size} tokens, and "
             f"nothing finer: give a multiple of {size}"
+        )
+    if asked.get("num_host_blocks") and not (known["host_copy_seconds"] or "host_copy_seconds" in asked):
+        raise ConfigError(
+            "--what-if num_host_blocks: the engine ran without host memory, so the recording does not tell what a copy "
+            "takes: give host_copy_seconds as well, of one block"
         )
     if asked.get("enable_prefix_caching") and not known["enable_prefix_caching"]:
         raise ConfigError(
@@ -150,7 +145,8 @@ def _refuse_unknowable(known: dict[str, Any], asked: dict[str, Any]) -> None:
 
 def _changes(text: str, known: set[str]) -> dict[str, Any]:
     """name=value,... as values of the settings' own types."""
-    hints = typing.get_type_hints(EngineConfig) | {"num_blocks": int, "max_model_len": int}
+    hints = typing.get_type_hints(EngineConfig) | {"num_blocks": int, "max_model_len": int, "num_host_blocks": int}
+    hints["host_copy_seconds"] = float
     values: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.strip().partition("=")

@@ -74,6 +74,7 @@ class TraceFlags:
     only=(
         *("revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"),
         *("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "kv_cache_dtype"),
+        *("swap_space", "disable_hybrid_kv_cache_manager"),
         *("enable_prefix_caching", "prefix_eviction_policy", "max_num_seqs", "max_num_batched_tokens"),
         *("admission_headroom", "long_prefill_token_threshold"),
         *("scheduling_policy", "priority_ageing", "slo_ttft_ms", "slo_itl_ms"),
@@ -107,9 +108,7 @@ def simulate(
     from octavo.simulate.simulator import simulate as run
 
     measured = Costs.read(costs)
-    num_blocks = config.num_gpu_blocks_override or measured.num_blocks * measured.block_size // config.block_size
-    machine = replace(measured.machine, num_blocks=num_blocks)
-    machine = replace(machine, max_model_len=config.max_model_len or machine.max_model_len)
+    machine = measured.machine(config)
     arrivals = _arrivals(trace, machine, config)
     policies = get_args(SchedulingPolicy) if compare else (config.scheduling_policy,)
     outcomes = {}
@@ -131,7 +130,7 @@ def _refuse_idle(config: EngineConfig, trace: TraceFlags, extra: set[str], calib
     given |= extra
     generated = {f.name for f in fields(trace)} - {"trace", "limit"}
     with_model = {"model", "revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"}
-    with_model |= {"kv_cache_dtype", "kv_cache_memory_bytes"}
+    with_model |= {"kv_cache_dtype", "kv_cache_memory_bytes", "disable_hybrid_kv_cache_manager"}
     only_calibrates = calibrate and not validate
     for names, is_idle, why in (
         (
@@ -164,7 +163,7 @@ def _arrivals(trace: TraceFlags, machine: Machine, config: EngineConfig) -> list
     from octavo.simulate.simulator import capacity
 
     given = read_trace(trace.trace, limit=trace.limit) if trace.trace else trace.workload().generate()
-    longest = min(machine.max_model_len, machine.num_blocks * config.block_size)
+    longest = machine.longest(config)
     arrivals, num_left_out = clipped(given, longest)
     if not arrivals:
         raise ConfigError(f"none of the {len(given)} requests fits {longest} tokens: raise --max-model-len")
@@ -195,14 +194,14 @@ def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, num_runs: 
                 timed += timed_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1), tell=tell)
             costs = Costs.of(config.model, core, timed)
             if number < num_runs:
-                arrivals = arrivals or _arrivals(trace, costs.machine, config)
+                arrivals = arrivals or _arrivals(trace, costs.machine(config), config)
                 with progress(len(arrivals), f"Running {number + 1}/{num_runs}") as tell:
                     measured.append(run_real(arrivals, core, salt=f"run {number}", tell=tell))
     costs.write(path)
     _say_costs(costs, path)
     if not measured:
         return 0
-    return _say_comparison(compare(run(arrivals, costs.machine, config), *measured), costs, output)
+    return _say_comparison(compare(run(arrivals, costs.machine(config), config), *measured), costs, output)
 
 
 def _say_comparison(rows: list[Comparison], costs: Costs, output: Path | None) -> int:
@@ -228,6 +227,7 @@ def _say_costs(costs: Costs, path: Path) -> None:
         "per_row": "a sampled row",
         "per_position": "a KV position read",
         "per_pair": "a query-key pair of a prefill",
+        "per_copy": "a block to or from host memory",
     }
     rows = [(names[name], f"{1e6 * seconds:12,.4f} µs") for name, seconds in asdict(costs.seconds).items()]
     say_table(f"{costs.model}, {costs.runtime}, {costs.dtype}", rows)

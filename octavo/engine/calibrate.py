@@ -8,12 +8,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from octavo.engine.core import EngineCore
 from octavo.engine.record import start_recording
 from octavo.messages import AbortRequests, AddRequest, StepRecord
 from octavo.observe.step_log import StepLog
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.copying import CopyChoice
 from octavo.scheduler.cost import CostModel, StepWork, fit, typical
 from octavo.scheduler.door import Door
 from octavo.scheduler.slo import SloPolicy
@@ -23,7 +25,6 @@ START_SECONDS = 1.0  # of the start, where something needs a cost model
 NUM_NEW = 6  # tokens each calibration request generates: one from its prompt, the others step by step
 LONGEST = 4096  # tokens of a prompt
 BATCH = 2048  # prompt tokens of several requests at once: none may take all the time there is
-PROMPT = 512  # tokens: what is computed again, to compare with copying it
 
 
 def prepare(core: EngineCore, *, serving: bool = False) -> None:
@@ -36,20 +37,13 @@ def prepare(core: EngineCore, *, serving: bool = False) -> None:
         if isinstance(policy, SloPolicy):
             policy.cost = cost
         if host.num_blocks:
-            _choose_copies(core, cost)
+            cost = replace(cost, per_copy=core.info.host_copy_seconds)
+            core.copies = CopyChoice(cost, core.config.block_size, len(core.info.kv_windows))
+            host.saves = core.copies.saves
+            log.info("%s", core.copies)
         core.info.timings["calibrate"] = time.monotonic() - began
     path = start_recording(core, serving=serving)
     core.record = None if path is None else str(path)
-
-
-def _choose_copies(core: EngineCore, cost: CostModel) -> None:
-    """Copies evicted blocks to host memory where that, and the way back, takes less time than computing them again."""
-    block_size = core.config.block_size
-    computed = cost.prefill_seconds(PROMPT) * block_size / PROMPT
-    copied = 2 * core.info.host_copy_seconds * len(core.info.kv_windows)
-    core.scheduler.kv.host.saves = copied < computed
-    what = "to compute %d tokens takes %.3f ms, to copy their KV to host memory and back %.3f ms: evicted KV is %s"
-    log.info(what, block_size, 1000 * computed, 1000 * copied, "copied" if copied < computed else "dropped")
 
 
 def calibrate(core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None) -> CostModel:

@@ -35,6 +35,8 @@ from octavo.messages import (
 from octavo.observe.step_log import StepLog
 from octavo.request import FinishReason, Request, answer_ids
 from octavo.scheduler.choose import make_policy
+from octavo.scheduler.copying import CopyChoice
+from octavo.scheduler.cost import StepWork
 from octavo.scheduler.deltas import last_deltas
 from octavo.scheduler.recorder import RecordingScheduler
 from octavo.scheduler.scheduler import Scheduler
@@ -82,6 +84,8 @@ class EngineCore:
         self._depth = depth or (info.max_depth if config.async_scheduling else 1)
         self._in_flight: deque[_InFlight] = deque()
         self.record: str | None = None  # where the scheduler is recorded
+        self.copies: CopyChoice | None = None  # whether what the pool gives up is copied to host memory
+        self._done_at = 0.0  # when the last result came
         self.announce: Callable[[StepOutputs], None] | None = None  # called before a suspect runs alone
         self._pending: list[RequestDelta] = []  # of requests that ended outside a step
         self._secluded: str | None = None  # a beam search that has the engine for itself until it ends
@@ -276,6 +280,9 @@ class EngineCore:
         deltas = self.scheduler.update(oldest.output, result)
         record.num_sampled = sum(map(len, result.token_ids))
         record.num_finished = len(deltas) - [d.finish_reason for d in deltas].count(None)
+        if self.copies is not None:
+            self._follow_costs(self.copies, StepWork.of(record), done_at - max(record.time, self._done_at))
+        self._done_at = done_at
         record.update_seconds = self._clock() - done_at
         self._pending.extend(deltas)
         for request_id, reason in self._rules.take(deltas):
@@ -283,6 +290,12 @@ class EngineCore:
                 self._pending.append(_failed(request_id, str(reason), type(reason).__name__))
         self.log.append(record)
         return [record]
+
+    def _follow_costs(self, copies: CopyChoice, work: StepWork, seconds: float) -> None:
+        host = self.scheduler.kv.host
+        saved, host.saves = host.saves, copies.learn(work, seconds)
+        if saved != host.saves:
+            log.info("%s", copies)
 
     def _fail_all(self, failed: _InFlight, error: str) -> list[StepRecord]:
         """The step failed, and so does every later one, whatever became of it: it was computed from this one's."""

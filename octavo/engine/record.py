@@ -66,7 +66,10 @@ def _start(core: EngineCore, scheduler: RecordingScheduler) -> Path:
     path = folder / f"engine-{began}-{os.getpid()}.jsonl"  # in a container every engine may have the same number
     settings = asdict(config)
     known = {name: settings[name] for name in WHAT_IF}
-    known |= {"num_blocks": core.info.plan.num_blocks, "max_model_len": core.info.spec.max_model_len}
+    info = core.info
+    known |= {"num_blocks": info.plan.num_blocks, "max_model_len": info.spec.max_model_len}
+    known |= {"num_host_blocks": info.plan.num_host_blocks, "host_copy_seconds": info.host_copy_seconds}
+    known["kv_windows"] = info.kv_windows
     scheduler.record(Ring(path, config.record_bytes, keep=keep), known)
     return path
 

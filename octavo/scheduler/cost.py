@@ -1,11 +1,11 @@
 """What a step costs: a linear model of what it computes, fitted to steps that were timed.
 
     seconds = fixed + per_token * tokens + per_row * sampled rows + per_position * KV positions read
-              + per_pair * query-key pairs of prefills
+              + per_pair * query-key pairs of prefills + per_copy * blocks copied to or from host memory
 
 No coefficient is negative (more work is never faster), and the fit minimises relative errors, so that a decode step
 of 3 ms counts as much as a prefill of 300. Used by the policy `slo` to size prefill chunks, and by the simulator as its
-clock. Plain Python: five coefficients need no library.
+clock. Plain Python: six coefficients need no library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, fields
 
 from octavo.messages import StepRecord
 
-SWEEPS = 1000  # of coordinate descent; five coefficients settle long before
+SWEEPS = 1000  # of coordinate descent; six coefficients settle long before
 PASSES = 3  # each with the errors relative to what the one before it says
 OUTLIER = 4.0  # times the median error
 
@@ -28,11 +28,13 @@ class StepWork:
     num_sampled: int  # rows whose next token is sampled
     num_kv_read: int  # positions, over all rows
     num_pairs: int  # query-key pairs of rows with more than one token
+    num_copied: int = 0  # blocks, to host memory or from there
 
     @classmethod
     def of(cls, record: StepRecord) -> StepWork:
         """The work of a recorded step."""
-        return cls(record.num_tokens, record.num_sampled, record.num_kv_read, record.num_prefill_pairs)
+        copied = record.num_saved_blocks + record.num_loaded_blocks
+        return cls(record.num_tokens, record.num_sampled, record.num_kv_read, record.num_prefill_pairs, copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class CostModel:
     per_row: float = 0.0
     per_position: float = 0.0
     per_pair: float = 0.0
+    per_copy: float = 0.0
 
     def seconds(self, work: StepWork) -> float:
         """What a step of this work takes."""
@@ -53,6 +56,7 @@ class CostModel:
             + self.per_row * work.num_sampled
             + self.per_position * work.num_kv_read
             + self.per_pair * work.num_pairs
+            + self.per_copy * work.num_copied
         )
 
     def prefill_seconds(self, num_tokens: int) -> float:

@@ -12,7 +12,8 @@ A row that goes on by one token in its old block is not written: most are like t
     abort, finish, expire    of number "r"
     step   "t" the clock, "n" the step; "new" rows admitted: [row, number, computed, runs of blocks]; "rows" that do not
            just go on: [row, start, tokens, samples, row forked from, runs of added blocks]; "crc" of all rows in their
-           order; "pre": [number, number of the one it made way for]; "copy": block copies
+           order; "pre": [number, number of the one it made way for]; "copy": block copies;
+           "saves" where that changed: whether what the pool gives up is copied to host memory
     done   "t", "n": update() took the step's result; "tokens": [place, how many] where that is not one per sampling
            row, "stop": [place, tokens kept]; "beams": of each round of a beam search that ended, [parent of each beam,
            by its place among the living before], none when the search is over, and the new number that the first beam
@@ -178,6 +179,7 @@ class RecordingScheduler(Scheduler):
         self._time = 0.0
         self._ring: Ring | None = None
         self._settings: dict[str, Any] = {}
+        self._saves = True
         self._describer = Describer()
         self._count = 0
         self._hashed: list[list[Any]] = []
@@ -241,7 +243,10 @@ class RecordingScheduler(Scheduler):
         self._tick()
         output = super().schedule()
         if ring is not None:
-            self._write({"e": "step", "t": self._time, **self._describer.step(output, self.preempted)})
+            event = {"e": "step", "t": self._time, **self._describer.step(output, self.preempted)}
+            if self._saves != (saves := self.kv.host.saves):
+                event["saves"] = self._saves = saves
+            self._write(event)
             ring.flush()  # before anything is executed that might crash
             if output.scheduled:
                 self._describer.flying[output.step] = output.scheduled
@@ -291,6 +296,7 @@ class RecordingScheduler(Scheduler):
 
     def _write_state(self, ring: Ring) -> None:
         self._describer.restart()
+        self._saves = self.kv.host.saves
         known = {"format": FORMAT, "settings": self._settings, "numbers": self._describer.numbers, "count": self._count}
         flying = {step: [msgspec.structs.asdict(row) for row in rows] for step, rows in self._describer.flying.items()}
         ring.write({"e": "state", **known, "flying": flying, "scheduler": freeze(self)})

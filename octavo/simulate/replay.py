@@ -11,10 +11,11 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from octavo.config import EngineConfig
 from octavo.errors import ConfigError, RequestError
 from octavo.kvcache.block_hash import BlockHasher
 from octavo.messages import RequestDelta, StepRecord
@@ -25,6 +26,7 @@ from octavo.scheduler.cost import CostModel, StepWork, fit
 from octavo.scheduler.recorder import FORMAT, Describer
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import ROOMS, Thaw
+from octavo.simulate.simulator import Machine
 from octavo.simulate.trace import Arrival, Segment
 from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
 
@@ -104,7 +106,8 @@ class Replay:
     def __init__(self, path: Path) -> None:
         self._lines = _read(path)
         first = self._lines[0][1]
-        self.settings: dict[str, Any] = first["settings"]
+        of_old: dict[str, Any] = {"num_host_blocks": 0, "host_copy_seconds": 0.0, "kv_windows": [0]}
+        self.settings: dict[str, Any] = of_old | first["settings"]
         self.steps: list[tuple[StepWork, float]] = []
         self.requests: dict[int, Request] = {}  # by number
         self.arrivals: dict[int, float] = {}  # number -> clock
@@ -151,6 +154,16 @@ class Replay:
         """What steps cost, fitted to those that were run again."""
         return fit(self.steps)
 
+    def setting(self, changes: dict[str, Any]) -> tuple[Machine, EngineConfig]:
+        """What the recording ran on, under changed settings. A copied block costs what it cost there."""
+        known, settings, cost = self.settings, self.settings | changes, self.cost()
+        larger = settings["block_size"] / known["block_size"]
+        per_copy = changes.get("host_copy_seconds", larger * (cost.per_copy or known["host_copy_seconds"]))
+        of_machine = {name: settings[name] for name in ("num_blocks", "max_model_len", "num_host_blocks")}
+        machine = Machine(replace(cost, per_copy=per_copy), kv_windows=tuple(settings["kv_windows"]), **of_machine)
+        of_config = {f.name for f in fields(EngineConfig)}
+        return machine, EngineConfig(**{name: value for name, value in settings.items() if name in of_config})
+
     def trace(self) -> list[Arrival]:
         """The requests of the recording, without beam searches, with as many tokens as each had got by the point that
         was reached."""
@@ -169,9 +182,10 @@ class Replay:
     # ------------------------------------------------------------------------------------------------------- events
 
     def _step(self, line: int, event: dict[str, Any]) -> Divergence | None:
+        self.scheduler.kv.host.saves = event.get("saves", self.scheduler.kv.host.saves)
         output = self.scheduler.schedule()
         decided = json.loads(json.dumps(self._describer.step(output, self.scheduler.preempted)))
-        for what in sorted({*decided, *event} - {"e", "t", "h"}):
+        for what in sorted({*decided, *event} - {"e", "t", "h", "saves"}):
             if decided.get(what) != event.get(what):
                 return Divergence(event["n"], line, what, event.get(what), decided.get(what))
         record = StepRecord(output.step, self._time)

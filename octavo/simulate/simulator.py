@@ -3,6 +3,7 @@ step takes what the cost model says, in virtual time, and the model says what th
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,12 @@ from octavo.messages import StepRecord
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.choose import make_policy
+from octavo.scheduler.copying import CopyChoice
 from octavo.scheduler.cost import CostModel, StepWork
 from octavo.scheduler.scheduler import Scheduler
 from octavo.simulate.outcome import Outcome, Seen
 from octavo.simulate.trace import Arrival
-from octavo.step import ModelRunnerOutput, SchedulerOutput
+from octavo.step import ModelRunnerOutput, SchedulerOutput, most_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,14 @@ class Machine:
     cost: CostModel
     num_blocks: int
     max_model_len: int
+    kv_windows: tuple[int, ...] = (0,)  # per KV group
+    num_host_blocks: int = 0
+
+    def longest(self, config: EngineConfig) -> int:
+        """Tokens of the longest request that fits."""
+        lengths = range(1, self.max_model_len + 1)
+        sizes = config.block_size, self.kv_windows, config.max_step_tokens
+        return bisect_right(lengths, self.num_blocks, key=lambda length: most_blocks(length, *sizes))
 
 
 def simulate(
@@ -45,10 +55,15 @@ def simulate(
     kv = KVCacheManager(
         machine.num_blocks,
         config.block_size,
+        machine.kv_windows,
+        config.max_step_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         hash_key=b"",
         eviction=EVICTIONS[config.prefix_eviction_policy](),
+        num_host_blocks=machine.num_host_blocks,
     )
+    copies = CopyChoice(machine.cost, config.block_size, len(machine.kv_windows))
+    kv.host.saves = copies.saves
     scheduler = Scheduler(
         kv,
         max_num_seqs=config.max_num_seqs,
@@ -79,7 +94,9 @@ def simulate(
         scheduler.fill(record, output)
         result = _answers(output, outcome)
         record.num_sampled = sum(map(len, result.token_ids))
-        record.execute_seconds = machine.cost.seconds(StepWork.of(record))
+        work = StepWork.of(record)
+        record.execute_seconds = machine.cost.seconds(work)
+        kv.host.saves = copies.learn(work, record.execute_seconds)
         now += record.execute_seconds
         deltas = scheduler.update(output, result)
         outcome.take(deltas, now)

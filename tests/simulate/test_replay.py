@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_simulate import MACHINE, WORKLOAD, known_core
+from test_simulate import COST, MACHINE, MACHINES, WORKLOAD, known_core
 
 from octavo.cli.app import run
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
+from octavo.engine.record import start_recording
 from octavo.errors import ConfigError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import AddRequest
@@ -22,17 +23,23 @@ from octavo.scheduler.recorder import RecordingScheduler, Ring
 from octavo.simulate.outcome import Outcome
 from octavo.simulate.real import run_real
 from octavo.simulate.replay import Replay
+from octavo.simulate.simulator import Machine, simulate
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 
 
-def recorded(folder: Path, **settings: object) -> tuple[Path, Outcome]:
+def recorded(folder: Path, machine: Machine | None = None, **settings: object) -> tuple[Path, Outcome]:
     """A run that preempts, chunks and hits, with its recording."""
     config = EngineConfig(
         max_num_seqs=12, max_num_batched_tokens=128, admission_headroom=0.0, record=str(folder), **settings
     )  # type: ignore[arg-type]
-    core, executor = known_core(config, num_blocks=44 * 16 // config.block_size)
-    prepare(core)
-    trace = [a for a in replace(WORKLOAD, rate=30.0).generate() if a.num_prompt + a.num_output < 44 * 16]
+    machine = machine or replace(MACHINE, num_blocks=44 * 16 // config.block_size)
+    core, executor = known_core(config, machine)
+    if machine.num_host_blocks:  # its costs are known
+        core.record = str(start_recording(core, serving=False))
+    else:
+        prepare(core)
+    longest = min(44 * 16, machine.longest(config) + 1)
+    trace = [a for a in replace(WORKLOAD, rate=30.0).generate() if a.num_prompt + a.num_output < longest]
     outcome = run_real(trace, core, clock=executor.clock, wait=executor.wait)
     assert core.record is not None
     core.close()
@@ -52,6 +59,32 @@ def test_a_recording_replays_to_the_same_decisions(tmp_path, policy: str) -> Non
     assert [a.num_output for a in replay.trace()] == [len(seen.times) for seen in outcome.seen]
 
 
+@pytest.mark.parametrize("machine", MACHINES, ids=["host", "windows", "both"])
+def test_windows_and_host_memory_are_replayed_and_simulated(tmp_path, capfd, machine: Machine) -> None:
+    path, outcome = recorded(tmp_path, machine)
+    happened = ["num_preempted", "num_evicted_blocks"]
+    happened += ["num_saved_blocks", "num_loaded_blocks"] if machine.num_host_blocks else []
+    replay = Replay(path)
+    assert replay.run() is None
+    again = simulate(
+        replay.trace(), replace(machine, cost=COST), EngineConfig(max_num_seqs=12, max_num_batched_tokens=128)
+    )
+    for name in happened:
+        assert outcome.total(name) > 0
+    assert again.seconds == pytest.approx(outcome.seconds, rel=0.05)
+    figures = what_if(path, "num_host_blocks=0" if machine.num_host_blocks else "num_blocks=500", capfd)
+    assert figures["requests/s"][0] == pytest.approx(len(outcome.seen) / outcome.seconds, rel=0.05)
+    assert figures["requests/s"][0] != figures["requests/s"][1]
+
+
+def test_what_a_copy_takes_is_told_or_asked_for(tmp_path, capfd) -> None:
+    path, _ = recorded(tmp_path)
+    known = json.loads(path.read_text().splitlines()[0])["settings"]
+    assert (known["kv_windows"], known["num_host_blocks"]) == ([0], 0)
+    free, dear = (what_if(path, f"num_host_blocks=200,host_copy_seconds={cost}", capfd) for cost in ("1e-6", "9.0"))
+    assert free["requests/s"][1] > dear["requests/s"][1]
+
+
 def test_a_ring_stays_bounded_and_replays_from_its_older_half(tmp_path) -> None:
     path, outcome = recorded(tmp_path, record_bytes=1 << 16)
     older = path.with_name(path.name + ".1")
@@ -63,7 +96,7 @@ def test_a_ring_stays_bounded_and_replays_from_its_older_half(tmp_path) -> None:
 
 
 def test_a_ring_that_is_small_beside_its_states_still_covers_many_steps(tmp_path) -> None:
-    core, executor = known_core(EngineConfig(max_num_seqs=12), num_blocks=44)
+    core, executor = known_core(EngineConfig(max_num_seqs=12), replace(MACHINE, num_blocks=44))
     scheduler = core.scheduler
     assert isinstance(scheduler, RecordingScheduler)
     scheduler.record(Ring(tmp_path / "r", 4_000), {"block_size": 16})
@@ -313,6 +346,7 @@ def test_larger_blocks_share_what_they_would_have_shared_in_a_pool_of_the_same_b
     [
         ("block_size=8", {}, "a multiple of 16"),
         ("block_size=24", {}, "a multiple of 16"),
+        ("num_host_blocks=50", {}, "give host_copy_seconds"),
         ("enable_prefix_caching=true", {"enable_prefix_caching": False}, "without a prefix cache"),
     ],
 )
@@ -344,8 +378,6 @@ def test_the_verb_says_what_it_found(tmp_path, capfd) -> None:
 
 def test_the_simulated_recording_is_the_recorded_run(tmp_path) -> None:
     """What --what-if compares with: with the costs known, simulating the recorded requests gives the run itself."""
-    from octavo.simulate.simulator import simulate
-
     path, outcome = recorded(tmp_path)
     replay = Replay(path)
     replay.run()

@@ -16,6 +16,7 @@ from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.messages import AddRequest, StepRecord
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.copying import CopyChoice
 from octavo.scheduler.cost import CostModel, StepWork
 from octavo.simulate.costs import FORMAT, Costs
 from octavo.simulate.outcome import Outcome, Seen, max_min_shares, percentile
@@ -25,16 +26,17 @@ from octavo.simulate.trace import Arrival, Workload, clipped, read_trace
 from octavo.simulate.validate import compare
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 
-COST = CostModel(fixed=0.004, per_token=1e-4, per_row=3e-4, per_position=2e-6, per_pair=1e-8)
+COST = CostModel(fixed=0.004, per_token=1e-4, per_row=3e-4, per_position=2e-6, per_pair=1e-8, per_copy=2e-4)
 MACHINE = Machine(COST, num_blocks=160, max_model_len=2048)
 WORKLOAD = Workload(num_requests=80, rate=12.0, prompt_median=100, output_median=30, shared_prefix=40, num_tenants=4)
 
 
 class KnownCosts:
-    """An executor without a model: a step takes what COST says, on a clock that only it moves."""
+    """An executor without a model: a step takes what its cost says, on a clock that only it moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.cost = COST
         self.num_foreign_calls = 0
         self._output: SchedulerOutput
 
@@ -53,7 +55,8 @@ class KnownCosts:
         long = [(row.num_tokens, end) for row, end in zip(rows, ends, strict=True) if row.num_tokens > 1]
         pairs = sum(n * (end - n + end + 1) // 2 for n, end in long)
         sampled = sum(row.samples for row in rows)
-        self.now += COST.seconds(StepWork(self._output.num_tokens, sampled, sum(ends), pairs))
+        num_copied = len(self._output.copy_blocks)
+        self.now += self.cost.seconds(StepWork(self._output.num_tokens, sampled, sum(ends), pairs, num_copied))
         future: Future[ModelRunnerOutput] = Future()
         future.set_result(ModelRunnerOutput([[0] if row.samples else [] for row in rows], [None] * len(rows)))
         return future
@@ -62,12 +65,54 @@ class KnownCosts:
         pass
 
 
-def known_core(config: EngineConfig, num_blocks: int = MACHINE.num_blocks) -> tuple[EngineCore, KnownCosts]:
+def known_core(config: EngineConfig, machine: Machine = MACHINE) -> tuple[EngineCore, KnownCosts]:
     executor = KnownCosts()
     spec = SimpleNamespace(eos_token_ids=(), max_model_len=MACHINE.max_model_len, vocab_size=1 << 20)
-    plan = SimpleNamespace(num_blocks=num_blocks, num_tokens=num_blocks * config.block_size, num_host_blocks=0)
-    info = SimpleNamespace(spec=spec, plan=plan, kv_windows=(0,), max_depth=1, timings={})
-    return EngineCore(config, executor, info, clock=executor.clock), executor  # type: ignore[arg-type]
+    plan = SimpleNamespace(num_blocks=machine.num_blocks, num_host_blocks=machine.num_host_blocks)
+    plan.num_tokens = machine.num_blocks * config.block_size
+    info = SimpleNamespace(spec=spec, plan=plan, kv_windows=machine.kv_windows, max_depth=1, timings={})
+    info.host_copy_seconds = COST.per_copy if machine.num_host_blocks else 0.0
+    core = EngineCore(config, executor, info, clock=executor.clock)  # type: ignore[arg-type]
+    if machine.num_host_blocks:
+        core.copies = CopyChoice(COST, config.block_size, len(machine.kv_windows))
+        core.scheduler.kv.host.saves = core.copies.saves
+    return core, executor
+
+
+HOSTED = replace(MACHINE, num_blocks=60, num_host_blocks=80)
+WINDOWED = replace(MACHINE, num_blocks=160, kv_windows=(0, 48, 48))
+MACHINES = [HOSTED, WINDOWED, replace(WINDOWED, num_blocks=120, num_host_blocks=200)]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=["host", "windows", "both"])
+def test_a_simulation_with_windows_and_host_memory_is_exact(machine: Machine) -> None:
+    config = EngineConfig(max_num_seqs=12, max_num_batched_tokens=128, admission_headroom=0.0)
+    trace, _ = clipped(replace(WORKLOAD, rate=30.0).generate(), machine.longest(config))
+    assert machine.kv_windows == (0,) or machine.longest(config) < machine.num_blocks * 16
+    core, executor = known_core(config, machine)
+    measured = run_real(trace, core, clock=executor.clock, wait=executor.wait)
+    simulated = simulate(trace, machine, config)
+    for ours, theirs in zip(simulated.seen, measured.seen, strict=True):
+        assert ours.times == pytest.approx(theirs.times, abs=1e-9)
+    happened = ["num_preempted", "num_evicted_blocks"]
+    happened += ["num_saved_blocks", "num_loaded_blocks"] if machine.num_host_blocks else []
+    assert all(simulated.total(name) == measured.total(name) > 0 for name in happened)
+
+
+def test_copy_or_compute_follows_what_they_cost() -> None:
+    """Copies are cheap, then dear, then cheap again; the engine notices, and in the end everything is as it was."""
+    config = EngineConfig(max_num_seqs=12, max_num_batched_tokens=128, admission_headroom=0.0)
+    trace, _ = clipped(replace(WORKLOAD, num_requests=900, rate=30.0).generate(), HOSTED.longest(config))
+    core, executor = known_core(config, HOSTED)
+    saved: list[int] = []
+    for number, per_copy in enumerate((COST.per_copy, 0.01, COST.per_copy)):
+        executor.cost = replace(COST, per_copy=per_copy)
+        part = [replace(a, time=a.time - trace[300 * number].time) for a in trace[300 * number : 300 * number + 300]]
+        outcome = run_real(part, core, salt=str(number), clock=executor.clock, wait=executor.wait)
+        saved.append(outcome.total("num_saved_blocks"))
+        assert outcome.total("num_evicted_blocks") > 500
+    assert core.scheduler.kv.host.saves
+    assert saved[1] < saved[0] / 5 < saved[2]
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "fair", "slo"])
