@@ -185,7 +185,8 @@ def find_model(config: EngineConfig) -> None:
 
     began = time.monotonic()
     files = resolve_model_of(config)
-    say(f"Model    {config.model}: {files.path} ({time.monotonic() - began:.2f} s)")
+    took = time.monotonic() - began
+    say(f"Model    {files.path}" + (f" ({took:.1f} s)" if took >= 0.1 else ""))
 
 
 def read_template(path: Path | None) -> str | None:
@@ -195,7 +196,7 @@ def read_template(path: Path | None) -> str | None:
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path}: {error}") from error
+        raise ConfigError(f"--chat-template {path}: {getattr(error, 'strerror', error)}") from error
 
 
 def check_port(host: str, port: int) -> None:
@@ -207,7 +208,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port, or --port 0 for a free one"
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port, or --port 0"
         ) from error
 
 
@@ -270,7 +271,7 @@ def print_ready(engine: AsyncEngine, startup: Startup, url: str, *, with_key: bo
     say("Memory", style="bold")
     say(ready.plan)
     say()
-    rows = [(name, f"{seconds:7.3f} s") for name, seconds in startup.phases.items()]
+    rows = [(name, f"{seconds:7.3f} s") for name, seconds in startup.phases.items() if seconds >= 0.001]
     say_table("Start-up", [*rows, ("total", f"{startup.total:7.3f} s")])
     say()
     say(f"Ready in {startup.total:.2f} s: {url}", style="bold green")

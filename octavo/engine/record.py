@@ -59,7 +59,7 @@ def _start(core: EngineCore, scheduler: RecordingScheduler) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot record to {folder}: {error}; take another --record, or off") from error
+        raise ConfigError(f"cannot record to {folder}: {error.strerror}; take another --record, or off") from error
     if not keep:
         forget_old(folder, "engine-*.jsonl*", 2 * MAX_LEFT)
     began = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")

@@ -73,7 +73,7 @@ class Ring(LeftOut):
             self.older.unlink(missing_ok=True)
             self._open()
         except OSError as error:
-            raise ConfigError(f"cannot record to {path}: {error}; take another --record, or off") from error
+            raise ConfigError(f"cannot record to {path}: {error.strerror}; take another --record, or off") from error
 
     @property
     def is_full(self) -> bool:
