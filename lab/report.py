@@ -108,6 +108,23 @@ def nodes(saved: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def whole_steps(saved: dict[str, Any]) -> str:
+    """One table: a line a level and number type, what a whole step takes and how much of the machine's limit it is."""
+    head = ["level", "weights", "KV"]
+    for rows in CASES:
+        head += [f"us, {rows} row{'s' * (rows != '1')}", "of limit"]
+    lines = []
+    for found in saved["results"]:
+        steps = [found["rows"][rows] for rows in CASES]
+        lines.append(
+            [found["level"], found["dtype"], found["kv"]]
+            + [cell for step in steps for cell in (f"{step['us']:,.0f}", f"{step['of_limit']:.0%}")]
+        )
+    commands = dict.fromkeys(found["command"] for found in saved["results"])
+    source = f"{', '.join(f'`{command}`' for command in commands)}; {saved['machine']}, {saved['date']}"
+    return f"{table(head, lines)}\n\n{source}; by node in `lab/results/nodes-levels.json`."
+
+
 def plot(saved: dict[str, Any]) -> str:
     """Four panels of bars, the best on top, as SVG."""
     shapes: list[str] = []
@@ -147,10 +164,13 @@ def sections() -> Iterator[str]:
     saved = json.loads((RESULTS / "cpu-smollm2.json").read_text(encoding="utf-8"))
     yield f"## Octavo\n\nMedian (range).\n\n{ours(saved)}\n\n{commands(saved)}"
     yield f"## Beside others\n\n![The same as bars](benchmarks-cpu.svg)\n\n{beside(saved)}"
-    for name, heading in (("models", "Nodes and limits"), ("levels", "Ops, types and levels")):
+    for name, heading, shown in (
+        ("levels", "Instruction levels: SmolLM2, whole steps", whole_steps),
+        ("models", "Nodes and limits", nodes),
+    ):
         path = RESULTS / f"nodes-{name}.json"
         if path.exists():
-            yield f"## {heading}\n\n{nodes(json.loads(path.read_text(encoding='utf-8')))}"
+            yield f"## {heading}\n\n{shown(json.loads(path.read_text(encoding='utf-8')))}"
 
 
 def readme_numbers(saved: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +183,8 @@ def readme_numbers(saved: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, engine in engines.items():
         found = [figure_of(engine, figure) for figure in COMPARED]
+        if not any(figure for name, figure in zip(COMPARED, found, strict=True) if name.startswith("W")):
+            continue  # measured for other figures only
         rows.append(
             [title(name, engine), *(f"{f.median:,.{0 if f.median >= 100 else 1}f}" if f else "" for f in found)]
         )
