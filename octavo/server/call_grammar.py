@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from octavo.errors import InvalidValueError, UnsupportedParameterError
@@ -24,6 +23,7 @@ _MARKS = ('"[TOOL_CALLS]"', '"[ARGS]"', '"<|python_tag|>"')  # a tokenizer may h
 _THOUGHTS = {"qwen3": r"/[ \t\r\n]*<think>(.|\n)*<\/think>/", "deepseek_r1": 'TEXT "</think>"'}
 _TEXT = r"""TEXT: /(.|\n)*/
 SPACE: /[ \t\r\n]{0,20}/"""
+_COMMA = ' "," SPACE '
 _ANY_ARGUMENTS = r"""any: (pair ("," SPACE pair)*)?
 pair: /[A-Za-z_][A-Za-z_0-9]{0,63}=/ %json {}"""
 
@@ -84,18 +84,13 @@ def _json(schema: Any) -> str:
     return "%json " + json.dumps(schema).replace("::=", ":\\u003a=")  # which would make it EBNF
 
 
-def _python_calls(schemas: dict[str, Any]) -> Iterator[str]:
+def _python_calls(schemas: dict[str, Any]) -> list[str]:
     """The rules of calls with keyword arguments, in the order of their schemas; values are JSON.
 
     Raises UnsupportedParameterError for a schema that is more than an object of named properties, all required.
     """
-    yield _ANY_ARGUMENTS
-    yield "call: " + " | ".join(f"call{number}" for number in range(len(schemas)))
-    for number, (name, schema) in enumerate(schemas.items()):
-        yield f"call{number}: {json.dumps(name + '(')} args{number} {json.dumps(')')}"
-        if schema == _ANY:
-            yield f"args{number}: any"
-            continue
+    calls = []
+    for name, schema in schemas.items():
         own, needed = schema.get("properties", {}), schema.get("required", [])
         named = isinstance(own, dict) and all(map(str.isidentifier, own)) and isinstance(needed, list)
         if not named or sorted(map(str, needed)) != sorted(own) or schema.keys() - _SIMPLE:
@@ -104,8 +99,9 @@ def _python_calls(schemas: dict[str, Any]) -> Iterator[str]:
                 param="tools",
             )
         kept = {key: schema[key] for key in _KEPT & schema.keys()}
-        words = (f'{json.dumps(word)[:-1]}=" {_json({"allOf": [one], **kept})}' for word, one in own.items())
-        yield f"args{number}: " + (' "," SPACE '.join(words) or '""')
+        words = [f'{json.dumps(word)[:-1]}=" {_json({"allOf": [one], **kept})}' for word, one in own.items()]
+        calls.append(f'{json.dumps(name + "(")} {"any" if schema == _ANY else _COMMA.join(words)} ")"')
+    return [_ANY_ARGUMENTS, f"call: {' | '.join(calls)}"]
 
 
 def _moved(schema: Any, place: str) -> Any:

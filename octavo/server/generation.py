@@ -18,7 +18,7 @@ from octavo.server.chunks import ChunkWriter, Timing, Usage, encode
 from octavo.server.errors import Failure
 from octavo.server.front import Caller, Front
 from octavo.server.logprobs import LogprobsWriter
-from octavo.server.protocol import GenerationRequest
+from octavo.server.protocol import ChatRequest, CompletionRequest, StreamOptions
 from octavo.server.tools import Message
 
 
@@ -29,6 +29,7 @@ class Generation(ABC):
     `return_token_ids`, where every token is told.
     """
 
+    body: ChatRequest | CompletionRequest
     object: str  # OpenAI's name of the answer
     chunk_object: str
     is_chat: bool
@@ -37,7 +38,7 @@ class Generation(ABC):
         self,
         front: Front,
         caller: Caller,
-        body: GenerationRequest,
+        body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         params: SamplingParams,
         id: str,
@@ -60,7 +61,7 @@ class Generation(ABC):
         self.told: dict[int, list[dict[int, Logprob] | None] | None] = {}  # of each prompt, where asked for
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
         self.writers: list[LogprobsWriter] | None = None  # by choice
-        if params.logprobs is not None and body.shows_logprobs:
+        if params.logprobs is not None and body.logprobs is not None and body.logprobs is not False:
             tokenizer = front.engine.tokenizer
             as_ids = bool(body.return_tokens_as_token_ids)
             unseen = tokenizer.special_ids if tokenizer and params.skip_special_tokens else frozenset()
@@ -118,13 +119,13 @@ class Generation(ABC):
         yield encode({**self._head, "object": self.object, **end})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        body, usage = self.body, self.usage
+        usage, options = self.usage, self.body.stream_options or StreamOptions()
         writer = self._writer = ChunkWriter(
             {**self._head, "object": self.chunk_object},
             self.num_choices,
             chat=self.is_chat,
-            usage=usage if body.include_usage else None,
-            continuous=body.continuous_usage,
+            usage=usage if options.include_usage else None,
+            continuous=bool(options.continuous_usage_stats),
         )
         begun = [False] * len(self.prompts)
         async with aclosing(self._outputs()) as outputs:

@@ -330,21 +330,6 @@ class GenerationRequest(EngineRequest):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
-    @property
-    def shows_logprobs(self) -> bool:
-        """True when the answer tells log probabilities."""
-        raise NotImplementedError
-
-    @property
-    def include_usage(self) -> bool:
-        """True when the stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        """True when every chunk carries the usage so far."""
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
     def structure(self) -> StructuredOutputsParams | None:
         """What the answer must look like. Raises InvalidValueError for what cannot be."""
         formatted = self.response_format.structure() if self.response_format else None
@@ -386,11 +371,6 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: bool = False  # a template writes its own
     chat_template_kwargs: TemplateKwargs | None = None
 
-    @property
-    def shows_logprobs(self) -> bool:
-        """True when the answer tells log probabilities."""
-        return bool(self.logprobs)
-
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
@@ -424,11 +404,6 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
     add_special_tokens: bool = True
-
-    @property
-    def shows_logprobs(self) -> bool:
-        """True when the answer tells log probabilities."""
-        return self.logprobs is not None
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
