@@ -74,6 +74,7 @@ class EngineReady:
     timings: dict[str, float]  # phase -> seconds; they add up to the start-up time
     plan: str  # the memory plan, as printed
     record: str | None = None  # file that the scheduler is recorded to
+    num_kv_groups: int = 1  # blocks that so many tokens as one holds are in
 
 
 @dataclass(slots=True)

@@ -277,6 +277,7 @@ class AsyncEngine:
             self.model_name,
             cache_config={
                 "block_size": str(ready.block_size),
+                "num_kv_groups": str(ready.num_kv_groups),
                 "cache_dtype": self.config.kv_cache_dtype,
                 "enable_prefix_caching": str(self.config.enable_prefix_caching),
                 "num_gpu_blocks": str(ready.num_blocks),

@@ -132,6 +132,7 @@ class EngineCore:
             timings=self.info.timings,
             plan=plan.describe(),
             record=self.record,
+            num_kv_groups=len(self.info.kv_windows),
         )
 
     @property

@@ -180,10 +180,12 @@ class _StepMetrics(_Group):
         self.kv_usage = Gauge("kv_cache_usage_perc", "Share of KV blocks held by requests, 0 to 1.")
         self.info = Gauge("cache_config_info", "How the KV cache is set up; always 1.", cache_config)
         self.info.value = 1.0
-        self._block_size = int(cache_config.get("block_size", "1"))
+        block_size, num_groups = (int(cache_config.get(name, "1")) for name in ("block_size", "num_kv_groups"))
+        self._block_tokens = block_size / num_groups  # the KV of a token is in a block of each group: a share in each
         self.fragmentation = Gauge(
             "kv_cache_fragmentation_perc", "Share of the slots held by requests that hold no token yet, 0 to 1."
         )
+        self.idle = Gauge("kv_cache_idle_tokens", "Tokens that the slots held by requests have room for, still empty.")
         self.restarts = Counter("engine_restarts", "Engine processes started after the first.")
         self.preemptions = Counter("num_preemptions", "Requests preempted to free blocks.")
         self.prefix_queries = Counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
@@ -211,23 +213,25 @@ class _StepMetrics(_Group):
         self.prefix_queries.add(record.prefix_queries)
         self.prefix_hits.add(record.prefix_hits)
         self.prefix_misses.add(record.prefix_queries - record.prefix_hits)
-        num_slots = record.num_used_blocks * self._block_size
-        self.fragmentation.value = record.num_idle_slots / num_slots if num_slots else 0.0
-        self.evicted.add(record.num_evicted_blocks * self._block_size)
+        held = record.num_used_blocks * self._block_tokens
+        self.fragmentation.value = record.num_idle_slots / held if held else 0.0
+        self.idle.value = record.num_idle_slots
+        self.evicted.add(record.num_evicted_blocks * self._block_tokens)
         self.preempted.add(record.num_preempted_tokens)
         self.forked.add(record.num_forked)
-        self.copied.add(record.num_copied_blocks * self._block_size)
+        self.copied.add(record.num_copied_blocks * self._block_tokens)
         self.host_queries.add(record.host_queries)
         self.host_hits.add(record.host_hits)
         self.host_usage.value = record.host_usage
-        self.saved.add(record.num_saved_blocks * self._block_size)
-        self.loaded.add(record.num_loaded_blocks * self._block_size)
+        self.saved.add(record.num_saved_blocks * self._block_tokens)
+        self.loaded.add(record.num_loaded_blocks * self._block_tokens)
         self.recomputed.add(record.num_recomputed_tokens)
         self.step_tokens.observe(record.num_tokens)
 
     def clear(self) -> None:
         """Sets the gauges to those of an idle engine."""
-        self.running.value = self.waiting.value = self.kv_usage.value = self.fragmentation.value = 0.0
+        for gauge in (self.running, self.waiting, self.kv_usage, self.fragmentation, self.idle):
+            gauge.value = 0.0
 
 
 class _RequestMetrics(_Group):

@@ -27,6 +27,7 @@ NAMES = (
     "forked_requests",
     "kv_cache_copied_tokens",
     "kv_cache_fragmentation_perc",
+    "kv_cache_idle_tokens",
     "prompt_tokens_cached",
     "prompt_tokens_recomputed",
     "iteration_tokens_total",
@@ -116,6 +117,19 @@ def test_steps() -> None:
         assert found["cache_config_info|16"] == 1
     metrics.on_idle()
     assert samples(metrics)["octavo:num_requests_running"] == samples(metrics)["octavo:kv_cache_usage_perc"] == 0
+
+
+def test_a_token_is_a_position_however_many_groups_its_kv_lies_in() -> None:
+    """Of a request of 30 tokens in three groups all is copied out, evicted and copied back, and half of that copied."""
+    metrics = Metrics("m", cache_config={"block_size": "16", "num_kv_groups": "3"})
+    record = StepRecord(1, 0.0, num_running=1, num_used_blocks=6, num_idle_slots=2, num_evicted_blocks=6)
+    record.num_saved_blocks, record.num_loaded_blocks, record.num_copied_blocks = 6, 6, 3
+    metrics.on_steps([record])
+    found = {k.removeprefix("octavo:kv_cache_"): v for k, v in samples(metrics).items()}
+    assert found["octavo:prefix_cache_evicted_tokens_total"] == 32
+    assert found["swapped_out_tokens_total"] == found["swapped_in_tokens_total"] == 32
+    assert (found["copied_tokens_total"], found["idle_tokens"]) == (16, 2)
+    assert found["fragmentation_perc"] == 2 / 32
 
 
 def test_token_arrivals() -> None:
