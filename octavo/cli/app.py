@@ -6,12 +6,12 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from octavo import __version__
-from octavo.cli import bench, chat, complete, doctor, program, pull, replay, run_batch, serve, simulate
 from octavo.cli.help import Verbs, add_verbs
 from octavo.cli.terminal import say, say_error
 from octavo.errors import ConfigError, ModelError, OctavoError
@@ -22,20 +22,9 @@ EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # an unknown flag, a value of the wrong type, ...
 
-app = typer.Typer(
-    cls=Verbs,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Octavo serves language models: an OpenAI-compatible server, a chat in the terminal, benchmarks.",
-    epilog=(
-        "octavo serve     serve the default model on http://127.0.0.1:8000/v1\n\n"
-        "octavo chat      talk to it here, without a server\n\n"
-        "octavo doctor    what this machine lacks, and the command that fixes it"
-    ),
-)
+VERBS = ("serve", "chat", "complete", "run-batch", "simulate", "replay", "program", "pull", "doctor", "bench")
 
 
-@app.callback(invoke_without_command=True)
 def root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
 ) -> None:
@@ -47,13 +36,33 @@ def root(
         typer.echo(context.get_help())
 
 
-add_verbs(app, serve, chat, complete, run_batch, simulate, replay, program, pull, doctor)
-app.add_typer(bench.app, name="bench")
+def make_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
+    """The command with some of its verbs: what only the others need is not imported."""
+    app = typer.Typer(
+        cls=Verbs,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Octavo serves language models: an OpenAI-compatible server, a chat in the terminal, benchmarks.",
+        epilog=(
+            "octavo serve     serve the default model on http://127.0.0.1:8000/v1\n\n"
+            "octavo chat      talk to it here, without a server\n\n"
+            "octavo doctor    what this machine lacks, and the command that fixes it"
+        ),
+    )
+    app.callback(invoke_without_command=True)(root)
+    for verb in verbs:
+        module = import_module(f"octavo.cli.{verb.replace('-', '_')}")
+        if verb == "bench":
+            app.add_typer(module.app, name=verb)
+        else:
+            add_verbs(app, module)
+    return app
 
 
 def run(args: Sequence[str]) -> int:
     """Runs a command line and returns its exit status. Errors are one line; `--log-level debug` adds the traceback."""
     try:
+        app = make_app(args[:1] if args and args[0] in VERBS else VERBS)
         status = app(args=list(args), prog_name="octavo", standalone_mode=False)
     except UsageError as error:
         context = getattr(error, "ctx", None)

@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -26,6 +27,7 @@ from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
+    from octavo.engine.child import EngineProcess
     from octavo.server.keys import Keyring
     from octavo.server.loop import Tls
 
@@ -170,11 +172,14 @@ def serve(config: EngineConfig, http: HttpFlags, access: AccessFlags) -> None:
     say(f"Octavo {__version__}", style="bold")
     if access.keyring is None and http.host not in LOOPBACK:
         say("Anybody who reaches this address may ask: give --api-key.", style="yellow")
-    find_model(config)
-    startup.close_phase("find model")
     # with a timeout of 0 uvicorn complains that it cancels, which is what was asked for
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.getMessage().startswith("Cancel "))
-    asyncio.run(_serve(config, http, access, template, startup))
+    from octavo.engine.child import EngineProcess
+
+    with closing(EngineProcess()) as process:  # imports what it needs while this one does
+        find_model(config)
+        startup.close_phase("find model")
+        asyncio.run(_serve(config, http, access, template, startup, process))
     say("Stopped.")
 
 
@@ -227,14 +232,19 @@ def curl_lines(engine: AsyncEngine, url: str, *, with_key: bool = False) -> str:
 
 
 async def _serve(
-    config: EngineConfig, http: HttpFlags, access: AccessFlags, template: str | None, startup: Startup
+    config: EngineConfig,
+    http: HttpFlags,
+    access: AccessFlags,
+    template: str | None,
+    startup: Startup,
+    process: EngineProcess,
 ) -> None:
     from octavo.engine.async_engine import AsyncEngine
 
     startup.close_phase("engine imports")
     with console().status(f"Loading {config.model} ..."):
         engine, app_module, loop_module = await asyncio.gather(
-            AsyncEngine.start(config, chat_template=template, metrics_compat=http.metrics_compat),
+            AsyncEngine.start(config, chat_template=template, metrics_compat=http.metrics_compat, process=process),
             asyncio.to_thread(import_module, "octavo.server.app"),  # while the engine process loads the model
             asyncio.to_thread(import_module, "octavo.server.loop"),
         )

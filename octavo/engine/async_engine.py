@@ -84,9 +84,15 @@ class AsyncEngine:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, chat_template: str | None = None, metrics_compat: str = "octavo"
+        cls,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        metrics_compat: str = "octavo",
+        process: EngineProcess | None = None,
     ) -> AsyncEngine:
-        """Finds the model, spawns the engine process, loads the text half meanwhile, returns when it is ready.
+        """Finds the model, has an engine process load it (`process`, where one was begun already), loads the text half
+        meanwhile, returns when both are ready.
 
         Raises what the model or the config deserve: ModelError, ConfigError, MemoryPlanError, EngineDeadError.
         """
@@ -94,8 +100,9 @@ class AsyncEngine:
         files = resolve_model_of(config)
         engine = cls(config, files)
         engine.timings["find model"] = time.monotonic() - began
-        engine._process = await EngineProcess.spawn(config, files)
+        engine._process = process or EngineProcess()
         try:
+            await engine._process.load(config, files)
             await engine._load_front(chat_template)
             engine._take_ready(await engine._await_ready(), metrics_compat)
         except BaseException:
@@ -333,8 +340,9 @@ class AsyncEngine:
             log.error("%s; starting another one in %g s", reason, delay)
             await asyncio.sleep(delay)
             await self._process.end()
-            self._process = await EngineProcess.spawn(self.config, self._files)
+            self._process = EngineProcess()
             try:
+                await self._process.load(self.config, self._files)
                 self.ready = await self._await_ready()
             except OctavoError as error:
                 reason = self.restarting = str(error)

@@ -4,6 +4,7 @@ last steps, and where its scheduler was recorded (`octavo replay`). No text, no 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -11,13 +12,16 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
-from octavo.engine.groups import Child
-from octavo.engine.record import forget_old, record_folder
-from octavo.engine.watchdog import Progress
 from octavo.messages import EngineReady, StepRecord
+from octavo.models.hub import cache_folder
+
+if TYPE_CHECKING:
+    from octavo.engine.groups import Child
+    from octavo.engine.watchdog import Progress
 
 log = logging.getLogger("octavo.engine")
 MAX_STEPS = 256  # the last ones
@@ -74,3 +78,18 @@ def _facts(child: Child) -> dict[str, Any]:
         "max_tokens": child.request.max_tokens,
         "ran_alone": child.alone,
     }
+
+
+def record_folder(config: EngineConfig) -> tuple[Path, bool]:
+    """Where recordings and black boxes go, and whether all of them stay."""
+    if config.record == "auto":
+        return cache_folder(config.download_dir) / "records", False
+    return Path(config.record).expanduser(), True
+
+
+def forget_old(folder: Path, pattern: str, most: int) -> None:
+    """Removes all but the newest files that earlier engines left."""
+    with contextlib.suppress(OSError):  # another engine may be doing the same
+        left = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        for path in left[:-most]:
+            path.unlink()

@@ -19,27 +19,25 @@ SOCKET_BYTES = 1 << 22
 
 
 class EngineProcess:
-    """One engine process and the channel to it. Make it with `spawn`."""
+    """One engine process and the channel to it. It imports what it needs, then waits for `load`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], channel: FrontChannel) -> None:
-        self._process = process
-        self.channel = channel
+    channel: FrontChannel
 
-    @classmethod
-    async def spawn(cls, config: EngineConfig, files: ModelFiles) -> EngineProcess:
-        """Starts a process that loads the model; its first message says whether it could."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        for end in (ours, theirs):
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for end in (self._socket, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         with theirs:
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "octavo.engine.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        channel = await FrontChannel.open(ours)
-        channel.send(StartEngine(config, files.name, files.format, str(files.path)))
-        return cls(process, channel)
+
+    async def load(self, config: EngineConfig, files: ModelFiles) -> None:
+        """Has it load a model; its first message says whether it could."""
+        self.channel = await FrontChannel.open(self._socket)
+        self.channel.send(StartEngine(config, files.name, files.format, str(files.path)))
 
     def status(self) -> str:
         """How it ended, if it did: the end of a sentence that begins with "the engine process"."""
@@ -68,6 +66,12 @@ class EngineProcess:
         except OSError:
             return None
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc(5)
+
+    def close(self) -> None:
+        """Ends it at once, loaded or not, unless it has ended."""
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()
 
     async def end(self) -> None:
         """Closes the channel, on which it ends by itself; kills it if it does not."""

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from octavo.config import EngineConfig
 from octavo.engine.rules import RuleBook
@@ -41,8 +42,10 @@ from octavo.scheduler.deltas import last_deltas
 from octavo.scheduler.recorder import RecordingScheduler
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import SchedulerOutput
-from octavo.text.tokenizer import Tokenizer
 from octavo.worker.worker import WorkerInfo
+
+if TYPE_CHECKING:
+    from octavo.text.tokenizer import Tokenizer
 
 log = logging.getLogger("octavo.engine")
 OPENING_SECONDS = 0.0005  # between two looks at rules that are being made

@@ -9,6 +9,7 @@ import faulthandler
 import signal
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from octavo.config import DEFAULT_QUEUE
@@ -19,7 +20,6 @@ from octavo.errors import OctavoError
 from octavo.executor.local import LocalExecutor
 from octavo.messages import EngineFailed, Shutdown
 from octavo.models.spec import ModelFiles
-from octavo.text.load import load_text
 
 
 def main(fd: int) -> int:
@@ -64,7 +64,8 @@ def _build(start: StartEngine) -> EngineCore:
         executor,
         executor.start(),
         default_queue=DEFAULT_QUEUE,
-        tokenizer=lambda: load_text(start.config, files).tokenizer,
+        # imported for the first grammar, if one comes
+        tokenizer=lambda: import_module("octavo.text.load").load_text(start.config, files).tokenizer,
     )
     prepare(core, serving=True)
     return core

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from octavo.config import EngineConfig
+from octavo.engine.black_box import forget_old, record_folder
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
-from octavo.models.hub import cache_folder
 from octavo.scheduler.recorder import RecordingScheduler, Ring
 
 log = logging.getLogger("octavo.engine")
@@ -72,18 +70,3 @@ def _start(core: EngineCore, scheduler: RecordingScheduler) -> Path:
     known["kv_windows"] = info.kv_windows
     scheduler.record(Ring(path, config.record_bytes, keep=keep), known)
     return path
-
-
-def record_folder(config: EngineConfig) -> tuple[Path, bool]:
-    """Where recordings and black boxes go, and whether all of them stay."""
-    if config.record == "auto":
-        return cache_folder(config.download_dir) / "records", False
-    return Path(config.record).expanduser(), True
-
-
-def forget_old(folder: Path, pattern: str, most: int) -> None:
-    """Removes all but the newest files that earlier engines left."""
-    with contextlib.suppress(OSError):  # another engine may be doing the same
-        left = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-        for path in left[:-most]:
-            path.unlink()

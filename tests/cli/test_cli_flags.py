@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from octavo.cli.app import app
+from octavo.cli.app import make_app
 from octavo.cli.flags import FLAGS, engine_flags, flag_name
 from octavo.cli.sizes import parse_size
 from octavo.config import EngineConfig
@@ -61,7 +61,7 @@ def test_flags_reach_their_field(args: list[str], expected: dict[str, Any]) -> N
 @pytest.mark.parametrize("verb", VERBS_WITH_ALL_FLAGS)
 @pytest.mark.parametrize("columns", ["60", "80", "200"])
 def test_help_names_every_flag_in_full(verb: list[str], columns: str) -> None:
-    result = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": columns})
+    result = CliRunner().invoke(make_app(), [*verb, "--help"], env={"COLUMNS": columns})
     assert result.exit_code == 0
     left_out = set() if verb == ["serve"] else {"served_model_name"}
     for name in set(FLAGS) - left_out:
@@ -82,7 +82,7 @@ def test_help_of_every_verb_fits_a_terminal() -> None:
         ["bench"],
         ["bench", "serve"],
     ):
-        result = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "80"})
+        result = CliRunner().invoke(make_app(), [*verb, "--help"], env={"COLUMNS": "80"})
         assert result.exit_code == 0, verb
         text = result.output.split("\nExamples")[0]
         assert max(len(line) for line in text.splitlines()) <= 80, verb

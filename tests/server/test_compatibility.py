@@ -14,7 +14,7 @@ from fake_engine import FakeEngine
 from inside import Inside
 from typer.main import get_command
 
-from octavo.cli.app import app
+from octavo.cli.app import make_app
 from octavo.errors import EngineDeadError, QueueFullError, TimeLimitError
 from octavo.server.keys import KeyEntry, Keyring
 from octavo.server.tools import TOOL_PARSERS
@@ -400,7 +400,7 @@ NO_FLAGS = (
 
 def test_flags_of_vllm() -> None:
     """Those that are here have its names; of the others the command line says which it does not know."""
-    serve = get_command(app).commands["serve"]
+    serve = get_command(make_app()).commands["serve"]
     flags = {flag for option in serve.params for flag in (*option.opts, *option.secondary_opts)}
     assert set(FLAGS.split()) <= flags
     assert not set(NO_FLAGS.split()) & flags, "move it to FLAGS"

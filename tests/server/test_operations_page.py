@@ -9,7 +9,7 @@ from fake_engine import FakeEngine
 from inside import Inside
 from typer.main import get_command
 
-from octavo.cli.app import app
+from octavo.cli.app import make_app
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def test_metrics_are_told() -> None:
 
 
 def test_flags_and_routes_exist() -> None:
-    serve = get_command(app).commands["serve"]
+    serve = get_command(make_app()).commands["serve"]
     flags = {flag for option in serve.params for flag in option.opts}
     assert set(re.findall(r"`(--[a-z-]+)", PAGE)) <= flags
     routes = {route.path for route in Inside().app.routes}
