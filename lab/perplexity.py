@@ -33,7 +33,7 @@ from octavo.models.reader import read_spec
 from octavo.models.spec import ModelSpec
 from octavo.models.weights import open_weights
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, Int32, Runtime, SamplingInputs, StepInputs, WeightSource, weight_parts
+from octavo.runtime.base import Float32, Int32, Runtime, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.choose import create
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -207,7 +207,7 @@ def result_of(subject: Subject, arms: list[Arm], command: str) -> dict[str, Any]
 
 def stored_types(program: Program, weights: WeightSource) -> dict[str, int]:
     """How many matrices are stored as each type, most frequent first."""
-    parts = [part for weight, part in weight_parts(program) if weight.role != "vector"]
+    parts = [part for weight in program.weights if weight.role != "vector" for part in weight.parts]
     return dict(Counter(weights.type_of(part) for part in dict.fromkeys(parts)).most_common())
 
 

@@ -155,4 +155,3 @@ class StepOutputs:
 
 
 ToEngine = AddRequest | AbortRequests | FinishRequest | Shutdown
-FromEngine = EngineReady | EngineFailed | StepOutputs

@@ -8,7 +8,7 @@ import numpy as np
 
 from octavo.models.decoder import record
 from octavo.models.spec import ModelSpec
-from octavo.runtime.base import RandomTensor, Tensor, weight_parts
+from octavo.runtime.base import RandomTensor, Tensor
 
 STANDARD_DEVIATION = 0.02  # the initialiser of most models; logits stay sane
 
@@ -21,10 +21,7 @@ class DummyWeights:
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
         self._seed = seed
-        self._shapes = {
-            part: (weight.part_rows[weight.parts.index(part)], *weight.shape[1:])
-            for weight, part in weight_parts(record(spec))
-        }
+        self._shapes = record(spec).parts
 
     def get(self, part: str) -> Tensor:
         """The float32 tensor with this canonical name."""

@@ -133,7 +133,6 @@ class _SpecReader:
             learned_positions=0 if row.has_rope else context,
             tie_word_embeddings="output.weight" not in tensors,
             stored_dtype=self._stored_dtype(),
-            bos_token_id=next(iter(self._fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)), None),
             eos_token_ids=self._eos_token_ids(vocab_size),
             **row.flags,
             **self._experts(),

@@ -13,7 +13,7 @@ from octavo.models.decoder import record
 from octavo.models.gguf_file import TENSOR_TYPES, GGUFFile
 from octavo.models.gguf_spec import gguf_architecture_of
 from octavo.models.spec import ModelFiles, ModelSpec
-from octavo.runtime.base import Tensor, weight_parts
+from octavo.runtime.base import Tensor
 
 _NO_WEIGHT_TYPES = frozenset(("I8", "I16", "I32", "I64", "F64"))
 WEIGHT_TYPES = frozenset(name for name, _, _ in TENSOR_TYPES.values()) - _NO_WEIGHT_TYPES
@@ -75,10 +75,9 @@ class GGUFWeights:
             {"q": spec.num_heads, "k": spec.num_kv_heads} if gguf_architecture_of(self._file).permuted else {}
         )
         self._num_experts = spec.num_experts
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for weight, part in weight_parts(record(spec)):
-            self._shapes[part] = (weight.part_rows[weight.parts.index(part)], *weight.shape[1:])
-            self._check(part, self._shapes[part])
+        self._shapes = record(spec).parts
+        for part, shape in self._shapes.items():
+            self._check(part, shape)
 
     def get(self, part: str) -> Tensor:
         """The tensor with this canonical name, [out, in], q and k rows in half-split order."""

@@ -99,7 +99,6 @@ class _SpecReader:
             attention_out_bias=has_bias,
             tie_word_embeddings=self._tied(),
             stored_dtype=self._stored_dtype(),
-            bos_token_id=next(iter(fields.token_ids("bos_token_id", vocab_size)), None),
         )
         spec = replace(spec, **row.flags)
         if row.positions == "learned":

@@ -12,7 +12,7 @@ from octavo.models.decoder import record
 from octavo.models.hf_config import Fields, read_json
 from octavo.models.safetensors_file import SafetensorsFile, StoredTensor
 from octavo.models.spec import ModelFiles, ModelSpec
-from octavo.runtime.base import Tensor, weight_parts
+from octavo.runtime.base import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,9 +32,8 @@ class SafetensorsWeights:
         self._files = _open_files(files.path)  # by tensor name
         embed = self._row.stored("embed").name
         self._root = next((root for root in self._row.roots if f"{root}{embed}" in self._files), self._row.roots[0])
-        for weight, part in weight_parts(record(spec)):
-            rows = weight.part_rows[weight.parts.index(part)]
-            self._check(part, (rows, *weight.shape[1:]))
+        for part, shape in record(spec).parts.items():
+            self._check(part, shape)
 
     def get(self, part: str) -> Tensor:
         """The tensor with this canonical name, [out, in]; Gemma's norms get the 1 that they are stored without."""

@@ -75,6 +75,5 @@ class ModelSpec:
     dense_layers: tuple[int, ...] = ()  # layers without experts
 
     stored_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "quantized"
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: dict[str, float] = field(default_factory=dict)  # temperature, top_p, top_k, ...

@@ -74,6 +74,15 @@ class Program:
         return tuple(seen.values())
 
     @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor that a checkpoint must bring, by its canonical name."""
+        return {
+            part: (rows, *weight.shape[1:])
+            for weight in self.weights
+            for part, rows in zip(weight.parts, weight.part_rows, strict=True)
+        }
+
+    @property
     def num_kv_groups(self) -> int:
         """Block tables a request needs."""
         return 1 + max((layer.group for layer in self.kv_layers), default=0)

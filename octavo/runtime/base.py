@@ -6,14 +6,13 @@ It receives host arrays and returns host arrays; it knows nothing of requests. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from octavo.program.ops import Weight
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 
@@ -288,10 +287,3 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Frees everything; threads end."""
         ...
-
-
-def weight_parts(program: Program) -> Iterator[tuple[Weight, str]]:
-    """Every (weight, part) of a program once."""
-    for weight in program.weights:
-        for part in weight.parts:
-            yield weight, part

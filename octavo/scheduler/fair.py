@@ -37,17 +37,12 @@ class FairPolicy(FcfsPolicy):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counters: dict[str, float] = {}  # of tenants with live Requests
+        self._counters: dict[str, float] = {}  # of tenants with live Requests: weighted tokens by weight
         self._idle: OrderedDict[str, float] = OrderedDict()  # of the others
         self._num_live: dict[str, int] = {}
         self._queues: dict[str, OrderedDict[str, Request]] = {}
         self._length = 0
         self._floor = 0.0  # the lowest waiting counter when somebody last left the queue
-
-    @property
-    def waiting_counters(self) -> dict[str, float]:
-        """By tenant that waits: weighted tokens it was served (or lifted by), divided by its weight."""
-        return {tenant: self._counters[tenant] for tenant in self._queues}
 
     def arrived(self, request: Request) -> None:
         tenant = request.tenant

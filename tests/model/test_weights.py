@@ -20,7 +20,6 @@ from octavo.models.reader import read_spec
 from octavo.models.safetensors_file import SafetensorsFile
 from octavo.models.spec import ModelFiles
 from octavo.models.weights import open_weights
-from octavo.runtime.base import weight_parts
 from tests.model.tiny import Engine, make_tiny, reference
 
 PROMPT = [1, 17, 93, 4, 55, 60, 2, 8]
@@ -53,7 +52,7 @@ def change_index(folder: Path, name: str, file: Any) -> None:
 def open_all(files: ModelFiles) -> None:
     spec = read_spec(files)
     source = open_weights(files, spec)
-    for _, part in weight_parts(record(spec)):
+    for part in record(spec).parts:
         assert source.get(part).type == source.type_of(part)
 
 
@@ -191,7 +190,7 @@ def test_dummy_weights_need_config_only_and_follow_the_seed(tiny: ModelFiles) ->
     (tiny.path / "model.safetensors").unlink()
     spec = read_spec(tiny)
     first, same, other = (open_weights(tiny, spec, load_format="dummy", seed=s) for s in (3, 3, 4))
-    parts = [part for _, part in weight_parts(record(spec))]
+    parts = list(record(spec).parts)
     forwards = {part: first.get(part).data for part in parts}
     backwards = {part: same.get(part).data for part in reversed(parts)}
     assert all(np.array_equal(forwards[part], backwards[part]) for part in parts)
