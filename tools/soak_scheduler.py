@@ -81,7 +81,7 @@ class Walk(SchedulerMachine):
     def operate(self) -> None:
         """One operation, and the invariants."""
         draw = self.draw
-        kind = draw.choices(("add", "run", "abort", "finish", "go_wrong", "take"), (30, 50, 6, 4, 3, 7))[0]
+        kind = draw.choices(("add", "run", "abort", "finish", "go_wrong", "take", "choose"), (30, 50, 6, 4, 3, 7, 4))[0]
         if kind == "add":
             self.add_some()
         elif kind == "run":
@@ -89,6 +89,8 @@ class Walk(SchedulerMachine):
         elif kind == "take":
             if self.executor.results:
                 self.take_one_result()
+        elif kind == "choose":
+            self.choose_copies(saves=draw.random() < 0.7)
         elif self.names:
             name = draw.choice(self.names)
             arguments: dict[str, Any] = {

@@ -240,6 +240,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         elif name in self.live:
             self.executor.guilty.add(name)
 
+    @rule(saves=st.booleans())
+    def choose_copies(self, saves: bool) -> None:
+        """From now on copies to host memory pay, or do not."""
+        self.scheduler.kv.host.saves = saves
+
     @rule(steps=st.integers(1, 8))
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -360,6 +365,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_are_unique(self) -> None:
+        assert all(r.num_computed_tokens <= r.num_slots for r in self.scheduler._running.values())
         if not hasattr(self, "scheduler"):
             return
         rows = [r.row for r in self.live.values() if r.status is RequestStatus.RUNNING]
