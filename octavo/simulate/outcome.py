@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from octavo.messages import RequestDelta, StepRecord
 from octavo.scheduler.fair import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from octavo.simulate.trace import Arrival
-
-if TYPE_CHECKING:  # the command line's help needs a percentile, not msgspec
-    from octavo.messages import RequestDelta, StepRecord
 
 
 @dataclass(slots=True)

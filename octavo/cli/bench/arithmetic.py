@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from octavo.simulate.outcome import percentile
-
 METRICS = ("ttft", "tpot", "itl", "e2el")
 _TITLES = {
     "ttft": "Time to First Token",
@@ -87,6 +85,8 @@ class Report:
 
 def summarize(values: Sequence[float], percentiles: Sequence[float]) -> Summary:
     """Mean, median, population standard deviation and percentiles; zeros of nothing."""
+    from octavo.simulate.outcome import percentile  # not for --help: it brings msgspec
+
     if not values:
         return Summary(0.0, 0.0, 0.0, tuple((p, 0.0) for p in percentiles))
     mean = math.fsum(values) / len(values)
