@@ -66,8 +66,9 @@ def measure(model: str, dtype: str, kv_dtype: str, level: str, threads: int) -> 
     found: dict[str, Any] = {"model": model, "dtype": dtype, "kv": kv_dtype, "level": runtime.level, "rows": {}}
     random = np.random.default_rng(0)
     for rows, (num_requests, num_tokens) in CASES.items():
+        case = (num_requests, CONTEXT if num_tokens == 1 else 0, num_tokens)
         steps = [
-            step_inputs(random, num_requests, num_tokens, spec.vocab_size, program.num_kv_groups)
+            step_inputs(random, case, vocab_size=spec.vocab_size, num_groups=program.num_kv_groups)
             for _ in range(STEPS[rows])
         ]
         run(runtime, steps[0])
@@ -82,14 +83,20 @@ def measure(model: str, dtype: str, kv_dtype: str, level: str, threads: int) -> 
 
 
 def step_inputs(
-    random: np.random.Generator, num_requests: int, num_tokens: int, vocab_size: int, num_groups: int
+    random: np.random.Generator,
+    case: tuple[int, int, int],
+    *,
+    vocab_size: int,
+    num_groups: int,
+    length: int | None = None,
 ) -> StepInputs:
-    """Requests of CONTEXT tokens that decode one more, or one prompt of `num_tokens`; each in blocks of its own."""
-    begin = CONTEXT if num_tokens == 1 else 0
-    length = begin + num_tokens
-    num_blocks = -(-length // BLOCK_SIZE)
+    """A step in which each of so many requests computes tokens behind so many others: `case` is (requests, tokens
+    before, tokens). Each has blocks of its own, for `length` tokens; by default, those that it has then."""
+    num_requests, begin, num_tokens = case
+    end = begin + num_tokens
+    num_blocks = -(-(length or end) // BLOCK_SIZE)
     tables = np.arange(num_requests * num_blocks, dtype=np.int32).reshape(num_requests, num_blocks)
-    positions = np.tile(np.arange(begin, length, dtype=np.int32), num_requests)
+    positions = np.tile(np.arange(begin, end, dtype=np.int32), num_requests)
     of_request = np.repeat(np.arange(num_requests), num_tokens)
     slots = tables[of_request, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
     return StepInputs(
@@ -97,7 +104,7 @@ def step_inputs(
         positions=positions,
         slots=np.ascontiguousarray(np.broadcast_to(slots, (num_groups, len(slots)))),
         query_start_loc=np.arange(0, len(positions) + 1, num_tokens, dtype=np.int32),
-        seq_lens=np.full(num_requests, length, np.int32),
+        seq_lens=np.full(num_requests, end, np.int32),
         block_tables=np.ascontiguousarray(np.broadcast_to(tables, (num_groups, *tables.shape))),
         logits_indices=np.arange(num_tokens - 1, len(positions), num_tokens, dtype=np.int32),
     )

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from lab.machine import describe_machine
+from lab.nodes import step_inputs
+from lab.perplexity import BLOCK_SIZE
 from octavo.models.decoder import record
 from octavo.models.dummy import DummyWeights
 from octavo.models.hub import resolve_model
@@ -26,7 +28,6 @@ from octavo.runtime.native.library import load_library
 from octavo.runtime.native.runtime import NativeRuntime
 
 SHAPE = Path(__file__).parent / "shapes" / "smollm2-135m"
-BLOCK_SIZE = 16
 MAX_TOKENS = 1024
 # (requests, tokens computed before, tokens of a step, steps that follow each other)
 CASES = {
@@ -70,20 +71,12 @@ def inputs(case: tuple[int, int, int, int], index: int, spec: ModelSpec, groups:
     """Step `index` of a case; each request has blocks of its own."""
     num_requests, past, num_tokens, num_steps = case
     begin = past + index * num_tokens
-    length = begin + num_tokens
-    num_blocks = -(-(past + num_steps * num_tokens) // BLOCK_SIZE)
-    tables = np.arange(num_requests * num_blocks, dtype=np.int32).reshape(num_requests, num_blocks)
-    positions = np.tile(np.arange(begin, length, dtype=np.int32), num_requests)
-    of_request = np.repeat(np.arange(num_requests), num_tokens)
-    slots = tables[of_request, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
-    return StepInputs(
-        token_ids=np.random.default_rng(index).integers(0, spec.vocab_size, len(positions), dtype=np.int32),
-        positions=positions,
-        slots=np.ascontiguousarray(np.broadcast_to(slots, (groups, len(slots)))),
-        query_start_loc=np.arange(0, len(positions) + 1, num_tokens, dtype=np.int32),
-        seq_lens=np.full(num_requests, length, np.int32),
-        block_tables=np.ascontiguousarray(np.broadcast_to(tables, (groups, *tables.shape))),
-        logits_indices=np.arange(num_tokens - 1, len(positions), num_tokens, dtype=np.int32),
+    return step_inputs(
+        np.random.default_rng(index),
+        (num_requests, begin, num_tokens),
+        vocab_size=spec.vocab_size,
+        num_groups=groups,
+        length=past + num_steps * num_tokens,
     )
 
 

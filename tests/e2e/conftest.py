@@ -5,7 +5,7 @@ import json
 import pytest
 from serving import serving
 
-from tests.engine.test_core import TINY
+from tests.tiny_llama import TINY
 
 
 @pytest.fixture(scope="session")

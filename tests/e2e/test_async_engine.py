@@ -8,7 +8,7 @@ from tiny_engine import with_engine
 
 from octavo import RequestOutputKind, SamplingParams
 from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, MemoryPlanError
-from tests.engine.test_core import TINY
+from tests.tiny_llama import TINY
 
 PROMPT = [5, 6, 7]
 

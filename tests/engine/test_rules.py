@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from test_core import TINY, VOCAB, make_core
+from test_core import make_core
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
@@ -21,6 +21,7 @@ from octavo.messages import AbortRequests, AddRequest
 from octavo.models.spec import ModelFiles
 from octavo.sampling_params import SamplingParams
 from octavo.step import ScheduledRow, SchedulerOutput
+from tests.tiny_llama import TINY, VOCAB
 
 pytest.importorskip("llguidance")
 EOS = 2

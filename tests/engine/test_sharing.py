@@ -7,7 +7,8 @@ import pytest
 from octavo import LLM, SamplingParams
 from octavo.runtime.reference import ReferenceRuntime
 from tests.engine.naive import NaiveLoop
-from tests.engine.test_core import TINY, VOCAB, ModelFiles, prompts_with_shared_prefixes
+from tests.engine.test_core import ModelFiles, prompts_with_shared_prefixes
+from tests.tiny_llama import TINY, VOCAB
 
 
 @pytest.fixture(scope="module")

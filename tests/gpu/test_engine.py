@@ -20,24 +20,8 @@ from octavo.runtime.cuda.runtime import CudaRuntime
 from octavo.runtime.reference import ReferenceRuntime
 from octavo.sampling_params import PoolingParams, SamplingParams
 from tests.engine.naive import NaiveLoop
+from tests.tiny_llama import TINY, VOCAB
 
-VOCAB = 97
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 SETTINGS = {
     "plain": {"enable_prefix_caching": False},
     "eager": {"enforce_eager": True},

@@ -200,11 +200,11 @@ def test_the_split_of_a_real_engine_process_adds_up(monkeypatch):
 def test_steps_for_the_node_table_lie_in_blocks_of_their_own():
     import numpy as np
 
-    inputs = step_inputs(np.random.default_rng(0), 3, 1, 1000, 2)
+    inputs = step_inputs(np.random.default_rng(0), (3, CONTEXT, 1), vocab_size=1000, num_groups=2)
     assert inputs.positions.tolist() == [CONTEXT] * 3
     assert inputs.slots.shape == (2, 3)
     assert len(set(inputs.block_tables[0].ravel().tolist())) == inputs.block_tables[0].size
-    prompt = step_inputs(np.random.default_rng(0), 1, 32, 1000, 1)
+    prompt = step_inputs(np.random.default_rng(0), (1, 0, 32), vocab_size=1000, num_groups=1)
     assert prompt.slots[0].tolist() == list(range(32))
     assert prompt.logits_indices.tolist() == [31]
 

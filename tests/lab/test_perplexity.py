@@ -14,18 +14,9 @@ from octavo.models.weights import open_weights
 from octavo.runtime.base import SamplingInputs, StepInputs
 from octavo.runtime.reference import ReferenceRuntime
 from tests.text.vocabularies import byte_level
+from tests.tiny_llama import TINY
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 53,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
-}
+CONFIG = TINY | {"vocab_size": 53, "max_position_embeddings": 512}
 WINDOW = 2 * SLICE + 21
 
 
