@@ -147,6 +147,21 @@ class Thinking(Strict):
         return self
 
 
+class OutputFormat(Strict):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    schema_: JsonSchema = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    """What the answer looks like."""
+
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {"effort": ()}
+
+    format: OutputFormat | None = None
+
+
 class Metadata(Strict):
     """Whose request it is."""
 
@@ -157,6 +172,7 @@ class CountRequest(Strict):
     """Body of POST /v1/messages/count_tokens."""
 
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **_CACHE,
         "mcp_servers": ([],),
         "container": (),
     }
@@ -167,6 +183,7 @@ class CountRequest(Strict):
     tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
     def as_chat(self) -> dict[str, Any]:
         """The same as a chat's body."""
@@ -178,6 +195,9 @@ class CountRequest(Strict):
         chat: dict[str, Any] = {"model": self.model, "messages": messages}
         if self.thinking is not None and self.thinking.type != "adaptive":
             chat["max_thinking_tokens"] = self.thinking.budget_tokens or 0
+        if self.output_config is not None and self.output_config.format is not None:
+            schema = {"name": "output", "schema": self.output_config.format.schema_}
+            chat["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self.tools:
             functions = (
                 {"name": t.name, "description": t.description, "parameters": t.input_schema, "strict": t.strict}

@@ -2,8 +2,8 @@
 
 Routes: POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/responses/{id}/cancel, /v1/embeddings,
 /v1/score, /score, /v1/messages, /v1/messages/count_tokens, /tokenize, /detokenize; GET /v1/models, /v1/models/{id},
-/v1/responses/{id}, /health, /health/live, /health/ready, /health/progress, /metrics, /load, /server_info, /version,
-/openapi.json. No documentation page: those load their scripts from elsewhere.
+/v1/responses/{id} (DELETE, too), /health, /health/live, /health/ready, /health/progress, /metrics, /load, /server_info,
+/version, /openapi.json. No documentation page: those load their scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # clients send dozens; the origin is what decides
             expose_headers=["X-Request-Id", "Retry-After"],
         )
@@ -138,6 +138,11 @@ def _add_responses(app: FastAPI, front: Front) -> None:
         for name in request.query_params:
             raise UnsupportedParameterError(f"{name} is not supported here: leave it out", param=name)
         return _json(store.find(response_id, Caller.of(request).key.tenant).response())
+
+    @app.delete("/v1/responses/{response_id}", responses=_ERRORS)
+    async def remove(response_id: ResponseId, request: Request) -> Response:
+        store.remove(store.find(response_id, Caller.of(request).key.tenant))
+        return _json({"id": response_id, "object": "response", "deleted": True})
 
     @_post(app, "/v1/responses/{response_id}/cancel")
     async def cancel(response_id: ResponseId, request: Request) -> Response:

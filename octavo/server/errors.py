@@ -57,7 +57,9 @@ class Failure:
 
     def anthropic_body(self, request_id: str) -> bytes:
         """The JSON that Anthropic would send."""
-        error = {"type": ANTHROPIC_TYPES.get(self.status, "invalid_request_error"), "message": self.message}
+        named = self.param is None or self.param in self.message  # else nothing would name it in this shape
+        message = self.message if named else f"{self.param}: {self.message}"
+        error = {"type": ANTHROPIC_TYPES.get(self.status, "invalid_request_error"), "message": message}
         return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
 
     def response(self, scope: Scope) -> Response:

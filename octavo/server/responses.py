@@ -228,6 +228,10 @@ class ResponseStore:
             raise UnknownResponseError(f"there is no response {response_id!r} here, or no longer", param="response_id")
         return job
 
+    def remove(self, job: Responses) -> None:
+        """Forgets a response."""
+        self._num_bytes -= self._jobs.pop(job.id).num_bytes
+
     def _drop(self, count: int) -> None:
         for _ in range(count):
             self._num_bytes -= self._jobs.popitem(last=False)[1].num_bytes

@@ -109,6 +109,13 @@ def test_a_tool_s_input_comes_piece_by_piece() -> None:
     assert [event["type"] for event in events[-3:]] == ["content_block_stop", "message_delta", "message_stop"]
 
 
+def test_the_answer_has_the_form_that_was_asked_for() -> None:
+    ask = Inside(FakeEngine(answer=b'{"city": "Rome"}'))
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    create(ask, output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert ask.engine.seen[-1].params.structured_outputs.json == schema
+
+
 def test_thinking_is_limited_and_strict_tools_are_bound() -> None:
     ask = Inside(FakeEngine(), reasoning_parser="qwen3", tool_form=TOOL_PARSERS["hermes"])
     for thinking, most in (({"type": "enabled", "budget_tokens": 9}, 9), ({"type": "disabled"}, 0)):

@@ -1,7 +1,7 @@
 """What clients of OpenAI, Anthropic and vLLM know, name by name: it works, or it is refused by its name.
 
 The tables are the walk. What works is a 200, and what it then does is in test_parameters.py. What is refused is a 400
-with its name, and reaches no engine. A route or flag that is not here is told as such. docs/api.md says the same.
+with its name, and reaches no engine. A route that is not here is told as such. docs/api.md says the same.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine
 from inside import Inside
-from typer.main import get_command
 
-from octavo.cli.app import make_app
 from octavo.errors import EngineDeadError, QueueFullError, TimeLimitError
 from octavo.server.keys import KeyEntry, Keyring
 from octavo.server.tools import TOOL_PARSERS
@@ -185,12 +183,15 @@ MESSAGE_WORKS = [
     ("thinking", {"type": "enabled", "budget_tokens": 5}, {}),
     ("thinking", {"type": "disabled"}, {}),
     ("thinking", {"type": "adaptive"}, {}),
+    ("output_config", {"format": {"type": "json_schema", "schema": {"type": "object"}}}, {}),
+    ("cache_control", {"type": "ephemeral"}, {}),
     ("service_tier", "auto", {}),
 ]
 MESSAGE_REFUSED = [
     ("container", "a"),
     ("mcp_servers", [{"type": "url"}]),
     ("output_config", {"effort": "low"}),
+    ("thread", {"type": "create"}),
     ("service_tier", "priority"),
     ("tools", [{"type": "web_search_20250305", "name": "web_search"}]),
 ]
@@ -277,6 +278,7 @@ def test_the_page_tells_the_same() -> None:
 ROUTES = {
     "POST": "/v1/completions /v1/chat/completions /v1/responses /v1/responses/{id}/cancel /v1/embeddings /v1/score "
     "/score /v1/messages /v1/messages/count_tokens /tokenize /detokenize",
+    "DELETE": "/v1/responses/{id}",
     "GET": "/v1/models /v1/models/{model:path} /v1/responses/{id} /health /health/live /health/ready /health/progress "
     "/metrics /load /server_info /version",
 }
@@ -372,62 +374,6 @@ def test_errors_before_a_body_is_read() -> None:
         assert keyed("POST", "/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
         answer = keyed("GET", "/metrics", headers=headers)
         assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")
-
-
-FLAGS = (
-    "--served-model-name --tokenizer --revision --download-dir --load-format --dtype --max-model-len --quantization "
-    "-q --trust-remote-code --seed --max-logprobs --block-size --gpu-memory-utilization --kv-cache-memory-bytes "
-    "--kv-cache-dtype --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --max-num-seqs "
-    "--max-num-batched-tokens --enable-chunked-prefill --long-prefill-token-threshold --scheduling-policy "
-    "--max-num-queued-reqs --max-num-queued-tokens --async-scheduling --no-async-scheduling --enforce-eager "
-    "--tensor-parallel-size --pipeline-parallel-size --attention-backend --reasoning-parser --tool-call-parser --host "
-    "--port --api-key --ssl-keyfile --ssl-certfile --allowed-origins --chat-template --shutdown-timeout"
-)
-NO_FLAGS = (
-    "--tokenizer-mode --hf-overrides --generation-config --override-generation-config --logprobs-mode "
-    "--prefix-caching-hash-algo --cpu-offload-gb --kv-cache-metrics --kv-cache-metrics-sample --stream-interval "
-    "--compilation-config -O --data-parallel-size --enable-expert-parallel --distributed-executor-backend "
-    "--speculative-config --structured-outputs-config --enable-auto-tool-choice --enable-lora --lora-modules "
-    "--max-loras --max-lora-rank --max-cpu-loras --limit-mm-per-prompt --allowed-media-domains "
-    "--allowed-local-media-path --mm-processor-kwargs --uds --ssl-ca-certs --ssl-cert-reqs --root-path "
-    "--chat-template-content-format --enable-request-id-headers --enable-per-request-metrics "
-    "--enable-prompt-tokens-details --enable-force-include-usage --enable-server-load-tracking --enable-offline-docs "
-    "--config --disable-log-stats --enable-log-requests --enable-log-outputs --max-log-len --log-config-file "
-    "--disable-uvicorn-access-log --otlp-traces-endpoint --collect-detailed-traces --show-hidden-metrics-for-version "
-    "--enable-mfu-metrics --cudagraph-metrics"
-)
-
-
-def test_flags_of_vllm() -> None:
-    """Those that are here have its names; of the others the command line says which it does not know."""
-    serve = get_command(make_app()).commands["serve"]
-    flags = {flag for option in serve.params for flag in (*option.opts, *option.secondary_opts)}
-    assert set(FLAGS.split()) <= flags
-    assert not set(NO_FLAGS.split()) & flags, "move it to FLAGS"
-    for flag in NO_FLAGS.split():
-        with pytest.raises(Exception, match=f"No such option: {flag}"):
-            serve.make_context("serve", [flag, "1"])
-
-
-METRICS = (
-    "num_requests_running num_requests_waiting kv_cache_usage_perc cache_config_info prompt_tokens generation_tokens "
-    "request_success num_preemptions prefix_cache_queries prefix_cache_hits external_prefix_cache_queries "
-    "external_prefix_cache_hits prompt_tokens_cached prompt_tokens_recomputed admission_rejections "
-    "time_to_first_token_seconds inter_token_latency_seconds request_time_per_output_token_seconds "
-    "e2e_request_latency_seconds request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds "
-    "request_inference_time_seconds request_prompt_tokens request_generation_tokens request_params_n "
-    "request_params_max_tokens iteration_tokens_total"
-)
-
-
-def test_metrics_of_vllm() -> None:
-    ask = Inside(FakeEngine(compat="vllm"))
-    ask("POST", "/v1/chat/completions", json=CHAT)
-    told = set(re.findall(r"# TYPE (\S+) ", ask("GET", "/metrics").text))
-    for name in METRICS.split():
-        for prefix in ("vllm:", "octavo:"):
-            assert {prefix + name, f"{prefix}{name}_total"} & told, name
-    assert {"http_requests_total", "http_request_duration_seconds"} <= told
 
 
 PROOFS = {  # a class of vulnerabilities of other servers: the test that shows that this one does not have it

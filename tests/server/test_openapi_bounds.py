@@ -75,6 +75,7 @@ def test_routes() -> None:
         ("/score", "post"),
         ("/v1/messages", "post"),
         ("/v1/messages/count_tokens", "post"),
+        ("/v1/responses/{response_id}", "delete"),
         ("/v1/models", "get"),
         ("/v1/models/{model}", "get"),
         ("/tokenize", "post"),

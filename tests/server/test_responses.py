@@ -117,6 +117,15 @@ def test_what_is_not_stored_is_not_found(shared: Server) -> None:
             shared.client.responses.create(**ASK, previous_response_id=unknown)
 
 
+def test_what_was_deleted_is_not_found(shared: Server) -> None:
+    kept, gone = (shared.client.responses.create(**ASK) for _ in range(2))
+    shared.client.responses.delete(gone.id)
+    assert shared.client.responses.retrieve(kept.id).id == kept.id
+    for again in (shared.client.responses.retrieve, shared.client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            again(gone.id)
+
+
 def test_the_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "MAX_STORED", 3)
     ask = Inside()
