@@ -3,6 +3,7 @@
 import pytest
 
 from tools import fuzz_server
+from tools.fuzz_requests import Requests
 
 
 @pytest.mark.parametrize("seed", [100])
@@ -19,13 +20,13 @@ def test_mutated_requests_harm_nobody(seed):
 
 def test_a_number_is_always_the_same_request():
     document = {"paths": {}}
-    one, other = fuzz_server.Fuzzer(1, document), fuzz_server.Fuzzer(1, document)
+    one, other = Requests(1, document), Requests(1, document)
     assert [one.draw(number) for number in range(50)] == [other.draw(number) for number in range(50)]
-    assert one.draw(3) != fuzz_server.Fuzzer(2, document).draw(3)
+    assert one.draw(3) != Requests(2, document).draw(3)
 
 
 def test_failures_are_found():
-    fuzzer = fuzz_server.Fuzzer(1, {"paths": {}})
+    fuzzer = fuzz_server.Fuzzer(Requests(1, {"paths": {}}))
     headers = {"x-request-id": "r", "content-type": "text/event-stream"}
     wrong = [
         fuzz_server.Reply(500, headers, b"{}"),
