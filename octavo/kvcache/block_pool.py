@@ -50,7 +50,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that allocate() can hand out."""
-        return self.num_free + len(self._cached)
+        return len(self._free) + self.num_blocks - len(self._ref_counts) + len(self._cached)
 
     @property
     def num_used(self) -> int:

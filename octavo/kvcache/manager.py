@@ -99,7 +99,8 @@ class KVCacheManager:
 
     def num_slots(self, request: Request) -> int:
         """Positions that the Request's blocks hold, from the first on."""
-        return min(map(len, self._tables[request.request_id].block_ids)) * self.block_size
+        tables = self._tables[request.request_id].block_ids
+        return (len(tables[0]) if self._is_plain else min(map(len, tables))) * self.block_size
 
     def num_loaded_tokens(self, request: Request) -> int:
         """Tokens whose KV came from the host when the Request was last admitted."""

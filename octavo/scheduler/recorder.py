@@ -187,8 +187,7 @@ class RecordingScheduler(Scheduler):
 
     def record(self, ring: Ring, settings: dict[str, Any]) -> None:
         """Begins the recording; `settings` are written down for a replay under other ones."""
-        self._ring = ring
-        self._settings = settings
+        self._ring, self._settings, self._saves = ring, settings, self.kv.host.saves
         self.kv.on_digest, self._beams.on_round = self._learn, self._learn_round
         self._write_state(ring)
 
@@ -296,7 +295,8 @@ class RecordingScheduler(Scheduler):
 
     def _write_state(self, ring: Ring) -> None:
         self._describer.restart()
-        self._saves = self.kv.host.saves
+        for request in self._requests.values():  # a later Request may be said to be like one that waits for its fork
+            self.kv.digest_all(request)
         known = {"format": FORMAT, "settings": self._settings, "numbers": self._describer.numbers, "count": self._count}
         flying = {step: [msgspec.structs.asdict(row) for row in rows] for step, rows in self._describer.flying.items()}
         ring.write({"e": "state", **known, "flying": flying, "scheduler": freeze(self)})

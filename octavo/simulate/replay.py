@@ -119,6 +119,7 @@ class Replay:
         for _, event in self._lines:
             for number, index, digest in event.get("h", ()):
                 self._learn(number, index, digest)
+        self._likes: dict[int, int] = {}  # number -> whose blocks its prompt's are
         self._describer = Describer()
         self._judge = KnownJudge(self._token, self._describer.numbers)
         self._outputs: dict[int, tuple[SchedulerOutput, StepRecord | None, float]] = {}
@@ -227,7 +228,9 @@ class Replay:
         number = event["r"]
         request = self._request(event["request"])
         counts = event["request"]
-        self._fill(request, event.get("like", number), counts["prompt_token_ids"], counts["token_ids"])
+        like = event.get("like", number)
+        like = self._likes[number] = self._likes.get(like, like)  # what was a fork itself was told no digests
+        self._fill(request, like, counts["prompt_token_ids"], counts["token_ids"])
         refused = None
         try:
             self.scheduler.add(request)

@@ -85,6 +85,44 @@ def test_what_a_copy_takes_is_told_or_asked_for(tmp_path, capfd) -> None:
     assert free["requests/s"][1] > dear["requests/s"][1]
 
 
+def test_a_fork_of_a_fork_has_the_prompt_of_the_first(tmp_path) -> None:
+    """`b` was forked from `a`, so nobody told the digests of its prompt; `c` is told to be like `b`, and hits them."""
+    scheduler = RecordingScheduler(KVCacheManager(64, 4), max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64)
+    scheduler.record(Ring(tmp_path / "r", 1 << 20), {"block_size": 4})
+
+    def add(name: str, fork_of: str | None = None) -> None:
+        params = SamplingParams(ignore_eos=True, max_tokens=4)
+        scheduler.add(Request(name, list(range(9)), params, frozenset(), 4, scheduler._now, fork_of=fork_of))
+
+    def step() -> SchedulerOutput:
+        output = scheduler.schedule()
+        tokens = [[5] if row.samples else [] for row in output.scheduled]
+        scheduler.update(output, ModelRunnerOutput(tokens, [None] * len(tokens)))
+        return output
+
+    add("a")
+    add("b", fork_of="a")
+    assert [row.fork_of for row in step().scheduled] == [-1, 0]
+    add("c", fork_of="b")
+    assert [(new.request_id, new.num_computed_tokens) for new in step().new_rows] == [("c", 8)]
+    scheduler.close()
+    assert Replay(tmp_path / "r").run() is None
+
+
+def test_a_choice_that_changed_before_the_ring_turned_is_replayed(tmp_path) -> None:
+    config = EngineConfig(max_num_seqs=12, max_num_batched_tokens=128, record_bytes=1 << 16, record=str(tmp_path))
+    core, executor = known_core(config, MACHINES[0])
+    core.record = str(start_recording(core, serving=False))
+    assert core.copies is not None
+    ring, host = core.scheduler._ring, core.scheduler.kv.host  # type: ignore[union-attr]
+    core.copies.learn = lambda work, seconds: host.saves != ring.is_full  # type: ignore[method-assign, union-attr]
+    outcome = run_real(replace(WORKLOAD, rate=30.0).generate(), core, clock=executor.clock, wait=executor.wait)
+    core.close()
+    assert Path(core.record + ".1").exists()
+    assert outcome.total("num_saved_blocks") > 0
+    assert Replay(Path(core.record)).run() is None
+
+
 def test_a_ring_stays_bounded_and_replays_from_its_older_half(tmp_path) -> None:
     path, outcome = recorded(tmp_path, record_bytes=1 << 16)
     older = path.with_name(path.name + ".1")
