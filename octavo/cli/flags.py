@@ -143,12 +143,12 @@ FLAGS: dict[str, Flag] = {
 
 def engine_flags(
     *,
-    model_as: Literal["argument", "option"] = "argument",
+    model_as: Literal["argument", "option", "nothing"] = "argument",
     only: Collection[str] = FLAGS,
     without: Collection[str] = (),
 ) -> Callable[..., Callable[..., Any]]:
-    """Decorates a verb: its parameter `config: EngineConfig` becomes the model and one flag per field, and
-    `--log-level` is added and acted on. `only` and `without` leave out fields that would mean nothing to the verb.
+    """Decorates a verb: its parameter `config: EngineConfig` becomes the model (`model_as`) and one flag per
+    field; `--log-level` is added and acted on. `only` and `without` leave out fields that mean nothing to the verb.
     Another parameter that is a dataclass of annotated fields becomes a panel of flags, named by its class's `panel`.
 
     All are built when the verb is called, so what they refuse is an error of the verb like any other.
@@ -161,7 +161,7 @@ def engine_flags(
         @functools.wraps(verb)
         def with_flags(**values: Any) -> Any:
             set_log_level(values.pop("log_level"))
-            config = EngineConfig(**{name: values.pop(name) for name in ("model", *names)})
+            config = EngineConfig(**{name: values.pop(name) for name in ("model", *names) if name in values})
             return verb(config=config, **build_groups(values))
 
         return _declare(with_flags, [*_model_first(model_as), *own, *_field_parameters(names), _log_level_parameter()])
@@ -230,11 +230,10 @@ def _declare(wrapper: Callable[..., Any], parameters: list[inspect.Parameter]) -
 
 
 def _model_first(model_as: str) -> list[inspect.Parameter]:
-    if model_as == "argument":
-        info: Any = typer.Argument(help=_MODEL_HELP, metavar="[MODEL]")
-    else:
+    info: Any = typer.Argument(help=_MODEL_HELP, metavar="[MODEL]")
+    if model_as == "option":
         info = typer.Option("--model", help=_MODEL_HELP, metavar="MODEL", rich_help_panel="Model")
-    return [_parameter("model", str, info, DEFAULT_MODEL)]
+    return [] if model_as == "nothing" else [_parameter("model", str, info, DEFAULT_MODEL)]
 
 
 def _field_parameters(names: list[str]) -> list[inspect.Parameter]:

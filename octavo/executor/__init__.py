@@ -1,1 +1,1 @@
-"""Carries a step to one worker or many and brings its result back."""
+"""Carries a step to the worker and brings its result back."""

@@ -327,6 +327,15 @@ def _bar(alias: Alias) -> Iterator[Advance]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("fetching {task.description}"), *columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"{alias.name} ({alias.registry}, {alias.license})", total=alias.download_size)
-        yield lambda count: progress.update(task, completed=count)
+    name = f"{alias.name} ({alias.registry}, {alias.license})"
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"fetching {name}", total=alias.download_size)
+
+        def advance(
+            count: int,
+        ) -> None:  # behind the last byte comes the package manager's own work, which takes a while
+            progress.update(task, completed=count)
+            if count >= alias.download_size:
+                progress.update(task, description=f"unpacking {name}")
+
+        yield advance

@@ -1,1 +1,1 @@
-"""The front: HTTP in OpenAI's shapes."""
+"""The front: HTTP in OpenAI's and Anthropic's shapes."""

@@ -84,17 +84,15 @@ class MemoryPlan:
             (
                 "KV cache",
                 self.kv_bytes,
-                f"{self.num_blocks:,} blocks of {self.appetite.block_size} tokens, {self.kv_dtype}; {self.reason}",
+                f"{self.reason}: {self.num_blocks:,} blocks of {self.appetite.block_size}, {self.kv_dtype}",
             ),
         ]
         if self.num_host_blocks:
             taken = self.num_host_blocks * self.block_bytes
             rows.append(("host memory", taken, f"{self.num_host_blocks:,} blocks for evicted prefixes; --swap-space"))
-        lines = [f"  {name:<12} {size / MIB:>10,.1f} MiB  {note}" for name, size, note in rows]
+        lines = [f"  {name:<11} {size / MIB:>9,.1f} MiB  {note}" for name, size, note in rows]
         whole = self.num_blocks // per_request
-        lines.append(
-            f"  that holds   {self.num_tokens:>10,} tokens: {whole:,} requests of {self.max_model_len:,} tokens"
-        )
+        lines.append(f"  that holds  {self.num_tokens:>9,} tokens: {whole:,} requests of {self.max_model_len:,} tokens")
         return "\n".join(lines)
 
 
@@ -144,7 +142,7 @@ def plan_memory(
         if most_useful <= share:
             num_blocks, reason = most_useful, "max_num_seqs x max_model_len"
         else:
-            num_blocks, reason = share, f"{CPU_KV_SHARE:.0%} of the free memory"
+            num_blocks, reason = share, f"{CPU_KV_SHARE:.0%} of free memory"
     if num_blocks * block_bytes > left:
         raise MemoryPlanError(
             f"{num_blocks:,} KV blocks take {num_blocks * block_bytes / MIB:,.0f} MiB, but {left / MIB:,.0f} MiB are "

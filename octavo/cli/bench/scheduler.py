@@ -18,7 +18,9 @@ EXAMPLES = (
 MAX_REQUESTS = 100_000
 
 
-@engine_flags(only=("scheduling_policy", "block_size", "enable_prefix_caching", "max_num_batched_tokens"))
+@engine_flags(
+    model_as="nothing", only=("scheduling_policy", "block_size", "enable_prefix_caching", "max_num_batched_tokens")
+)
 def scheduler(
     config: EngineConfig,
     running: Annotated[int, Option(help="Requests that decode.", metavar="N", min=1, max=MAX_REQUESTS)] = 256,
@@ -27,7 +29,7 @@ def scheduler(
     record_steps: Annotated[bool, Option("--record-steps", help="Record every decision meanwhile.")] = False,
 ) -> None:
     """Time the scheduler in a steady state: arrivals, admissions, block allocation, hashing, finishes, StepRecords and
-    outputs are all in it; only the model is not. MODEL is not read.
+    outputs are all in it; only the model is not.
     """
     from octavo.simulate.bench import SchedulerBench
     from octavo.simulate.outcome import percentile
