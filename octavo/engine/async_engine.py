@@ -415,13 +415,16 @@ class AsyncEngine:
     def _observe_finished(self, group: Group, unfinished: FinishReason = FinishReason.ABORT) -> None:
         """Tells the metrics how each answer of a group ended; `unfinished` is for those that were cut off."""
         times = group.metrics
+        longest: int | None = max((len(child.output.token_ids) for child in group.children), default=0)
+        n: int | None = group.params.n
         for child in group.children:
             self.metrics.on_finished(
                 child.output.finish_reason or unfinished,
                 prompt_tokens=len(group.prompt_token_ids),
                 output_tokens=len(child.output.token_ids),
                 cached_tokens=group.num_cached_tokens,
-                n=group.params.n if child is group.children[0] else None,
+                n=n,
+                longest=longest,
                 max_tokens=group.params.max_tokens,
                 arrival=times.arrival_time,
                 queue_seconds=times.queue_seconds,
@@ -429,6 +432,7 @@ class AsyncEngine:
                 last_token=child.last_token_time,
                 finished=times.finished_time or time.monotonic(),
             )
+            n = longest = None  # once a request
 
     def _abort(self, group: Group) -> None:
         if running := self._frontend.abort(group):

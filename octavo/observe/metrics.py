@@ -101,6 +101,7 @@ class Metrics:
         output_tokens: int,
         cached_tokens: int,
         n: int | None,
+        longest: int | None,
         max_tokens: int | None,
         arrival: float,
         queue_seconds: float,
@@ -108,12 +109,14 @@ class Metrics:
         last_token: float | None,
         finished: float,
     ) -> None:
-        """Takes one finished answer; `n` is told with the first of a request. Times are seconds of one monotonic clock;
-        None: it never got that far."""
+        """Takes one finished answer; `n`, and the tokens of the longest of them, are told with the first of a request.
+        Times are seconds of one monotonic clock; None: it never got that far."""
         request = self._request
         request.success.add(1, (str(reason),))
         if n is not None:
             request.num_answers.observe(n)
+        if longest is not None:
+            request.longest.observe(longest)
         if max_tokens is not None:
             request.max_tokens.observe(max_tokens)
         request.end_to_end.observe(finished - arrival)
@@ -123,6 +126,7 @@ class Metrics:
         request.prompt_tokens.add(prompt_tokens)
         request.cached_tokens.add(cached_tokens)
         request.prompt_length.observe(prompt_tokens)
+        request.computed.observe(prompt_tokens - cached_tokens)
         request.queue.observe(queue_seconds)
         request.prefill.observe(max(0.0, first_token - arrival - queue_seconds))
         request.decode.observe(last_token - first_token)
@@ -257,7 +261,9 @@ class _RequestMetrics(_Group):
         self.decode = Histogram("request_decode_time_seconds", "First to last token.", REQUEST)
         self.inference = Histogram("request_inference_time_seconds", "First scheduling to last token.", REQUEST)
         self.prompt_length = Histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
+        self.computed = Histogram("request_prefill_kv_computed_tokens", "Those whose KV was not there yet.", tokens)
         self.output_length = Histogram("request_generation_tokens", "Generated tokens per answer.", tokens)
+        self.longest = Histogram("request_max_num_generation_tokens", "Tokens of a request's longest answer.", tokens)
         self.num_answers = Histogram("request_params_n", "The parameter n.", NUM_ANSWERS)
         self.max_tokens = Histogram("request_params_max_tokens", "The parameter max_tokens.", tokens)
 

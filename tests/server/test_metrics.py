@@ -41,6 +41,8 @@ NAMES = (
     "request_inference_time_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_prefill_kv_computed_tokens",
     "request_params_n",
     "request_params_max_tokens",
     "admission_rejections",
@@ -50,6 +52,7 @@ FINISHED = {
     "output_tokens": 5,
     "cached_tokens": 16,
     "n": 2,
+    "longest": 7,
     "max_tokens": 64,
     "arrival": 10.0,
     "queue_seconds": 0.5,
@@ -161,6 +164,8 @@ def test_finished_requests_add_up() -> None:
     assert (found["prompt_tokens_total"], found["prompt_tokens_cached_total"]) == (30, 16)
     assert (found["request_prompt_tokens_sum"], found["request_generation_tokens_sum"]) == (30, 5)
     assert (found["request_params_n_sum"], found["request_params_max_tokens_sum"]) == (2, 64)
+    assert found["request_max_num_generation_tokens_sum"] == 7
+    assert found["request_prefill_kv_computed_tokens_sum"] == 14
 
 
 def test_a_request_aborted_in_the_queue_has_no_phases() -> None:
