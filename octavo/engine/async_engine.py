@@ -161,7 +161,7 @@ class AsyncEngine:
             timeout: seconds after which the request is ended with TimeLimitError.
             pooling: nothing is generated; the one output has the prompt's `vector`.
             on_tokens: hears how many tokens a step brought, whoever takes them and however the request ends.
-            relay: is shown outputs that come while the iterator is waited for; True: it has taken that one.
+            relay: is shown what comes of answers that go on while the iterator is waited for; True: it has taken that.
 
         Leaving the iterator (break, aclose, cancellation) aborts the request at the next step boundary.
 
@@ -194,6 +194,7 @@ class AsyncEngine:
         )
         group.on_tokens = on_tokens
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind, relay)
+        group.relay = outbox.relay if relay else None
         try:
             for request in requests:
                 self._process.channel.send(request)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.config import EngineConfig
-from octavo.engine.groups import Arrival, Child, Group, Mark, Update
+from octavo.engine.groups import Arrival, Child, Group, Update, take_new
 from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, StepError, TimeLimitError
 from octavo.messages import AddRequest, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
@@ -173,11 +173,11 @@ class Frontend:
         """
         update = None
         for guilty in [child for child in self._children.values() if child.alone]:  # all answers of one request
-            before = Mark(guilty)
+            num_before = len(guilty.output.token_ids)
             del self._children[guilty.request_id]
             self._fail(guilty, "the engine process died when it ran this request alone")
             update = update or Update(guilty.parent, None)
-            self._collect({id(guilty.parent): update}, guilty, before)
+            self._collect({id(guilty.parent): update}, guilty, num_before)
         if update is not None:
             self._close(update, time.monotonic())
         requests: dict[str, AddRequest] = {}
@@ -211,7 +211,7 @@ class Frontend:
             if child is None:
                 continue  # aborted, or ended by a stop string: what the engine had in flight is dropped
             child.alone = delta.alone
-            before = Mark(child)
+            num_before = len(child.output.token_ids)
             try:
                 finish = self._apply(child, delta)
             except Exception as error:  # of this request, and of no other
@@ -220,7 +220,7 @@ class Frontend:
                 finish = FinishRequest(child.request_id, len(child.output.token_ids))
             if finish is not None:
                 finishes.append(finish)
-            new = len(child.output.token_ids) - before.num_tokens
+            new = len(child.output.token_ids) - num_before
             if new > 0:
                 if child.parent.on_tokens:
                     child.parent.on_tokens(new)
@@ -232,7 +232,7 @@ class Frontend:
                 metrics.last_token_time = now
             if child.finished:
                 del self._children[child.request_id]
-            self._collect(touched, child, before)
+            self._collect(touched, child, num_before)
         for update in touched.values():
             self._close(update, now)
         return list(touched.values()), finishes, arrivals
@@ -354,14 +354,20 @@ class Frontend:
     def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
         return Logprob(logprob, rank, self.tokenizer.token_text(token) if self.tokenizer else None)
 
-    def _collect(self, touched: dict[int, Update], child: Child, before: Mark) -> None:
+    def _collect(self, touched: dict[int, Update], child: Child, num_before: int) -> None:
         group = child.parent
-        update = touched.setdefault(id(group), Update(group, None))
+        update = touched.get(id(group))
         kind = group.params.output_kind
+        if kind is RequestOutputKind.DELTA:
+            new = take_new(child, num_before)
+            if update is None and group.relay is not None and not child.finished and group.relay(new):
+                return
+        if update is None:
+            update = touched[id(group)] = Update(group, None)
         if kind is RequestOutputKind.DELTA:
             if update.output is None:
                 update.output = self._output(group, [])
-            update.output.outputs.append(before.delta(child))
+            update.output.outputs.append(new)
         elif kind is RequestOutputKind.CUMULATIVE or group.finished:
             update.output = self._output(group, group.answers())
 

@@ -44,6 +44,7 @@ class Group:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     children: list[Child] = field(default_factory=list)
     on_tokens: Callable[[int], None] | None = None  # hears how many came
+    relay: Callable[[CompletionOutput], bool] | None = None  # may take what came of an answer that goes on
 
     @property
     def finished(self) -> bool:
@@ -85,24 +86,19 @@ class Arrival:
     count: int
 
 
-class Mark:
-    """How far a child was before a delta, to cut out what is new."""
-
-    def __init__(self, child: Child) -> None:
-        self.num_tokens = len(child.output.token_ids)
-        self.num_chars = len(child.output.text)
-
-    def delta(self, child: Child) -> CompletionOutput:
-        full = child.output
-        return CompletionOutput(
-            index=full.index,
-            text=full.text[self.num_chars :],
-            token_ids=full.token_ids[self.num_tokens :],
-            cumulative_logprob=full.cumulative_logprob,
-            logprobs=None if full.logprobs is None else full.logprobs[self.num_tokens :],
-            finish_reason=full.finish_reason,
-            stop_reason=full.stop_reason,
-        )
+def take_new(child: Child, num_tokens: int) -> CompletionOutput:
+    """What came behind the first `num_tokens`, and the text since the last time: it is handed out once, not kept."""
+    full = child.output
+    text, full.text = full.text, ""
+    return CompletionOutput(
+        full.index,
+        text,
+        full.token_ids[num_tokens:],
+        full.cumulative_logprob,
+        None if full.logprobs is None else full.logprobs[num_tokens:],
+        full.finish_reason,
+        full.stop_reason,
+    )
 
 
 def copy_output(output: CompletionOutput) -> CompletionOutput:

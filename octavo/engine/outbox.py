@@ -1,7 +1,7 @@
 """Between the engine's reader and one consumer. Bounded: at most one output waits, later ones merge into it.
 
-A consumer that only writes what it gets to a socket may leave a relay: outputs that come while it waits go there first,
-and it need not wake up for each.
+A consumer that only writes what it gets to a socket may leave a relay: what comes while it waits goes there first, and
+it need not wake up for each.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from octavo.outputs import RequestOutput
+from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import RequestOutputKind
 
-Relay = Callable[[RequestOutput], bool]
+Relay = Callable[[CompletionOutput], bool]
 
 
 class Outbox:
     """A slow consumer never holds the engine and never piles up outputs; it gets larger ones. `relay` says whether it
-    has taken an output; what it raises ends the stream."""
+    has taken what came of an answer; what it raises ends the stream."""
 
     def __init__(self, kind: RequestOutputKind, relay: Relay | None = None) -> None:
         self._deltas = kind is RequestOutputKind.DELTA
@@ -29,17 +29,21 @@ class Outbox:
     def put(self, item: RequestOutput | Exception) -> None:
         """Hands over an output, or the error that ends the stream."""
         waiting = self._waiting
-        if self._relay is not None and self._is_awaited and waiting is None and isinstance(item, RequestOutput):
-            try:
-                if self._relay(item):
-                    return
-            except Exception as error:
-                item = error
         if self._deltas and isinstance(waiting, RequestOutput) and isinstance(item, RequestOutput):
             _add(waiting, item)
         else:  # a cumulative output replaces the one before it
             self._waiting = item
         self._filled.set()
+
+    def relay(self, new: CompletionOutput) -> bool:
+        """Whether it was taken past the consumer, which waits and has nothing to take before it."""
+        if self._relay is None or not self._is_awaited or self._waiting is not None:
+            return False
+        try:
+            return self._relay(new)
+        except Exception as error:
+            self.put(error)
+            return True
 
     async def take(self) -> RequestOutput | Exception:
         """What has gathered since the last time; waits for something."""

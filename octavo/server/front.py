@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
+    from octavo.engine.outbox import Relay
     from octavo.text.tokenizer import Tokenizer
 
 PING_SECONDS = 15.0  # of silence in a stream
@@ -109,7 +110,7 @@ class Front:
         request_id: str,
         key: Key,
         pooling: Pooling | None = None,
-        relay: Callable[[RequestOutput], bool] | None = None,
+        relay: Relay | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Hands a prompt to the engine. Clients may repeat their ids; the engine's get a number behind."""
         key.spend(len(ids))

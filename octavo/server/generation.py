@@ -136,37 +136,36 @@ class Generation(ABC):
                     usage.add_prompt(output)
                     self.told[number] = output.prompt_logprobs
                     parts = self.opening(writer, number)
-                parts += self._chunks(writer, number, output)
+                parts += [self._chunks(writer, number, answer) for answer in output.outputs]
                 if output.finished:
                     self.timing.add(output)
-                if parts:
-                    yield b"".join(parts)
+                if part := b"".join(parts):
+                    yield part
                 self._has_opened = True
         yield writer.last(self.timing)
 
-    def _relay(self, output: RequestOutput) -> bool:
+    def _relay(self, new: CompletionOutput) -> bool:
         """Sends what came while `_events` waits, without waking it. Its first output and its last are its own."""
-        if not self._has_opened or output.finished or not self._answer.is_free:
+        if not self._has_opened or not self._answer.is_free:
             return False
-        if parts := self._chunks(self._writer, 0, output):
-            self._answer.write(b"".join(parts))
+        if part := self._chunks(self._writer, 0, new):
+            self._answer.write(part)
         return True
 
-    def _chunks(self, writer: ChunkWriter, number: int, output: RequestOutput) -> list[bytes]:
-        """The chunks of what came to prompt `number`; counts its tokens."""
-        parts = []
-        for answer in output.outputs:
-            self.usage.completion_tokens += len(answer.token_ids)
-            index = number * self.n + answer.index
-            if self.messages is not None:
-                parts += self._message_parts(writer, index, answer)
-            elif answer.token_ids and (self.writers is not None or self.body.return_token_ids):
-                parts.append(writer.choice(index, answer.text, **self._token_fields(index, answer)))
-            elif answer.text:
-                parts.append(writer.text(index, answer.text))
-            if answer.finish_reason is not None:
-                parts.append(writer.choice(index, "", **self._ending(index, answer)))
-        return parts
+    def _chunks(self, writer: ChunkWriter, number: int, answer: CompletionOutput) -> bytes:
+        """The chunks of what came of an answer to prompt `number`; counts its tokens."""
+        self.usage.completion_tokens += len(answer.token_ids)
+        index = number * self.n + answer.index
+        chunks = b""
+        if self.messages is not None:
+            chunks = b"".join(self._message_parts(writer, index, answer))
+        elif answer.token_ids and (self.writers is not None or self.body.return_token_ids):
+            chunks = writer.choice(index, answer.text, **self._token_fields(index, answer))
+        elif answer.text:
+            chunks = writer.text(index, answer.text)
+        if answer.finish_reason is not None:
+            chunks += writer.choice(index, "", **self._ending(index, answer))
+        return chunks
 
     def _finished(self, number: int, answer: CompletionOutput) -> dict[str, Any]:
         index = number * self.n + answer.index

@@ -184,3 +184,23 @@ def test_a_refusal_and_a_timeout_are_errors_of_their_own(front):
         front.process([RequestDelta("b", finish_reason="error", error="why", error_kind=kind)])
         assert type(group.error) is expected
         assert str(group.error) == "why"
+
+
+def test_what_is_relayed_is_not_handed_out_but_the_end_is(front):
+    group, _ = add(front, n=2, output_kind=RequestOutputKind.DELTA)
+    taken = []
+
+    def relay(new):
+        taken.append((new.index, new.text, new.token_ids))
+        return new.text != "no"
+
+    group.relay = relay
+    assert outputs(front, RequestDelta("r#0", ids("a")), RequestDelta("r#1", ids("b")))[0] == []
+    out, _ = outputs(
+        front, RequestDelta("r#0", ids("no")), RequestDelta("r#1", ids("c")), RequestDelta("r#0", ids("d"))
+    )
+    assert [(o.index, o.text) for o in out[0].outputs] == [(0, "no"), (1, "c"), (0, "d")], "none passes a refused one"
+    out, _ = outputs(front, RequestDelta("r#0", ids("e"), finish_reason="length"))
+    assert [(o.text, o.token_ids, o.finish_reason) for o in out[0].outputs] == [("e", ids("e"), "length")]
+    assert taken == [(0, "a", ids("a")), (1, "b", ids("b")), (0, "no", ids("no"))]
+    assert len(group.children[0].output.token_ids) == 5

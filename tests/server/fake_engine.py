@@ -103,7 +103,10 @@ class FakeEngine:
             ):
                 ended = output.finished
                 relay = None if ended else options.get("relay")
-                if relay is not None and relay(output):
+                new = output.outputs
+                if relay is not None:
+                    output.outputs = [one for one in new if one.finish_reason is not None or not relay(one)]
+                if new and not output.outputs:
                     self.num_relayed += 1
                 else:
                     yield output
