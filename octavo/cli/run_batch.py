@@ -15,9 +15,8 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError, OctavoError
 
 EXAMPLES = (
-    "octavo run-batch -i in.jsonl -o out.jsonl           a line: "
-    '{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}\n\n'
-    "octavo run-batch -i in.jsonl -o out.jsonl           once more: goes on where it was broken off"
+    "octavo run-batch -i in.jsonl -o out.jsonl    every line; again: goes on\n\n"
+    "octavo run-batch -i in.jsonl -o out.jsonl --model gemma3-270m --at-once 32"
 )
 
 
@@ -28,12 +27,16 @@ def run_batch(
     output_file: Annotated[Path, Option("-o", "--output-file", help="Where answers are added.", metavar="FILE")],
     at_once: Annotated[int, Option(help="Requests given to the engine together.", min=1, max=1024, metavar="N")] = 128,
 ) -> None:
-    """Answer a file of requests, one a line. What the output file answers already is skipped."""
+    """Answer a file of requests, one a line. What the output file answers already is skipped.
+
+    A line is one of OpenAI's batches: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
+    "body": {"messages": [...]}}.
+    """
     if not input_file.is_file():
         raise ConfigError(f"-i {input_file}: there is no such file")
     find_model(config)
     went, failed = asyncio.run(_run(config, input_file, output_file, at_once))
-    say(f"{went:,} requests answered, {failed:,} failed: {output_file}", style="bold")
+    say(f"{went:,} requests answered now, {failed:,} failed: {output_file}", style="bold")
     if failed:
         raise OctavoError(f"{failed:,} requests failed; their lines in {output_file} say why")
 
