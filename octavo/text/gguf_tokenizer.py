@@ -13,17 +13,18 @@ Every length and type is checked, so that a damaged file ends in a ModelFileErro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.models.hf_config import Fields
 from octavo.text.pretokenizers import pre_tokenizer
 
 SPACE = "\u2581"  # SentencePiece's visible space
-Metadata = Mapping[str, Any]
 
 
 class TokenType(IntEnum):
@@ -37,8 +38,8 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-def build_gguf_tokenizer(metadata: Metadata) -> Tokenizer:
-    """The tokenizer that the `tokenizer.ggml.*` keys describe.
+def build_gguf_tokenizer(metadata: dict[str, Any], path: Path = Path("GGUF")) -> Tokenizer:
+    """The tokenizer that the `tokenizer.ggml.*` keys of a file describe.
 
     Control and unknown tokens become special tokens, user-defined ones plain added tokens. `add_bos_token` and
     `add_eos_token` become the post-processor.
@@ -47,42 +48,38 @@ def build_gguf_tokenizer(metadata: Metadata) -> Tokenizer:
         ModelFileError: a key is missing or inconsistent.
         UnsupportedModelError: a tokenizer kind or pre-tokenizer that is not built.
     """
-    kind = _typed(metadata, "tokenizer.ggml.model", str)
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    types = _token_types(metadata, tokens)
+    fields = Fields(metadata, path)
+    kind = fields.text("tokenizer.ggml.model")
+    tokens = _strings(fields, "tokenizer.ggml.tokens")
+    types = _token_types(fields, len(tokens))
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, tokens)
+        tokenizer, add_bos = _byte_level_bpe(fields, tokens)
     elif kind == "llama":
-        tokenizer, add_bos = _sentencepiece_bpe(metadata, tokens, types), True
+        tokenizer, add_bos = _sentencepiece_bpe(fields, tokens, types), True
     else:
         raise UnsupportedModelError(
             f"the GGUF file has a tokenizer of kind {kind!r}; built are 'gpt2' (byte-level BPE) and 'llama' "
             "(SentencePiece BPE)"
         )
     _add_tokens(tokenizer, tokens, types)
-    _add_post_processor(tokenizer, metadata, tokens, add_bos)
+    _add_post_processor(tokenizer, fields, tokens, add_bos)
     return tokenizer
 
 
-def token_id(metadata: Metadata, key: str, num_tokens: int) -> int | None:
+def token_id(fields: Fields, key: str, num_tokens: int) -> int | None:
     """The token id stored under `key`, or None when the file has none. Raises ModelFileError when out of range."""
-    value = metadata.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < num_tokens:
-        raise ModelFileError(f"GGUF: {key} is {value!r}, which is none of the {num_tokens} token ids")
-    return value
+    return fields.integer(key, low=0, high=num_tokens - 1) if fields.has(key) else None
 
 
-def _byte_level_bpe(metadata: Metadata, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
-    if "tokenizer.ggml.pre" not in metadata:
+def _byte_level_bpe(fields: Fields, tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+    if not fields.has("tokenizer.ggml.pre"):
         raise UnsupportedModelError(
             "the GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), and guessing it would give wrong "
             "token ids: convert the model again with a converter that writes it"
         )
-    pre = pre_tokenizer(_typed(metadata, "tokenizer.ggml.pre", str))
+    pre = pre_tokenizer(fields.text("tokenizer.ggml.pre"))
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [_merge(line) for line in _strings(metadata, "tokenizer.ggml.merges")]
+    merges = [_merge(line) for line in _strings(fields, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(_bpe(vocab, merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -94,14 +91,15 @@ def _byte_level_bpe(metadata: Metadata, tokens: Sequence[str]) -> tuple[Tokenize
     return tokenizer, pre.add_bos
 
 
-def _sentencepiece_bpe(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+def _sentencepiece_bpe(fields: Fields, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     for key in ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"):
-        if metadata.get(key):
+        if fields.raw(key):
             raise UnsupportedModelError(f"the GGUF file asks for SentencePiece normalisation ({key}), not built here")
-    scores = _typed(metadata, "tokenizer.ggml.scores", list)
-    if len(scores) != len(tokens) or not all(isinstance(s, float) and not math.isnan(s) for s in scores):
-        raise ModelFileError(f"GGUF: tokenizer.ggml.scores must hold {len(tokens)} numbers")
-    unknown = token_id(metadata, "tokenizer.ggml.unknown_token_id", len(tokens))
+    scores = fields.raw("tokenizer.ggml.scores")
+    is_list = isinstance(scores, list) and len(scores) == len(tokens)
+    if not is_list or not all(isinstance(s, float) and not math.isnan(s) for s in scores):
+        raise fields.wrong("tokenizer.ggml.scores", f"a list of {len(tokens)} numbers")
+    unknown = token_id(fields, "tokenizer.ggml.unknown_token_id", len(tokens))
     unknown_token = None if unknown is None else tokens[unknown]
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = merges_from_scores(tokens, scores, types)
@@ -109,7 +107,7 @@ def _sentencepiece_bpe(metadata: Metadata, tokens: Sequence[str], types: Sequenc
 
     escape = normalizers.Replace(" ", SPACE)
     decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if _flag(metadata, "tokenizer.ggml.add_space_prefix", default=True):
+    if fields.boolean("tokenizer.ggml.add_space_prefix", True):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape])
         decode.append(decoders.Strip(" ", 1, 0))
     else:
@@ -159,14 +157,14 @@ def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int
     tokenizer.add_tokens(plain)
 
 
-def _add_post_processor(tokenizer: Tokenizer, metadata: Metadata, tokens: Sequence[str], add_bos: bool) -> None:
+def _add_post_processor(tokenizer: Tokenizer, fields: Fields, tokens: Sequence[str], add_bos: bool) -> None:
     template: list[str] = ["$A"]
     used: list[tuple[str, int]] = []
     for name, default in (("bos", add_bos), ("eos", False)):
-        if not _flag(metadata, f"tokenizer.ggml.add_{name}_token", default=default):
+        if not fields.boolean(f"tokenizer.ggml.add_{name}_token", default):
             continue
         key = f"tokenizer.ggml.{name}_token_id"
-        number = token_id(metadata, key, len(tokens))
+        number = token_id(fields, key, len(tokens))
         if number is None:
             raise ModelFileError(f"GGUF: the tokenizer adds a {name} token, but {key} is missing")
         used.append((tokens[number], number))
@@ -175,13 +173,14 @@ def _add_post_processor(tokenizer: Tokenizer, metadata: Metadata, tokens: Sequen
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
 
 
-def _token_types(metadata: Metadata, tokens: Sequence[str]) -> list[int]:
-    types = metadata.get("tokenizer.ggml.token_type")
+def _token_types(fields: Fields, num_tokens: int) -> list[int]:
+    types = fields.raw("tokenizer.ggml.token_type")
     if types is None:
-        return [int(TokenType.NORMAL)] * len(tokens)
-    known = {int(kind) for kind in TokenType}
-    if not isinstance(types, list) or len(types) != len(tokens) or not known.issuperset(types):
-        raise ModelFileError(f"GGUF: tokenizer.ggml.token_type must hold {len(tokens)} numbers from 1 to 6")
+        return [int(TokenType.NORMAL)] * num_tokens
+    if not isinstance(types, list) or len(types) != num_tokens:
+        types = [0]
+    if not all(isinstance(kind, int) and 1 <= kind <= len(TokenType) for kind in types):
+        raise fields.wrong("tokenizer.ggml.token_type", f"a list of {num_tokens} numbers from 1 to 6")
     return types
 
 
@@ -192,20 +191,8 @@ def _merge(line: str) -> tuple[str, str]:
     return left, right
 
 
-def _strings(metadata: Metadata, key: str) -> list[str]:
-    values = _typed(metadata, key, list)
-    if not values or not all(isinstance(value, str) for value in values):
-        raise ModelFileError(f"GGUF: {key} must be a list of strings that is not empty")
-    return list(values)
-
-
-def _flag(metadata: Metadata, key: str, *, default: bool) -> bool:
-    return bool(_typed(metadata, key, bool)) if key in metadata else default
-
-
-def _typed(metadata: Metadata, key: str, kind: type) -> Any:
-    value = metadata.get(key)
-    if not isinstance(value, kind):
-        found = "missing" if value is None else f"a {type(value).__name__}"
-        raise ModelFileError(f"GGUF: {key} must be a {kind.__name__}; it is {found}")
-    return value
+def _strings(fields: Fields, key: str) -> list[str]:
+    values = fields.raw(key)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise fields.wrong(key, "a list of strings that is not empty")
+    return values

@@ -21,7 +21,7 @@ from tokenizers import decoders, processors
 
 from octavo.errors import ContextLengthError, InvalidValueError, ModelFileError, UnsupportedModelError
 from octavo.models.gguf_file import GGUFFile
-from octavo.models.hf_config import read_json
+from octavo.models.hf_config import Fields, read_json
 from octavo.models.spec import ModelFiles
 from octavo.text.gguf_tokenizer import SPACE, build_gguf_tokenizer, token_id
 
@@ -184,16 +184,15 @@ _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "v
 
 def _load_gguf(path: Path) -> Tokenizer:
     metadata = GGUFFile.open(path).metadata
-    core = build_gguf_tokenizer(metadata)
+    core = build_gguf_tokenizer(metadata, path)
+    fields = Fields(metadata, path)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]  # type: ignore[assignment]  # checked by the builder
     special: dict[str, str] = {}
     for name, key in zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True):
-        number = token_id(metadata, f"tokenizer.ggml.{key}_token_id", len(tokens))
+        number = token_id(fields, f"tokenizer.ggml.{key}_token_id", len(tokens))
         if number is not None:
             special[name] = tokens[number]
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise ModelFileError("GGUF: tokenizer.chat_template must be a string")
+    template = fields.text("tokenizer.chat_template", "") or None
     return Tokenizer(core, vocab_size=len(tokens), special_tokens=special, chat_template=template)
 
 

@@ -154,6 +154,7 @@ BROKEN: dict[str, Change] = {
     "tokens of numbers": lambda m: m.update({"tokenizer.ggml.tokens": [1, 2]}),
     "types too short": lambda m: m["tokenizer.ggml.token_type"].pop(),
     "unknown type": lambda m: m["tokenizer.ggml.token_type"].__setitem__(5, 9),
+    "a list for a type": lambda m: m["tokenizer.ggml.token_type"].__setitem__(5, [1]),
     "bos out of range": lambda m: m.update(
         {"tokenizer.ggml.bos_token_id": 1 << 20, "tokenizer.ggml.add_bos_token": True}
     ),
