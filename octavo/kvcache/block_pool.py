@@ -130,7 +130,7 @@ class BlockPool:
 
     def _evict(self, count: int) -> list[int]:
         digests, holders = self._digests, self._holders
-        blocks = [self._cached.pop() for _ in range(count)]
+        blocks = self._cached.take(count)
         for block in blocks:
             digest = digests[block]
             assert digest is not None, f"cached block {block} is not hashed"

@@ -20,8 +20,8 @@ class Eviction(Protocol):
         """A block was hit, or forgotten."""
         ...
 
-    def pop(self) -> int:
-        """Takes the block that goes first. There is one."""
+    def take(self, count: int) -> list[int]:
+        """Takes the blocks that go first. There are so many."""
         ...
 
     def __iter__(self) -> Iterator[int]: ...
@@ -41,8 +41,8 @@ class LruEviction:
     def __delitem__(self, block: int) -> None:
         del self._blocks[block]
 
-    def pop(self) -> int:
-        return self._blocks.popitem(last=False)[0]
+    def take(self, count: int) -> list[int]:
+        return [self._blocks.popitem(last=False)[0] for _ in range(count)]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._blocks)
@@ -77,7 +77,10 @@ class LfuEviction:
         if not bucket:
             del self._buckets[rank]
 
-    def pop(self) -> int:
+    def take(self, count: int) -> list[int]:
+        return [self._first() for _ in range(count)]
+
+    def _first(self) -> int:
         while self._floor not in self._buckets:
             self._floor += 1
         block = next(iter(self._buckets[self._floor]))

@@ -92,6 +92,8 @@ class KVCacheManager:
         """The Request's table (a copy), per KV group. In the place of a block that is gone stands one that is not: a
         kernel may touch it, though it counts nowhere."""
         table = self._tables[request.request_id]
+        if self._is_plain:
+            return (list(table.block_ids[0]),)
         return tuple(
             [*[ids[gone] if gone < len(ids) else 0] * gone, *ids[gone:]]
             for ids, gone in zip(table.block_ids, table.num_gone, strict=True)
@@ -145,7 +147,7 @@ class KVCacheManager:
         borrows it last keeps it as it is.
         """
         table, pool = self._tables[request.request_id], self.pool
-        if self._is_plain and not hits and not table.borrowed:  # what most calls are, made short
+        if self._is_plain and not (hits and hits[0]) and not table.borrowed:  # what most calls are, made short
             [ids] = table.block_ids
             num_new = -(-num_tokens // self.block_size) - len(ids)
             if num_new <= 0:
@@ -286,7 +288,9 @@ class KVCacheManager:
 
     def forget(self, request: Request) -> None:
         """Gives the blocks back and drops the table: the Request has ended."""
-        self.free(request)
+        table = self._tables[request.request_id]
+        if table.borrowed or any(table.block_ids):
+            self.free(request)
         del self._tables[request.request_id]
 
     def _first_seen(self, position: int, window: int) -> int:

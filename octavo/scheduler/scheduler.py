@@ -493,7 +493,7 @@ class Scheduler:
 
     def _end(self, request: Request) -> None:
         """Forgets a Request, with all its beams, wherever it is."""
-        suspected = any(member.retry_alone for member in self._beams.members(request))
+        suspected = bool(self.suspects) and any(member.retry_alone for member in self._beams.members(request))
         for member in self._beams.members(request):
             if member.status is RequestStatus.RUNNING:
                 self._release(member)
