@@ -246,8 +246,7 @@ class Messages(Chat):
                 self.usage.add_prompt(output)
                 answer = output.outputs[0]
                 self.usage.completion_tokens += len(answer.token_ids)
-        deltas = self.deltas(answer)
-        content = _content(whole_message(deltas))
+        content = _content(whole_message(self.deltas(answer)))
         yield encode({**self._message(), "content": content, **self._stop(answer), "usage": self._usage()})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:

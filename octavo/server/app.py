@@ -105,7 +105,6 @@ def create_app(
     front = app.state.front = Front(engine, served_model_names, ping_seconds, tool_form, reasoning_parser)
     _add_generation(app, front)
     _add_responses(app, front)
-    _add_vectors(app, front)
     _add_anthropic(app, front)
     _add_text(app, front)
     _add_information(app, front)
@@ -123,6 +122,17 @@ def _add_generation(app: FastAPI, front: Front) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         front.check_open()
         return await complete(front, body, Caller.of(request))
+
+    @_post(app, "/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        front.check_open()
+        return await embed(front, body, Caller.of(request))
+
+    @_post(app, "/score")
+    @_post(app, "/v1/score")
+    async def scores(body: ScoreRequest, request: Request) -> Response:
+        front.check_open()
+        return await score(front, body, Caller.of(request))
 
 
 def _add_responses(app: FastAPI, front: Front) -> None:
@@ -149,19 +159,6 @@ def _add_responses(app: FastAPI, front: Front) -> None:
         job = store.find(response_id, Caller.of(request).key.tenant)
         job.cancel()
         return _json(job.response())
-
-
-def _add_vectors(app: FastAPI, front: Front) -> None:
-    @_post(app, "/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        front.check_open()
-        return await embed(front, body, Caller.of(request))
-
-    @_post(app, "/score")
-    @_post(app, "/v1/score")
-    async def scores(body: ScoreRequest, request: Request) -> Response:
-        front.check_open()
-        return await score(front, body, Caller.of(request))
 
 
 def _add_anthropic(app: FastAPI, front: Front) -> None:

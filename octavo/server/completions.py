@@ -47,9 +47,8 @@ class Completion(Generation):
 
     def shape(self, writer: LogprobsWriter, number: int, output: CompletionOutput) -> dict[str, Any]:
         """Four parallel lists, which begin with an echoed prompt; in a stream its chunk has told that part."""
-        if not self.body.echo or self.body.stream:
-            return writer.completion(output)
-        ids, logprobs = self.prompts[number], self.told[number] or ()
+        is_begun = not self.body.echo or self.body.stream
+        ids, logprobs = ([], ()) if is_begun else (self.prompts[number], self.told[number] or ())
         return writer.lists([*ids, *output.token_ids], [*logprobs, *(output.logprobs or ())])
 
 

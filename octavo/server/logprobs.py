@@ -48,13 +48,10 @@ class LogprobsWriter:
             content.append(entry)
         return {"content": content, "refusal": None}
 
-    def completion(self, output: CompletionOutput) -> dict[str, Any]:
-        """`choices[].logprobs` of a completion."""
-        return self.lists(output.token_ids, output.logprobs or ())
-
     def lists(self, token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob] | None]) -> dict[str, Any]:
-        """Four parallel lists. Offsets count from the start of the first; a token outside the most likely ones is
-        listed with them, as OpenAI does; the first token of a prompt has no log probability."""
+        """`choices[].logprobs` of a completion: four parallel lists. Offsets count from the start of the first; a token
+        outside the most likely ones is listed with them, as OpenAI does; the first token of a prompt has no log
+        probability."""
         shape: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for token, entries in zip(token_ids, logprobs, strict=True):
             shape["text_offset"].append(self._offset)

@@ -85,11 +85,10 @@ class FunctionTool(protocol.Function):
     type: Literal["function"]
 
 
-class NamedFunction(Strict):
+class NamedFunction(protocol.FunctionReference):
     """The function that must be called."""
 
     type: Literal["function"]
-    name: FunctionName
 
 
 Choice = Annotated[

@@ -13,11 +13,11 @@ OUTPUT = CompletionOutput(0, "aéb", TOKENS, logprobs=[{token: Logprob(-1.0)} fo
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_offsets_count_shown_characters_whatever_the_labels(as_ids):
     writer = LogprobsWriter(FakeTokenizer(), 0, as_ids=as_ids, unseen=FakeTokenizer.special_ids)
-    assert writer.completion(OUTPUT)["text_offset"] == [0, 1, 1, 1, 2]
+    assert writer.lists(OUTPUT.token_ids, OUTPUT.logprobs)["text_offset"] == [0, 1, 1, 1, 2]
 
 
 def test_special_tokens_that_are_shown_count():
-    shape = LogprobsWriter(FakeTokenizer(), 0).completion(OUTPUT)
+    shape = LogprobsWriter(FakeTokenizer(), 0).lists(OUTPUT.token_ids, OUTPUT.logprobs)
     assert shape["text_offset"] == [0, 1, 6, 6, 7]
     assert shape["tokens"] == ["a", "<bos>", "bytes:\\xc3", "bytes:\\xa9", "b"]
 
