@@ -8,7 +8,7 @@
 
 using namespace octavo;
 
-OctavoEngine::OctavoEngine(size_t num_threads, const Kernels& kernels) : kernels_(kernels), pool_(num_threads) {}
+OctavoEngine::OctavoEngine(size_t num_threads, const Kernels& kernels) : kernels_(kernels), pool_(num_threads), shares_(num_threads) {}
 
 void OctavoEngine::set_program(const OctavoProgram& p) {
     if (!nodes_.empty()) refuse("a program is loaded already");

@@ -156,6 +156,7 @@ private:
     std::vector<octavo::Mapping> scratch_;  // one per thread
     std::vector<octavo::SamplerScratch> sampler_scratch_;
     std::vector<LinearTask> linear_tasks_;
+    octavo::Shares shares_;  // of them
     octavo::Mapping rounded_;  // inputs of a packed Linear, or of experts
     octavo::Mapping expert_sums_;
     std::vector<ExpertChoice> expert_choices_;  // [rows][top_k]

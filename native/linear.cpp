@@ -9,6 +9,7 @@ namespace {
 
 constexpr size_t kMinTaskBytes = 16384;  // weights a task reads at least
 constexpr size_t kTasksPerThread = 8;
+constexpr size_t kFewRowsTasks = 4;    // the same for few rows, which read weights as fast as they come: longer runs
 constexpr size_t kTaskGroups = 2;      // what the kernels compute together
 constexpr size_t kSerialRows = 8;      // activations rounded by the caller: less work than waking anybody
 
@@ -67,9 +68,10 @@ void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, c
         .epilogue = epilogue,
     };
     split_linear(args.parts, num_parts, pairs, rows);
-    pool_.run(linear_tasks_.size(), [&](size_t index, size_t thread) {
+    shares_.fill(linear_tasks_.size());
+    pool_.run(linear_tasks_.size(), [&](size_t, size_t thread) {
         const FlushDenormals as_tiles_do(!weight.is_int8());
-        const LinearTask& task = linear_tasks_[index];
+        const LinearTask& task = linear_tasks_[shares_.take(thread)];
         kernels.linear(args, task.part, task.first_group, task.last_group, scratch_[thread].as<void>());
     });
 }
@@ -81,7 +83,8 @@ void OctavoEngine::split_linear(const Part* parts, size_t num_parts, bool pairs,
         bytes += parts[i].num_groups() * parts[i].group_bytes * (pairs ? 2 : 1);
         units += divide_up(parts[i].num_groups(), kTaskGroups);
     }
-    const size_t threads = pool_.num_threads(), most = threads * kTasksPerThread;
+    const size_t threads = pool_.num_threads();
+    const size_t most = threads * (rows <= kSerialRows ? kFewRowsTasks : kTasksPerThread);
     const size_t wanted = std::min(most, round_up(std::max<size_t>(1, bytes * rows / kMinTaskBytes), threads));
     linear_tasks_.clear();
     for (size_t i = 0; i < num_parts; ++i) {

@@ -57,4 +57,37 @@ private:
     std::atomic<bool> closing_{false};
 };
 
+// The tasks of a loop in one run of neighbours for each thread, which takes them in order, so that what it asks for ahead
+// is what it reads next. A thread that has none left takes the last of another's.
+class Shares {
+public:
+    explicit Shares(size_t num_threads) : ranges_(num_threads) {}
+
+    void fill(size_t num_tasks) {
+        for (size_t i = 0; i < ranges_.size(); ++i)
+            ranges_[i].range.store(static_cast<uint64_t>(num_tasks * i / ranges_.size()) << 32 |
+                                       num_tasks * (i + 1) / ranges_.size(),
+                                   std::memory_order_relaxed);
+    }
+
+    // To be called once for each task.
+    size_t take(size_t thread) {
+        for (size_t i = 0;; ++i) {
+            auto& range = ranges_[(thread + i) % ranges_.size()].range;
+            uint64_t old = range.load(std::memory_order_relaxed);
+            while (old >> 32 < (old & 0xffffffffu)) {
+                const uint64_t rest = i == 0 ? old + (uint64_t{1} << 32) : old - 1;
+                if (range.compare_exchange_weak(old, rest, std::memory_order_relaxed))
+                    return i == 0 ? old >> 32 : rest & 0xffffffffu;
+            }
+        }
+    }
+
+private:
+    struct alignas(64) Range {
+        std::atomic<uint64_t> range{0};  // (first << 32) | end
+    };
+    std::vector<Range> ranges_;
+};
+
 }  // namespace octavo

@@ -198,6 +198,26 @@ struct Table {
 #endif
 };
 
+// 4-bit quanta are looked up in one instruction where there are 16 lanes, else counted where they are 0 to 15.
+template <Layout L>
+constexpr bool kCounted = kLanes < 16 && L.minimum;
+
+// Nibble n < 4 of each lane as a number, without shift or look-up: beside 2^(23 - 4 n) it is the low bits of a float.
+inline Floats nibbles_of(Words words, unsigned n) {
+    const Words beside = Words{} + ((150u - 4 * n) << 23);
+    return (Floats)((words & (15u << 4 * n)) | beside) - (Floats)beside;
+}
+
+// Values v * kLanes ... of line i of a unit (4 lines of 4 bits), not scaled yet.
+template <Layout L>
+OCTAVO_FORCED Floats unit_value(const Words* nibbles, const Table& look, size_t i, size_t v) {
+    constexpr size_t words = kVectors / 2;
+    const unsigned n = static_cast<unsigned>(2 * i + v / words);
+    const Words word = nibbles[v % words];
+    if constexpr (kCounted<L>) return nibbles_of(n < 4 ? word : word >> 16u, n % 4);
+    return look.look_up(word >> 4 * n);
+}
+
 template <Layout L>
 inline void scale_line(const Scales& scales, Floats* values) {
     for (size_t v = 0; v < kVectors; ++v) {
@@ -241,11 +261,10 @@ OCTAVO_FORCED void each_values(const uint8_t* group, size_t block, const float* 
                 Words nibbles[words];
                 for (size_t w = 0; w < words; ++w)
                     std::memcpy(&nibbles[w], payload + unit * 64 + w * sizeof *nibbles, sizeof *nibbles);
-#pragma GCC unroll kUnroll
+#pragma GCC unroll 4
                 for (size_t line = 0; line < 4; ++line) {
                     Floats values[kVectors];
-                    for (size_t v = 0; v < kVectors; ++v)
-                        values[v] = look.look_up(nibbles[v % words] >> static_cast<unsigned>(8 * line + v / words * 4));
+                    for (size_t v = 0; v < kVectors; ++v) values[v] = unit_value<L>(nibbles, look, line, v);
                     scale_line<L>(scales, values);
                     use(unit * 4 + line, values);
                 }

@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t kTileRows = kLanes == 16 ? 8 : 6;  // rows of a tile: what the registers hold
 constexpr size_t kFewRows = kLanes == 16 ? 4 : kLanes == 8 ? 1 : 0;  // rows whose sums fit beside the decoding
+constexpr size_t kInterleaved = kLanes == 16 ? 2 : 1;  // groups whose lines take turns: a chain alone waits for itself
 constexpr size_t kChunkBlocks = 4;                  // blocks that one tile of rows decodes at a time
 
 // PackedKernels::round_rows.
@@ -22,6 +23,39 @@ void round_rows(const float* x, size_t rows, size_t width, size_t depth, void* o
         for (size_t i = 0; i < depth; i += kLanes) {
             const size_t left = i < width ? width - i : 0;
             store_rounded(values + i, left >= kLanes ? load(x + i) : load_part(x + i, left));
+        }
+    }
+}
+
+// Calls use(g, line, strips) for the lines of a block of GROUPS groups; those of a group come in order, every four of
+// them the groups take turns.
+template <Layout L, size_t GROUPS, class Use>
+OCTAVO_FORCED void take_turns(const uint8_t* const* groups, size_t block, const float* table, const Use& use) {
+    constexpr size_t unit_lines = 4, units = kBlockLines / unit_lines, words = kVectors / 2;
+    Scales scales[GROUPS];
+    for (size_t unit = 0; unit < units; ++unit) {
+        const size_t step = unit * L.steps() / units;
+        for (size_t g = 0; g < GROUPS; ++g) {
+            const uint8_t* payload = groups[g] + L.payload_at(block);
+            if (unit % (units / L.steps()) == 0)
+                scales[g] = load_scales<L>(groups[g] + L.header_at(block), groups[g] + L.scales_at(block), step);
+            Words nibbles[words];
+            if constexpr (L.bits == 4) std::memcpy(nibbles, payload + unit * 64, sizeof nibbles);
+#pragma GCC unroll 4
+            for (size_t i = 0; i < unit_lines; ++i) {
+                const size_t line = unit * unit_lines + i;
+                Floats values[kVectors];
+                for (size_t v = 0; v < kVectors; ++v) {
+                    if constexpr (L.bits == 4)
+                        values[v] = unit_value<L>(nibbles, Table(table), i, v);
+                    else
+                        values[v] = load_codes(payload + line * 32 + v * kLanes);
+                }
+                scale_line<L>(scales[g], values);
+                Strip strips[kStrips];
+                to_strips(values, strips);
+                use(g, line, strips);
+            }
         }
     }
 }
@@ -43,16 +77,23 @@ void few(const Part& part, size_t group, size_t count, const PackedArgs& a, Sums
     for (size_t block = 0; block < a.num_blocks; ++block) {
         const size_t at = block * kBlockDepth;
 #pragma GCC unroll 4
-        for (size_t g = 0; g < GROUPS; ++g) {
-            fetch<L>(data[g], block, ahead);
+        for (size_t pair = 0; pair < GROUPS; pair += kInterleaved) {
+            for (size_t g = pair; g < pair + kInterleaved; ++g) fetch<L>(data[g], block, ahead);
             for (size_t r = 0; r < ROWS; ++r) asm("" : "+r"(x[r]));  // or pairs are kept for the next group, and spilt
-            each_line<L>(data[g], block, part.table, [&](size_t line, const Strip* strips) OCTAVO_INLINE_LAMBDA {
+            const auto add = [&](size_t g, size_t line, const Strip* strips) OCTAVO_INLINE_LAMBDA {
                 for (size_t r = 0; r < ROWS; ++r) {
-                    const Strip pair = load_pair(x[r] + at + 2 * line);
+                    const Strip x_pair = load_pair(x[r] + at + 2 * line);
                     for (size_t s = 0; s < kStrips; ++s)
-                        totals[r][g][s] = multiply_add(strips[s], pair, totals[r][g][s]);
+                        totals[r][pair + g][s] = multiply_add(strips[s], x_pair, totals[r][pair + g][s]);
                 }
-            });
+            };
+            if constexpr (L.bits == 16 || kInterleaved == 1) {
+                for (size_t g = 0; g < kInterleaved; ++g)
+                    each_line<L>(data[pair + g], block, part.table,
+                                 [&](size_t line, const Strip* strips) OCTAVO_INLINE_LAMBDA { add(g, line, strips); });
+            } else {
+                take_turns<L, kInterleaved>(data + pair, block, part.table, add);
+            }
         }
     }
     for (size_t r = 0; r < ROWS; ++r)
