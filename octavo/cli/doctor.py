@@ -118,7 +118,7 @@ def _cache() -> Finding:
 def _default_model_path() -> Path | None:
     from octavo.models.hub import cached_models
 
-    return next((m.path for m in cached_models() if m.name == DEFAULT_MODEL), None)
+    return cached_models().get(DEFAULT_MODEL)
 
 
 def _default_model() -> Finding:

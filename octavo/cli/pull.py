@@ -33,7 +33,7 @@ def list_models(download_dir: str | None) -> None:
     from octavo.models.aliases import ALIASES
     from octavo.models.hub import cache_folder, cached_models
 
-    here = {model.name: model for model in cached_models(download_dir)}
+    here = cached_models(download_dir)
     rows = [("alias", "download", "licence", "here", "what it is")]
     for alias in ALIASES.values():
         size = f"{size_text(alias.download_size)} {alias.registry}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ CONFIG = "config.json"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BARE_PATTERNS = ["*.json", "*.jinja"]
 _WEIGHT_PATTERNS = ["*.safetensors"]
-
-
-@dataclass(frozen=True, slots=True)
-class CachedModel:
-    """An alias whose file is in the cache."""
-
-    name: str
-    path: Path
-    size: int  # bytes
 
 
 def resolve_model(
@@ -82,14 +72,10 @@ def cache_folder(download_dir: str | Path | None = None) -> Path:
     return Path("~/.cache/octavo").expanduser()
 
 
-def cached_models(download_dir: str | Path | None = None) -> list[CachedModel]:
-    """The aliases that need no network any more."""
-    folder = cache_folder(download_dir)
-    return [
-        CachedModel(alias.name, path, alias.file.size)
-        for alias in ALIASES.values()
-        if is_verified(path := folder / alias.file_name, alias.file)
-    ]
+def cached_models(download_dir: str | Path | None = None) -> dict[str, Path]:
+    """The aliases that need no network any more, and their files."""
+    files = {name: cache_folder(download_dir) / alias.file_name for name, alias in ALIASES.items()}
+    return {name: path for name, path in files.items() if is_verified(path, ALIASES[name].file)}
 
 
 def _find_local(name: str, load_format: str) -> ModelFiles | None:

