@@ -46,8 +46,8 @@ BUGS = (
     Bug(
         "a decode goes on past its last block",
         SCHEDULER,
-        "if start >= request.num_slots",
-        "if start > request.num_slots",
+        "if start < request.num_slots",
+        "if start <= request.num_slots",
     ),
     Bug("a result of an old epoch is taken", SCHEDULER, "if request.epoch != item.epoch:", "if False:", "def update"),
     Bug("preemption and abort do not raise the epoch", SCHEDULER, "request.epoch += 1", "pass", "def _release"),
