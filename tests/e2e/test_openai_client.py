@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
 import openai
@@ -164,3 +165,20 @@ def test_a_response_is_what_a_chat_says_and_goes_on(client: openai.OpenAI) -> No
         **GREEDY, input="And of Spain?", previous_response_id=whole.id, max_output_tokens=40
     )
     assert further.usage.input_tokens > whole.usage.total_tokens, "it reads what was said before"
+
+
+def test_a_call_is_streamed_as_it_is_written(client: openai.OpenAI) -> None:
+    properties = {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema, "strict": True}}]
+    request = {**GREEDY, "messages": MESSAGES, "tools": tools, "tool_choice": "required", "max_tokens": 80}
+    whole = client.chat.completions.create(**request).choices[0]
+    with client.chat.completions.stream(**request) as events:
+        kind = "tool_calls.function.arguments.delta"
+        deltas = [event.arguments_delta for event in events if event.type == kind]
+        streamed = events.get_final_completion().choices[0]
+    assert whole.finish_reason == streamed.finish_reason == "tool_calls"
+    assert len(deltas) > 3
+    calls = [[call.function.arguments for call in choice.message.tool_calls] for choice in (whole, streamed)]
+    assert calls[0] == calls[1]
+    assert json.loads(calls[0][0])["city"] in ("Paris", "Rome")
