@@ -1,6 +1,7 @@
-"""The contract between the counting half and the computing half: plain dataclasses, no tensors.
+"""The contract between the counting half and the computing half: plain records, no tensors.
 
 `SchedulerOutput` goes down (scheduler -> executor -> worker), `ModelRunnerOutput` comes up. Nothing else passes.
+What is made once a row and step is a msgspec.Struct: a third of a dataclass's time, and no work for the collector.
 A Request owns one row of the worker from admission to finish or preemption; a step sends only what changed.
 """
 
