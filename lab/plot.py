@@ -55,7 +55,9 @@ def _panel(panel: Panel, x_label: str) -> Iterable[str]:
     lows = [y - half for series in panel.series for _, y, half in series.points]
     highs = [y + half for series in panel.series for _, y, half in series.points]
     positive = min(y for series in panel.series for _, y, _ in series.points)
-    low, high, ticks = _axis(max(min(lows), positive / 3) if panel.log else min(lows), max(highs), panel.log)
+    # no line of an interval leads below 0 where every point is above
+    floor = positive / 3 if panel.log else 0.0 if positive >= 0 else -math.inf
+    low, high, ticks = _axis(max(min(lows), floor), max(highs), panel.log)
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     pad = 0.06 * (xs[-1] - xs[0])
 
@@ -63,7 +65,7 @@ def _panel(panel: Panel, x_label: str) -> Iterable[str]:
         return LEFT + (x - xs[0] + pad) / (xs[-1] - xs[0] + 2 * pad) * inner_width
 
     def at_y(y: float) -> float:
-        share = math.log(max(y, low) / low) / math.log(high / low) if panel.log else (y - low) / (high - low)
+        share = math.log(max(y, low) / low) / math.log(high / low) if panel.log else (max(y, low) - low) / (high - low)
         return TOP + (1 - share) * inner_height
 
     yield f'<text x="{LEFT}" y="18" font-weight="bold">{escape(panel.title)}</text>'

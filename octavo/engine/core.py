@@ -1,7 +1,7 @@
-"""The engine's loop: drain the inbox, schedule, launch, sample, update, publish. One step at a time, `depth` in flight.
+"""The engine's loop: drain the inbox, schedule, launch, sample, update, publish.
 
-Depth 1 is one step after the other. At depth 2 (a GPU) a step is scheduled and launched while the one before it runs;
-the tokens between them stay on the device.
+Up to `depth` steps are in flight. Depth 1 is one step after the other. At depth 2 (a GPU) a step is scheduled and
+launched while the one before it runs; the tokens between them stay on the device.
 
 The same loop runs in the engine process (process.py) and in the caller's own (llm.py); only the way messages come and
 go differs.
