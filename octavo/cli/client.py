@@ -130,7 +130,7 @@ async def request(server: Server, method: str, path: str, body: Any = None) -> A
         context = ssl.create_default_context() if server.secure else None
         opening = asyncio.open_connection(server.host, server.port, ssl=context, limit=MAX_HEADER)
         reader, writer = await asyncio.wait_for(opening, CONNECT_SECONDS)
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, UnicodeError) as error:  # the last: a name that no host can have
         raise ServerError(f"no server answers at {server.url} ({error}): start one with `octavo serve`") from error
     try:
         writer.write(_encode(server, method, path, body))

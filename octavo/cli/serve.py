@@ -207,9 +207,10 @@ def check_port(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: a name that no host can have
+        why = getattr(error, "strerror", error)
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port, or --port 0"
+            f"cannot listen on {host}:{port} ({why}): choose another --host or --port, or --port 0"
         ) from error
 
 

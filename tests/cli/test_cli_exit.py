@@ -117,3 +117,11 @@ def test_python_dash_m_octavo_is_octavo() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: dtype must be one of")
+
+
+def test_a_name_that_no_host_can_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    host = "a" * 70  # a label has at most 63
+    assert run(["serve", "--host", host]) == 2
+    assert f"error: cannot listen on {host}" in capsys.readouterr().err
+    assert run(["complete", "x", "--url", f"http://{host}"]) == 1
+    assert f"error: no server answers at http://{host}" in capsys.readouterr().err
