@@ -40,7 +40,8 @@ from serving import Server, serving  # noqa: E402
 from tiny_text import FLAGS, write_tiny_text  # noqa: E402
 
 from lab.machine import describe_machine  # noqa: E402
-from tools.fuzz_server import SEEDS, canary  # noqa: E402
+from tools.fuzz_requests import SEEDS  # noqa: E402
+from tools.fuzz_server import canary  # noqa: E402
 from tools.wire import HungUp, Wire, request  # noqa: E402
 
 POOL_TOKENS = 512
