@@ -113,7 +113,8 @@ class _Exchange:
             return await self._receive()
         seconds = min(BODY_SECONDS, self._deadline - time.monotonic())
         try:
-            message = await asyncio.wait_for(self._receive(), seconds)
+            async with asyncio.timeout(seconds):  # wait_for would make a task of it
+                message = await self._receive()
         except TimeoutError:
             limits = f"nothing of it for {BODY_SECONDS:g} s, or not all within {WHOLE_BODY_SECONDS:g} s"
             raise HTTPException(408, f"the body came too slowly ({limits}): send it again", _HANG_UP) from None
