@@ -17,8 +17,8 @@ setup: $(VENV)/.installed  ## make .venv and install Octavo into it
 serve: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000 (ARGS="MODEL --port 9000 ..." is passed on)
 	@$(RUN)/octavo serve $(ARGS)
 
-test: $(VENV)/.installed-dev  ## run the tests (ARGS="tests/unit -k name" is passed on)
-	@$(RUN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev  ## run the tests, two files at a time (ARGS="tests/unit -k name" runs those, one at a time)
+	@$(RUN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, ceilings, who may import whom
 	@$(RUN)/ruff format --check .

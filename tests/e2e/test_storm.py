@@ -1,4 +1,4 @@
-"""Two hundred clients at once, half of which leave in mid-stream: nobody else notices, and no block is lost."""
+"""A hundred and twenty clients at once, half of which leave in mid-stream: nobody else notices, no block is lost."""
 
 import asyncio
 import random
@@ -9,14 +9,14 @@ from serving import serving
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.model
 
-NUM_CLIENTS = 200
+NUM_CLIENTS = 120
 POOL_TOKENS = 2048  # far less than the clients want at once, so that preemption happens as well
 ANIMALS = ["cat", "dog", "fox", "owl", "hen"]
 PROMPTS = [f"Story number {i}. Once upon a time there was a {animal}" for i, animal in enumerate(ANIMALS)]
 
 
 async def one(client, number, leave_after):
-    """Streams one answer; leaves after so many chunks. Returns the text, or None if it left."""
+    """Streams one answer; leaves after so many characters. Returns the text, or None if it left."""
     stream = await client.completions.create(
         model="smollm2",
         prompt=PROMPTS[number % len(PROMPTS)],
@@ -25,11 +25,10 @@ async def one(client, number, leave_after):
         stream=True,
         extra_body={"ignore_eos": True},
     )
-    text, chunks = "", 0
+    text = ""
     async for chunk in stream:
         text += chunk.choices[0].text
-        chunks += 1
-        if leave_after is not None and chunks > leave_after:
+        if leave_after is not None and len(text) > leave_after:  # a slow client gets few chunks, but the same text
             await stream.close()
             return None
     return text
@@ -43,7 +42,7 @@ async def storm(url):
         alone = {}
         for i, leave in enumerate(leaves):
             key = (i % len(PROMPTS), i % 30)
-            if leave is None and key not in alone and len(alone) < 12:
+            if leave is None and key not in alone and len(alone) < 6:
                 alone[key] = await one(client, i, None)
         whole_pool = await client.completions.create(
             model="smollm2",
@@ -61,7 +60,7 @@ def test_disconnects_harm_nobody_and_leak_nothing():
         leaves, texts, alone, usage = asyncio.run(storm(server.url))
         assert server.stop() == 0
     finished = [text for text, leave in zip(texts, leaves, strict=True) if leave is None]
-    assert len(finished) > 60
+    assert len(finished) > 40
     assert all(finished), "every client that stayed got its answer"
     assert sum(text is None for text in texts) > 40, "clients did leave in mid-stream"
     for i, (text, leave) in enumerate(zip(texts, leaves, strict=True)):

@@ -152,7 +152,7 @@ def test_every_truncation_is_refused(small: Path) -> None:
             GGUFFile.open(cut)
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_end_in_a_model_error_or_a_readable_file(small: Path, flips: list[tuple[int, int]]) -> None:
     data = bytearray(small.read_bytes())

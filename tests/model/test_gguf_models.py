@@ -285,7 +285,7 @@ def test_wrong_tensors_are_refused_by_name(
         open_weights(files, read_spec(files))
 
 
-@settings(max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 1 << 16), bits=st.integers(1, 255))
 def test_flipped_headers_end_in_a_model_error_or_a_model(tmp_path: Path, at: int, bits: int) -> None:
     path = tmp_path / "x.gguf"

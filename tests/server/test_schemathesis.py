@@ -31,8 +31,6 @@ asked: set[str] = set()
 @SCHEMA.parametrize()
 @settings(
     max_examples=10,
-    derandomize=True,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

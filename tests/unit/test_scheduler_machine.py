@@ -409,6 +409,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=50, deadline=None, database=None, derandomize=True
+    max_examples=200,
+    stateful_step_count=50,
 )
 TestScheduler = SchedulerMachine.TestCase
