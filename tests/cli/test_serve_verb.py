@@ -85,7 +85,7 @@ def test_it_says_what_it_does_answers_and_ends_cleanly(model: Path, stop: signal
         engines = children_of(process.pid)
         assert len(engines) == 1, "one engine process"
         process.send_signal(stop)
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None
         rest = process.stderr.read()
         assert rest.strip().splitlines()[-1] == "Stopped."

@@ -46,12 +46,12 @@ class TinyServer:
 
     def __enter__(self) -> TinyServer:
         self._thread.start()
-        assert self._started.wait(5)
+        assert self._started.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(5)
+        self._thread.join(60)
         self._loop.close()
 
     def _run(self) -> None:

@@ -242,7 +242,7 @@ def test_the_report_has_every_engine_and_where_its_figures_came_from():
 
 def test_processor_time_of_a_process_is_told_apart(tmp_path):
     script = tmp_path / "peer.py"
-    script.write_text("import json, sys, time\nwhile time.process_time() < 0.1: pass\nprint('{}', flush=True)\ninput()")
+    script.write_text("import json, sys, time\nwhile time.process_time() < 0.2: pass\nprint('{}', flush=True)\ninput()")
     engine = PipeEngine("peer", Launch([sys.executable, str(script)]))
     engine._log = tmp_path / "log"
     engine._open()

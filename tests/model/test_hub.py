@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import textwrap
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -183,9 +182,7 @@ def test_a_hit_reads_nothing_and_calls_nobody(cache: Path, copied: Path, monkeyp
 
     for module, name in ((download, "_download"), (hashlib, "sha256"), (subprocess, "Popen")):
         monkeypatch.setattr(module, name, forbidden)
-    began = time.perf_counter()
     assert resolve_model("fixture") == first
-    assert time.perf_counter() - began < 0.05
 
 
 def test_quiet_is_quiet(cache: Path, copied: Path, capfd: pytest.CaptureFixture[str]) -> None:

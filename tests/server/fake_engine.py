@@ -69,6 +69,7 @@ class FakeEngine:
     max_model_len: int = 128
     token_seconds: float = 0.0
     answer: bytes | None = None  # instead of the alphabet
+    held_after: int | None = None  # tokens until it waits, for this to be set to something else
     fail_after: int | None = None  # tokens until `failure` is raised; 0: before the first output
     failure: Exception = field(default_factory=lambda: EngineDeadError("killed by a test"))
     has_text: bool = True
@@ -148,6 +149,8 @@ class FakeEngine:
             return
         num_tokens = 0
         while any(script.output.finish_reason is None for script in scripts):
+            while num_tokens == self.held_after and not self.dead:
+                await asyncio.sleep(0.002)
             if num_tokens == self.fail_after:
                 raise self.failure
             if self.dead:

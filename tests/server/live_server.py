@@ -21,10 +21,10 @@ class Server:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(kwargs,))
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=10)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=10)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def _run(self, kwargs: dict[str, object]) -> None:
         asyncio.run(self._serve(kwargs))
@@ -44,5 +44,5 @@ class Server:
         self.client.close()
         self.http.close()
         self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import httpx
 import pytest
@@ -53,7 +53,8 @@ def test_an_unready_server(attribute: str, value: str, code: str) -> None:
 
 def test_a_drain_refuses_the_new_and_ends_the_old() -> None:
     """The signal comes in the middle of a stream; from then on new requests get 503, and the stream ends whole."""
-    app = create_app(FakeEngine(token_seconds=0.04), served_model_names=["fake"])
+    engine = FakeEngine(held_after=5)
+    app = create_app(engine, served_model_names=["fake"])
     got: dict[str, object] = {}
 
     def client(port: int) -> None:
@@ -63,10 +64,12 @@ def test_a_drain_refuses_the_new_and_ends_the_old() -> None:
             lines = stream.iter_lines()
             next(lines)
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
+            while not app.state.front.draining:
+                time.sleep(0.002)
             got["new"] = httpx.post(f"{url}/v1/completions", json=COMPLETION)
             got["ready"] = httpx.get(f"{url}/health/ready")
             got["live"] = httpx.get(f"{url}/health/live")
+            engine.held_after = None
             got["end"] = [line for line in lines if line][-2:]
 
     threads: list[threading.Thread] = []
@@ -75,7 +78,7 @@ def test_a_drain_refuses_the_new_and_ends_the_old() -> None:
         threads.append(threading.Thread(target=client, args=(port,)))
         threads[0].start()
 
-    asyncio.run(run_server(app, port=0, ready=ready, drain_seconds=5))
+    asyncio.run(run_server(app, port=0, ready=ready, drain_seconds=600))
     threads[0].join()
     for name in ("new", "ready"):
         assert got[name].status_code == 503
@@ -86,36 +89,70 @@ def test_a_drain_refuses_the_new_and_ends_the_old() -> None:
 
 
 def test_a_server_without_an_engine_tells_everybody_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "DEAD_SECONDS", 0.3)
+    """It ends in its own time, which is over here once it has told."""
+    monkeypatch.setattr(loop, "DEAD_SECONDS", 600)
     engine = FakeEngine()
     seen = []
 
+    def ask(port: int) -> None:
+        seen.append(httpx.get(f"http://127.0.0.1:{port}/health", timeout=60))
+        monkeypatch.setattr(loop, "DEAD_SECONDS", 0)
+
     def ready(port: int) -> None:
         engine.dead = "killed too often"
-        threading.Thread(target=lambda: seen.append(httpx.get(f"http://127.0.0.1:{port}/health"))).start()
+        threading.Thread(target=ask, args=(port,)).start()
 
     with pytest.raises(EngineDeadError, match="killed too often"):
         asyncio.run(run_server(create_app(engine, served_model_names=["fake"]), port=0, ready=ready))
     assert seen[0].status_code == 503
 
 
+def watch(ask: Inside, see: Callable[[bytes], None]) -> None:
+    """Has each part of an answer seen when it is sent."""
+    app = ask.app
+
+    async def watched(scope: dict, receive: Callable, send: Callable) -> None:
+        async def sending(message: dict) -> None:
+            see(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    ask.app = watched
+
+
 def test_silent_streams_are_kept_alive() -> None:
-    ask = Inside(FakeEngine(token_seconds=0.12), ping_seconds=0.05)
+    """The first token comes after two pings, the second after two more."""
+    engine = FakeEngine(held_after=0)
+    ask = Inside(engine, ping_seconds=0.01)
+    pings = [0, 0]  # before the first token, behind it
+
+    def see(body: bytes) -> None:
+        if body == PING:
+            pings[engine.held_after or 0] += 1
+            if pings[0] >= 2 and engine.held_after == 0:
+                engine.held_after = 1
+            elif pings[1] >= 2:
+                engine.held_after = None
+
+    watch(ask, see)
     streamed = ask("POST", "/v1/completions", json={**COMPLETION, "max_tokens": 2, "stream": True})
     events = streamed.text.split("\n\n")
-    assert events[0] == ": still here", "before the first token, too"
-    assert 3 <= events.count(": still here") <= 6
+    assert events[:2] == [": still here"] * 2, "before the first token, too"
+    assert events.count(": still here") >= 4
     assert [e[:5] for e in events if e and e != ": still here"] == ["data:"] * 4
-    whole = ask("POST", "/v1/completions", json={**COMPLETION, "max_tokens": 2})
-    assert "still here" not in whole.text
-    quiet = Inside(FakeEngine(token_seconds=0.12), ping_seconds=0)
+    whole = Inside(FakeEngine(token_seconds=0.05), ping_seconds=0.01)
+    assert "still here" not in whole("POST", "/v1/completions", json={**COMPLETION, "max_tokens": 2}).text
+    quiet = Inside(FakeEngine(token_seconds=0.05), ping_seconds=0)
     assert (
         "still here" not in quiet("POST", "/v1/completions", json={**COMPLETION, "max_tokens": 2, "stream": True}).text
     )
 
 
 def test_an_error_after_a_ping_is_in_the_stream() -> None:
-    ask = Inside(FakeEngine(token_seconds=0.2, fail_after=1, failure=EngineDeadError("gone")), ping_seconds=0.05)
+    engine = FakeEngine(held_after=0, fail_after=0, failure=EngineDeadError("gone"))
+    ask = Inside(engine, ping_seconds=0.01)
+    watch(ask, lambda body: setattr(engine, "held_after", None) if body == PING else None)
     answer = ask("POST", "/v1/completions", json={**COMPLETION, "stream": True})
     assert answer.status_code == 200
     assert '"code":"engine_dead"' in answer.text
@@ -163,7 +200,7 @@ def test_a_client_that_takes_nothing_is_given_up(serve, monkeypatch: pytest.Monk
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(head % len(body) + body)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not engine.aborted:
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -125,7 +125,7 @@ def test_runaway_templates_end_in_an_error(source: str) -> None:
     start = time.monotonic()
     with pytest.raises(InvalidValueError, match=r"steps|larger than|longer than|above 64|recursion"):
         render(source)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_long_conversations_are_no_runaways() -> None:

@@ -140,5 +140,5 @@ def test_a_vocabulary_of_gemmas_size_builds_in_seconds() -> None:
     }
     start = time.process_time()
     tokenizer = build_gguf_tokenizer(metadata)
-    assert time.process_time() - start < 6.0  # 2 s when written
+    assert time.process_time() - start < 30.0  # 2 s when written; minutes where it is quadratic
     assert tokenizer.get_vocab_size() == len(tokens) > 200_000
