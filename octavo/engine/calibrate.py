@@ -16,7 +16,7 @@ from octavo.messages import AbortRequests, AddRequest, StepRecord
 from octavo.observe.step_log import StepLog
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.copying import CopyChoice
-from octavo.scheduler.cost import CostModel, StepWork, fit, typical
+from octavo.scheduler.cost import StepWork, fit, typical
 from octavo.scheduler.door import Door
 from octavo.scheduler.slo import SloPolicy
 
@@ -33,7 +33,7 @@ def prepare(core: EngineCore, *, serving: bool = False) -> None:
     policy, host = core.scheduler.policy, core.scheduler.kv.host
     if isinstance(policy, SloPolicy) or host.num_blocks:
         began = time.monotonic()
-        cost = calibrate(core, seconds=START_SECONDS)
+        cost = fit(typical(timed_steps(core, seconds=START_SECONDS)))
         if isinstance(policy, SloPolicy):
             policy.cost = cost
         if host.num_blocks:
@@ -46,15 +46,11 @@ def prepare(core: EngineCore, *, serving: bool = False) -> None:
     core.record = None if path is None else str(path)
 
 
-def calibrate(core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None) -> CostModel:
-    """The cost model of an idle engine, from at most about `seconds` of steps; `tell` hears the share that is done."""
-    return fit(typical(timed_steps(core, seconds=seconds, tell=tell)))
-
-
 def timed_steps(
     core: EngineCore, *, seconds: float, tell: Callable[[float], None] = lambda share: None
 ) -> list[tuple[StepWork, float]]:
-    """What each calibration step did and what it took, scheduling included. Not the first two: cold caches."""
+    """What steps of an idle engine did and took, scheduling included, in at most about `seconds`; not the first two
+    (cold caches). `tell` hears the share that is done."""
     kv, log = core.scheduler.kv, core.log
     caching, kv.enable_prefix_caching, core.log = kv.enable_prefix_caching, False, StepLog()
     door, core.scheduler.door = core.scheduler.door, Door()  # without bounds, and the real one learns no pace

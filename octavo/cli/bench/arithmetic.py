@@ -153,17 +153,9 @@ def printed_block(run: Report, shown: Sequence[str], *, max_concurrency: int | N
 
 def result_keys(run: Report) -> dict[str, Any]:
     """The numbers of a run under the keys that vLLM saves them under."""
-    result: dict[str, Any] = {
-        "duration": run.duration,
-        "completed": run.completed,
-        "failed": run.failed,
-        "total_input_tokens": run.total_input_tokens,
-        "total_output_tokens": run.total_output_tokens,
-        "request_throughput": run.request_throughput,
-        "request_goodput": run.request_goodput,
-        "output_throughput": run.output_throughput,
-        "total_token_throughput": run.total_token_throughput,
-    }
+    totals = ("duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput")
+    rates = ("request_goodput", "output_throughput", "total_token_throughput")
+    result: dict[str, Any] = {name: getattr(run, name) for name in (*totals, *rates)}
     for name in METRICS:
         summary = run.summaries[name]
         result |= {f"mean_{name}_ms": summary.mean, f"median_{name}_ms": summary.median, f"std_{name}_ms": summary.std}

@@ -13,13 +13,12 @@ import numpy.typing as npt
 
 from octavo.errors import StepError, UnsupportedError
 from octavo.program.ops import Experts, Linear, Rows, Sizes
-from octavo.program.profile import Limits as MachineLimits
-from octavo.program.profile import Profile
+from octavo.program.profile import Limits, Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.native import library as lib
 from octavo.runtime.native.packing import Packer
-from octavo.runtime.native.table import Limits, Tables, build_tables
+from octavo.runtime.native.table import Tables, build_tables
 
 _FLOAT_BYTES = 4
 _ROUNDED_ROWS = 16  # rows whose inputs a Linear lays out together (kRoundedRows there)
@@ -94,8 +93,7 @@ class NativeRuntime:
         _check_dtype(dtype)
         packer = Packer(self._library, program, weights, dtype)
         ids = packer.pack(self._handle())
-        limits = Limits(max_num_tokens, max_num_logits, max_num_requests)
-        self._tables = build_tables(program, ids, limits)
+        self._tables = build_tables(program, ids, (max_num_tokens, max_num_logits, max_num_requests))
         self._call(self._library.octavo_set_program, ctypes.byref(self._tables.program))
         self._program, self._weight_bytes = program, packer.bytes()
         return f"native ({self.level}, {self.num_threads} threads, {dtype})"
@@ -203,7 +201,7 @@ class NativeRuntime:
         self._call(self._library.octavo_probe, ctypes.byref(reads), ctypes.byref(operations))
         block_bytes = self.kv_bytes_per_block(self._program, _SLOTS_OF_PIECE, self._kv_dtype)
         kv_bytes = block_bytes / max(1, self._program.kv_elements_per_block(_SLOTS_OF_PIECE))
-        limits = MachineLimits(reads.value, operations.value)
+        limits = Limits(reads.value, operations.value)
         self._profile = Profile(self._program, limits, lambda w: self._weight_bytes[w.parts], kv_bytes)
 
     def stop_profile(self) -> Profile:

@@ -37,15 +37,6 @@ _ABSENT = -1
 
 
 @dataclass(slots=True)
-class Limits:
-    """The largest step that buffers are made for."""
-
-    max_num_tokens: int
-    max_num_logits: int
-    max_num_requests: int
-
-
-@dataclass(slots=True)
 class Tables:
     """The structs, and the RoPE arrays that must live as long as the engine points to them."""
 
@@ -53,8 +44,9 @@ class Tables:
     ropes: list[tuple[Float32, Float32]] = field(default_factory=list)
 
 
-def build_tables(program: Program, weight_ids: dict[tuple[str, ...], int], limits: Limits) -> Tables:
-    """Turns nodes, buffers and RoPE factors into tables; ids are positions in their lists."""
+def build_tables(program: Program, weight_ids: dict[tuple[str, ...], int], limits: tuple[int, int, int]) -> Tables:
+    """Turns nodes, buffers and RoPE factors into tables; ids are positions in their lists. `limits`: most tokens,
+    logits and requests of a step, which buffers are made for."""
     buffer_ids = {b: i for i, b in enumerate(program.buffers)}
     rope_ids: dict[Rope, int] = {}
     for node in program.nodes:
@@ -85,10 +77,8 @@ def build_tables(program: Program, weight_ids: dict[tuple[str, ...], int], limit
         num_kv_groups=program.num_kv_groups,
         logits=buffer_ids[program.logits],
         hidden=buffer_ids[program.hidden],
-        max_num_tokens=limits.max_num_tokens,
-        max_num_logits=limits.max_num_logits,
-        max_num_requests=limits.max_num_requests,
     )
+    table.max_num_tokens, table.max_num_logits, table.max_num_requests = limits
     return Tables(table, ropes)
 
 
