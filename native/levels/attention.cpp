@@ -51,7 +51,7 @@ struct Scratch {
 };
 
 template <class KV, size_t ROWS>
-inline void score(const typename KV::Element* const* q, const KVTile& tile, size_t vector, size_t num_steps,
+OCTAVO_FORCED void score(const typename KV::Element* const* q, const KVTile& tile, size_t vector, size_t num_steps,
                   float* scores) {
     Floats total[ROWS][kVectors] = {};
     for (size_t step = 0; step < num_steps; step += KV::kSteps) {
@@ -75,7 +75,7 @@ inline void score(const typename KV::Element* const* q, const KVTile& tile, size
 // total[r][d] += sum over positions [first, last) of the tile of weights[r][j] * v[j][d]. Positions that are loaded
 // together with these weigh 0.
 template <class KV, size_t ROWS, size_t VECTORS>
-inline void mix(const typename KV::Element* weights, const KVTile& tile, size_t first, size_t last, size_t column,
+OCTAVO_FORCED void mix(const typename KV::Element* weights, const KVTile& tile, size_t first, size_t last, size_t column,
                 const KVCache& cache, float* total) {
     constexpr size_t group_steps = kGroup / KV::kDepth, depth = KV::kDepth * KV::kSteps;
     const size_t width = cache.value_width, stride = state_width(cache);
@@ -142,7 +142,7 @@ inline void soften(const AttentionArgs& a, const KVTile& tile, size_t oldest, si
         largest = new_top;
     }
     for (size_t v = 0; v < kTileVectors; ++v) {
-        Floats weight = exp(score[v] - new_top);
+        Floats weight = exp<true>(score[v] - new_top);
         sums += weight;
         if constexpr (SCALED) {
             weight *= load(tile.scales[v / kGroupVectors] + kGroup + v % kGroupVectors * kLanes);

@@ -150,11 +150,14 @@ inline float max_lane(Floats v) {
 }
 
 // e^x within 2 ulp; 0 below -104 (-87.3 without AVX-512), capped above 88.3. Range reduction by ln 2 in two parts and a
-// polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989).
+// polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989). BELOW: no lane is above 0.
+template <bool BELOW = false>
 inline Floats exp(Floats x) {
-    const Floats clamped = x > 88.3f ? splat(88.3f) : x;
+    Floats clamped = x;
+    if constexpr (!BELOW) clamped = x > 88.3f ? splat(88.3f) : x;
 #if defined(__AVX512F__)
-    const Floats kept = clamped < -104.0f ? splat(-104.0f) : clamped;  // where the result rounds to 0
+    Floats kept = (Floats)_mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x);  // where the result rounds to 0
+    if constexpr (!BELOW) kept = clamped < -104.0f ? splat(-104.0f) : clamped;
     const Floats n = (Floats)_mm512_roundscale_ps((__m512)(kept * 1.44269504088896341f), 0);
 #else
     const Floats kept = clamped, shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
