@@ -57,7 +57,14 @@ def test_times_and_counts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_max_concurrency_is_kept() -> None:
-    with TinyServer(three_chunks) as server:
+    async def together(body: dict[str, Any]) -> AsyncIterator[bytes]:
+        """The first, which only asks whether the server works, ends at once; the others when three are under way."""
+        while sum("completions" in path for path, _ in server.asked) > 1 and server.most_under_way < 3:
+            await asyncio.sleep(0.001)
+        async for chunk in three_chunks(body):
+            yield chunk
+
+    with TinyServer(together) as server:
         assert bench(server, "--num-prompts", "9", "--max-concurrency", "3") == 0
     assert server.most_under_way == 3
 

@@ -25,7 +25,12 @@ class Server:
     """A running server: `url` ends in /v1, `lines` is what it has printed so far."""
 
     def __init__(self, arguments):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}",
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "160",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "octavo", "serve", *arguments, "--port", "0"],
             stdout=subprocess.PIPE,
@@ -62,7 +67,7 @@ class Server:
         """Ctrl-C, or another signal; returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(30)
+        status = self.process.wait(120)
         self._reader.join(5)
         self.process.stdout.close()
         return status

@@ -35,22 +35,23 @@ def test_kinds_of_output_agree(folder):
             added[answer.index] += answer.token_ids
     assert added == whole
     assert all(len(ids) == 200 for ids in whole.values())
-    assert len(deltas) > 1, "it streams"
 
 
 def test_a_slow_consumer_gets_everything_in_fewer_pieces(folder):
     async def use(engine):
         quick = await collect(engine, "quick", output_kind=RequestOutputKind.DELTA)
-        tokens, pieces = [], 0
-        async for output in engine.generate(PROMPT, params(output_kind=RequestOutputKind.DELTA), "slow"):
+        tokens, pieces, heard = [], 0, []
+        slow = params(output_kind=RequestOutputKind.DELTA)
+        async for output in engine.generate(PROMPT, slow, "slow", on_tokens=heard.append):
             tokens += output.outputs[0].token_ids
             pieces += 1
-            await asyncio.sleep(0.02)
+            while sum(heard) < 40:  # it comes back when all is there
+                await asyncio.sleep(0.001)
         return [t for o in quick for t in o.outputs[0].token_ids], tokens, pieces
 
     quick, slow, pieces = with_engine(folder, use)
     assert slow == quick
-    assert pieces < 40
+    assert pieces <= 2
 
 
 def test_leaving_the_stream_frees_the_whole_pool(folder):
@@ -66,9 +67,14 @@ def test_leaving_the_stream_frees_the_whole_pool(folder):
     assert unfinished == 0
 
 
-def test_abort_ends_a_stream_with_its_reason(tmp_path):
+@pytest.fixture
+def long_folder(tmp_path):
+    """A model whose answers may take seconds: whoever leaves in the middle is in the middle."""
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "max_position_embeddings": 32768}))
+    return tmp_path
 
+
+def test_abort_ends_a_stream_with_its_reason(long_folder):
     async def use(engine):
         last = None
         async for output in engine.generate(PROMPT, params(max_tokens=30_000, n=2), "r"):
@@ -77,7 +83,7 @@ def test_abort_ends_a_stream_with_its_reason(tmp_path):
             last = output
         return last
 
-    last = with_engine(tmp_path, use)
+    last = with_engine(long_folder, use)
     assert last.finished
     assert [o.finish_reason for o in last.outputs] == ["abort", "abort"]
 
@@ -118,12 +124,12 @@ def test_start_up_phases_add_up_and_metrics_move(folder):
     assert float(line.split()[-1]) == 40
 
 
-def test_who_leaves_has_paid_for_what_was_generated(folder):
+def test_who_leaves_has_paid_for_what_was_generated(long_folder):
     """Only the end of an answer is told: who leaves before has seen none of its tokens, and is told their number."""
 
     async def use(engine):
         heard = []
-        final = params(max_tokens=200, output_kind=RequestOutputKind.FINAL_ONLY)
+        final = params(max_tokens=30_000, output_kind=RequestOutputKind.FINAL_ONLY)
         leaving = asyncio.create_task(anext(engine.generate(PROMPT, final, "left", on_tokens=heard.append)))
         while sum(heard) < 20:
             await asyncio.sleep(0.001)
@@ -131,6 +137,6 @@ def test_who_leaves_has_paid_for_what_was_generated(folder):
         await asyncio.wait([leaving])
         return leaving.cancelled(), sum(heard)
 
-    left, num_tokens = with_engine(folder, use)
+    left, num_tokens = with_engine(long_folder, use)
     assert left
-    assert 20 <= num_tokens < 200
+    assert 20 <= num_tokens < 30_000

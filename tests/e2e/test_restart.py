@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_engine
+from gate import Gate
 
 from octavo import RequestOutputKind, SamplingParams
 from octavo.engine import watchdog
@@ -79,6 +80,11 @@ class Streams:
         return sum(0 < len(tokens) < MAX_TOKENS for tokens in self.tokens)
 
 
+@pytest.fixture
+def gate(tmp_path, monkeypatch):
+    return Gate(tmp_path, monkeypatch)
+
+
 @functools.cache
 def undisturbed(folder):
     async def use(engine):
@@ -89,16 +95,17 @@ def undisturbed(folder):
     return with_engine(folder, use)
 
 
-def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch):
+def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch, gate):
     monkeypatch.setattr(watchdog, "BACK_OFF", (0.0, 0.1))
+    monkeypatch.setattr(watchdog, "MIN_SILENCE", 600.0)  # who waits at the gate is not stalled
 
     async def use(engine):
         streams = Streams(engine)
-        running = asyncio.create_task(streams.run())
+        running = await gate.start(streams)
         first = engine._process.pid
         under_way = []
-        for share in (0.2, 0.6):
-            await streams.reached(share * NUM_STREAMS * MAX_TOKENS)
+        for length in (20, 50):
+            await gate.catch(streams, length)
             under_way.append(streams.under_way())
             os.kill(engine._process.pid, signal.SIGKILL)
             while engine.restarting is None:
@@ -106,6 +113,7 @@ def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch):
             with pytest.raises(EngineLoadingError, match="signal 9"):
                 await anext(engine.generate([1], sampling(1), "meanwhile"))
             assert engine.progress().stage == "restarting"
+        gate.open()
         assert await running == ["length"] * NUM_STREAMS
         assert engine._process.pid != first
         assert engine.progress().num_restarts == 2
@@ -123,16 +131,18 @@ def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch):
     assert streams.logprobs == [MAX_TOKENS] * NUM_STREAMS
 
 
-def test_a_stopped_engine_is_replaced(folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(watchdog, "MIN_SILENCE", 0.6)
-    monkeypatch.setattr(watchdog, "MIN_SLEEP", 0.5)
+def test_a_stopped_engine_is_replaced(folder, tmp_path, monkeypatch, caplog, gate):
+    monkeypatch.setattr(watchdog, "MIN_SILENCE", 1.5)
+    monkeypatch.setattr(watchdog, "MIN_SLEEP", 1.0)
+    monkeypatch.setattr(watchdog, "TIMES_EXPECTED", 1)  # a step that waited at the gate was long
 
     async def use(engine):
         streams = Streams(engine)
-        running = asyncio.create_task(streams.run())
-        await streams.reached(0.3 * NUM_STREAMS * MAX_TOKENS)
+        running = await gate.start(streams)
+        await gate.catch(streams, 30)
+        stages = {engine.progress().stage}
         os.kill(engine._process.pid, signal.SIGSTOP)
-        stages = set()
+        gate.open()
         while not engine.restarting:
             stages.add(engine.progress().stage)
             await asyncio.sleep(0.05)
@@ -164,15 +174,18 @@ BEAMS = SamplingParams(n=3, use_beam_search=True, temperature=0.0, max_tokens=20
 def test_a_request_that_kills_engines_ends_alone(folder, tmp_path, monkeypatch, request_id, prompt, params):
     """Its engine dies, so does the next one; then it is known by running alone, and the others end well."""
     monkeypatch.setattr(watchdog, "BACK_OFF", (0.0, 0.1))
-    (tmp_path / "sitecustomize.py").write_text(CRASHES)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}:{os.getcwd()}")
+    gate = Gate(tmp_path, monkeypatch, CRASHES)
 
     async def use(engine):
         streams = Streams(engine, num=6)
-        running = asyncio.create_task(streams.run())
-        await streams.reached(20)
+        running = await gate.start(streams)
+        await gate.catch(streams, 20)
+        asked = asyncio.create_task(anext(engine.generate(prompt, params, request_id)))
+        while engine.progress().num_unfinished <= 6:
+            await asyncio.sleep(0.001)
+        gate.open()
         with pytest.raises(StepError, match="ran this request alone"):
-            await anext(engine.generate(prompt, params, request_id))
+            await asked
         ended = await running
         return ended, engine.progress().num_restarts
 
@@ -182,15 +195,16 @@ def test_a_request_that_kills_engines_ends_alone(folder, tmp_path, monkeypatch, 
     assert num_restarts == 2
 
 
-def test_too_many_deaths_are_told_to_everybody(folder, monkeypatch):
+def test_too_many_deaths_are_told_to_everybody(folder, monkeypatch, gate):
+    monkeypatch.setattr(watchdog, "MIN_SILENCE", 600.0)
     monkeypatch.setattr(watchdog, "BACK_OFF", (0.0,))
     monkeypatch.setattr(watchdog, "MAX_RESTARTS", 1)
 
     async def use(engine):
         streams = Streams(engine)
-        running = asyncio.create_task(streams.run())
-        for share in (0.2, 0.5):
-            await streams.reached(share * NUM_STREAMS * MAX_TOKENS)
+        running = await gate.start(streams)
+        for length in (20, 50):
+            await gate.catch(streams, length)
             os.kill(engine._process.pid, signal.SIGKILL)
         ended = await running
         with pytest.raises(EngineDeadError, match="restarts within 10 minutes"):
