@@ -310,7 +310,7 @@ if "slow" in sys.argv:
     def chunks(*_):
         yield b"GGUF"
         print("half", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     download._member_chunks = chunks
 print(hub.resolve_model("fixture").path.stat().st_size, flush=True)
 """
@@ -328,11 +328,11 @@ def test_two_processes_at_once_and_one_that_is_killed(cache: Path, registry: Pat
     assert slow.stdout is not None
     assert slow.stdout.readline() == "half\n"
     pair = [start(), start()]
-    assert [process.communicate(timeout=60)[0] for process in pair] == [f"{len(CONTENT)}\n"] * 2
+    assert [process.communicate(timeout=300)[0] for process in pair] == [f"{len(CONTENT)}\n"] * 2
     assert (cache / "fixture.gguf").read_bytes() == CONTENT
     assert len([name for name in left_over(cache) if name.startswith(".partial-")]) == 1  # alive: left alone
     slow.send_signal(signal.SIGKILL)
-    slow.communicate(timeout=60)
+    slow.communicate(timeout=300)
     (cache / "fixture.gguf.ok").unlink()
     (cache / "fixture.gguf").unlink()
     assert resolve_model("fixture").path.read_bytes() == CONTENT
