@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from octavo import cgroup
 from octavo.errors import ConfigError, UnsupportedError
 
 DEFAULT_MODEL = "smollm2"
@@ -156,10 +157,11 @@ class EngineConfig:
         return min(self.max_num_batched_tokens, self.long_prefill_token_threshold or self.max_num_batched_tokens)
 
     def threads(self) -> int:
-        """Threads for the native runtime: what was asked, else the cores this process may use."""
+        """Threads for the native runtime: what was asked, else the cores this process may use and its cgroup pays."""
         if self.num_threads:
             return self.num_threads
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, cgroup.whole_cpus() or cores)
 
 
 _HINTS = get_type_hints(EngineConfig)

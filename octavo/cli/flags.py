@@ -125,7 +125,9 @@ FLAGS: dict[str, Flag] = {
     "runtime": Flag(
         "Execution", "native: compiled for the CPU; cuda: a GPU; reference: numpy, the definition of every op."
     ),
-    "num_threads": Flag("Execution", "Threads of the native runtime; default: the cores this process may use."),
+    "num_threads": Flag(
+        "Execution", "Threads of the native runtime; default: the cores this process may use, or its cgroup's quota."
+    ),
     "enforce_eager": Flag("Execution", "No CUDA graphs; read on a GPU only."),
     "fuse_ops": Flag("Execution", "Norms and sums inside products, kernels that overlap; read on a GPU only."),
     "attention_backend": Flag(

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from octavo import cgroup
 from octavo.errors import ConfigError, MemoryPlanError
 from octavo.step import most_blocks
 
@@ -190,11 +191,7 @@ def _host_blocks(swap_bytes: int, block_bytes: int, left: int) -> int:
 
 def free_memory() -> int:
     """Bytes this process may still take: the machine's available memory, or what its cgroup leaves, if less."""
-    available = _meminfo_available()
-    limits = [available] if available is not None else []
-    limit, current = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit is not None and current is not None:
-        limits.append(limit - current + (_cgroup_reclaimable() or 0))
+    limits = [limit for limit in (_meminfo_available(), cgroup.memory_left()) if limit is not None]
     if not limits:
         raise ConfigError("cannot tell the free memory of this system: give --kv-cache-memory-bytes")
     return max(min(limits), 0)
@@ -217,22 +214,3 @@ def _sysctl_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
-
-
-def _cgroup(name: str) -> int | None:
-    """A number of this process's cgroup (v2), or None where there is no limit."""
-    try:
-        text = (Path("/sys/fs/cgroup") / name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _cgroup_reclaimable() -> int | None:
-    """Page cache counted in memory.current that the kernel drops under pressure."""
-    try:
-        lines = (Path("/sys/fs/cgroup") / "memory.stat").read_text().splitlines()
-    except OSError:
-        return None
-    stats = dict(line.split() for line in lines)
-    return int(stats.get("inactive_file", 0)) + int(stats.get("active_file", 0))
