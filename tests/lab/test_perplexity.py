@@ -120,14 +120,14 @@ def test_the_page_is_filled_from_results(measured, kind, tmp_path, capsys):
     _, result = measured
     (tmp_path / "perplexity-tiny.json").write_text(json.dumps(result))
     page = tmp_path / "page.md"
-    page.write_text(f"before\n<!-- {kind} tiny:start -->\nold\n<!-- end -->\nafter\n")
+    page.write_text(f"before\n<!-- {kind} tiny:start -->\nwhat stood here\n<!-- end -->\nafter\n")
     assert numerics.main(page, tmp_path, check=True) == 1
     assert "run python -m lab.numerics" in capsys.readouterr().out
     assert numerics.main(page, tmp_path, check=False) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "what stood here" not in text
     (noisy,) = [line for line in text.splitlines() if "fake noisy" in line]
     assert f"{result['rows'][0]['perplexity']:.4f} |" in noisy
     assert f"| {result['rows'][0]['difference']:+.3%} ± " in noisy
