@@ -72,6 +72,12 @@ def test_rooms_import_only_what_the_map_allows() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_file_of_tests_has_a_name_of_its_own() -> None:
+    """pytest imports them by their names: two of one name end the whole run."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert [name for name in names if names.count(name) > 1] == []
+
+
 def test_every_room_is_on_the_map() -> None:
     rooms = {room for path, room in modules() if (ROOT / "octavo" / room).is_dir()}
     assert rooms == set(MAY_IMPORT)
