@@ -144,7 +144,7 @@ def test_reference_runtime_gives_the_same_tokens(native):
     sizes = {"max_num_tokens": 2048, "max_num_logits": NUM_TOKENS, "max_num_requests": 1}
     runtime.load(record(spec), open_weights(files, spec), dtype="float32", **sizes)
     runtime.allocate_kv(128, 16)
-    for prompt, tokens, prompt_ids in list(zip(PROMPTS, *native, strict=True))[::3]:
+    for prompt, tokens, prompt_ids in zip(PROMPTS, *native, strict=True):
         forced = StepInputs.one_request(prompt_ids + tokens[:-1], first_logits=len(prompt_ids) - 1)
         runtime.execute(forced)
         assert runtime.sample(SamplingInputs.greedy(NUM_TOKENS)).token_ids.tolist() == tokens, (
@@ -160,7 +160,7 @@ def test_one_foreign_call_per_step():
 
 def test_beam_search_equals_transformers(oracle):
     torch, model, _ = oracle
-    prompts, width, num_tokens = PROMPTS[1:6], 3, 12
+    prompts, width, num_tokens = PROMPTS[:10], 3, 12
     with LLM(**EVERYTHING) as llm:
         params = SamplingParams(use_beam_search=True, n=width, max_tokens=num_tokens)
         outputs = llm.generate(prompts, params, use_tqdm=False)

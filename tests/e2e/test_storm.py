@@ -1,4 +1,4 @@
-"""A hundred and twenty clients at once, half of which leave in mid-stream: nobody else notices, no block is lost."""
+"""Two hundred clients at once, half of which leave in mid-stream: nobody else notices, no block is lost."""
 
 import asyncio
 import random
@@ -9,7 +9,7 @@ from serving import serving
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.model
 
-NUM_CLIENTS = 120
+NUM_CLIENTS = 200
 POOL_TOKENS = 2048  # far less than the clients want at once, so that preemption happens as well
 ANIMALS = ["cat", "dog", "fox", "owl", "hen"]
 PROMPTS = [f"Story number {i}. Once upon a time there was a {animal}" for i, animal in enumerate(ANIMALS)]
@@ -60,7 +60,7 @@ def test_disconnects_harm_nobody_and_leak_nothing():
         leaves, texts, alone, usage = asyncio.run(storm(server.url))
         assert server.stop() == 0
     finished = [text for text, leave in zip(texts, leaves, strict=True) if leave is None]
-    assert len(finished) > 40
+    assert len(finished) > 60
     assert all(finished), "every client that stayed got its answer"
     assert sum(text is None for text in texts) > 40, "clients did leave in mid-stream"
     for i, (text, leave) in enumerate(zip(texts, leaves, strict=True)):
