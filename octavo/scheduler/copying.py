@@ -1,6 +1,6 @@
-"""Copy or compute? What the pool gives up is copied to host memory where that, and the way back, takes less time than
-computing it again. Both are followed: machines drift, and a copy beside a large step is not the copy that was timed
-at start.
+"""Copy or compute: whether KV that the pool gives up is worth a copy to host memory, by what both take while it runs.
+
+Both are followed: machines drift, and a copy beside a large step is not the copy that was timed at start.
 """
 
 from __future__ import annotations
