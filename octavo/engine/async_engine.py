@@ -25,7 +25,7 @@ from octavo.engine.black_box import MAX_STEPS, write_black_box
 from octavo.engine.child import EngineProcess
 from octavo.engine.frontend import Frontend, Prompt
 from octavo.engine.grammar import GrammarCompiler
-from octavo.engine.groups import Group, Update
+from octavo.engine.groups import Group, Update, tell_finished
 from octavo.engine.outbox import Outbox, Relay
 from octavo.engine.template import TemplateRenderer
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
@@ -402,7 +402,7 @@ class AsyncEngine:
     def _hand_out(self, update: Update) -> None:
         group = update.group
         if group.finished:
-            self._observe_finished(group)
+            tell_finished(group, self.metrics)
         outbox = self._outboxes.get(id(group))
         if outbox is None:
             return
@@ -413,35 +413,13 @@ class AsyncEngine:
         elif update.output is not None:
             outbox.put(update.output)
 
-    def _observe_finished(self, group: Group, unfinished: FinishReason = FinishReason.ABORT) -> None:
-        """Tells the metrics how each answer of a group ended; `unfinished` is for those that were cut off."""
-        times = group.metrics
-        longest: int | None = max((len(child.output.token_ids) for child in group.children), default=0)
-        n: int | None = group.params.n
-        for child in group.children:
-            self.metrics.on_finished(
-                child.output.finish_reason or unfinished,
-                prompt_tokens=len(group.prompt_token_ids),
-                output_tokens=len(child.output.token_ids),
-                cached_tokens=group.num_cached_tokens,
-                n=n,
-                longest=longest,
-                max_tokens=group.params.max_tokens,
-                arrival=times.arrival_time,
-                queue_seconds=times.queue_seconds,
-                first_token=child.first_token_time,
-                last_token=child.last_token_time,
-                finished=times.finished_time or time.monotonic(),
-            )
-            n = longest = None  # once a request
-
     def _abort(self, group: Group) -> None:
         if running := self._frontend.abort(group):
             self._process.channel.send(AbortRequests(running))
-            self._observe_finished(group)
+            tell_finished(group, self.metrics)
 
     def _fail_all(self) -> None:
         for group in self._frontend.fail_all():
-            self._observe_finished(group, FinishReason.ERROR)
+            tell_finished(group, self.metrics, FinishReason.ERROR)
             if outbox := self._outboxes.get(id(group)):
                 outbox.put(EngineDeadError(self.dead or "the engine is gone"))

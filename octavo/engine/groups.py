@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from octavo.messages import AddRequest
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from octavo.request import FinishReason
 from octavo.sampling_params import SamplingParams
 from octavo.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from octavo.observe.metrics import Metrics  # the offline engine has none
 
 
 @dataclass(slots=True)
@@ -105,3 +111,26 @@ def copy_output(output: CompletionOutput) -> CompletionOutput:
     """A snapshot whose lists no later token changes."""
     logprobs = None if output.logprobs is None else list(output.logprobs)
     return replace(output, token_ids=list(output.token_ids), logprobs=logprobs)
+
+
+def tell_finished(group: Group, metrics: Metrics, unfinished: FinishReason = FinishReason.ABORT) -> None:
+    """Tells the metrics how each answer of a group ended; `unfinished` is for those that were cut off."""
+    times = group.metrics
+    longest: int | None = max((len(child.output.token_ids) for child in group.children), default=0)
+    n: int | None = group.params.n
+    for child in group.children:
+        metrics.on_finished(
+            child.output.finish_reason or unfinished,
+            prompt_tokens=len(group.prompt_token_ids),
+            output_tokens=len(child.output.token_ids),
+            cached_tokens=group.num_cached_tokens,
+            n=n,
+            longest=longest,
+            max_tokens=group.params.max_tokens,
+            arrival=times.arrival_time,
+            queue_seconds=times.queue_seconds,
+            first_token=child.first_token_time,
+            last_token=child.last_token_time,
+            finished=times.finished_time or time.monotonic(),
+        )
+        n = longest = None  # once a request
