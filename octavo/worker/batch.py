@@ -29,9 +29,6 @@ class Batch:
 
 def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:
     """Gathers the step's tokens, positions, slots and tables; T tokens over B requests, R of which sample."""
-    if rows.steady is not None and rows.steady.go_on(scheduled):
-        return rows.steady.batch
-    rows.steady = None
     pools = rows.pools
     if all(s.num_tokens == 1 and s.samples and s.row not in pools for s in scheduled):
         return _decode(scheduled, rows)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from octavo.errors import StepError
 from octavo.runtime.base import Runtime, SamplerOutput
 from octavo.step import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
-from octavo.worker.batch import Batch, build_batch
+from octavo.worker.batch import Batch
 from octavo.worker.rows import Rows
-from octavo.worker.steady import SteadyBatch
+from octavo.worker.steady import Batches
 
 
 class ModelRunner:
@@ -22,6 +22,7 @@ class ModelRunner:
     def __init__(self, runtime: Runtime, rows: Rows) -> None:
         self._runtime = runtime
         self._rows = rows
+        self._batches = Batches(rows)
         self._batch: Batch | None = None
 
     def execute(self, output: SchedulerOutput) -> None:
@@ -31,7 +32,7 @@ class ModelRunner:
         self._rows.extend_tables(output.scheduled)
         if output.copy_blocks:
             self._runtime.copy_blocks(output.copy_blocks)
-        self._batch = build_batch(output.scheduled, self._rows)
+        self._batch = self._batches.next(output.scheduled)
         self._runtime.execute(self._batch.inputs)
 
     def sample(self, masks: Mapping[int, npt.NDArray[np.uint32]] | None = None) -> Callable[[], ModelRunnerOutput]:
@@ -66,14 +67,7 @@ class ModelRunner:
         return finish
 
     def _finish_decode(self, batch: Batch, out: SamplerOutput) -> ModelRunnerOutput:
-        rows, steady, tokens = self._rows, self._rows.steady, out.token_ids.tolist()
-        if steady is not None and steady.batch is batch and batch.tokens_of.total_admissions == rows.total_admissions:
-            steady.take(tokens)
-        else:
-            rows.append(batch.tokens_of, out.token_ids)
-            rows.steady = SteadyBatch(batch, rows) if rows.are_plain else None
-        if batch.sampling.mask_of is not None:
-            rows.steady = None
+        tokens = self._batches.take(batch, out.token_ids)
         logprobs = [None if entry is None else [entry] for entry in _logprobs(batch, out)]
         return ModelRunnerOutput([[token] for token in tokens], logprobs, out.foreign_seconds)
 

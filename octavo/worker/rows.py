@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,6 @@ import numpy.typing as npt
 from octavo.runtime.base import Float32, Int32, Int64
 from octavo.step import NewRow, ScheduledRow
 from octavo.worker.pools import Pool
-
-if TYPE_CHECKING:
-    from octavo.worker.steady import SteadyBatch
 
 _SETTINGS = (
     *("temperature", "top_k", "top_p", "min_p", "seeds", "num_logprobs"),
@@ -66,7 +63,6 @@ class Rows:
         self.num_prompt_logprobs = np.full(num_rows, -1, np.int32)
         self.pools: dict[int, Pool] = {}
         self._settings: tuple[bytes | None, dict[str, npt.NDArray[Any]]] = (None, {})  # of the rows of the last step
-        self.steady: SteadyBatch | None = None  # of the last step, where it was a decode that may go on
         self._bias: dict[int, RowBias] = {}
         self._seen: dict[int, dict[int, int]] = {}  # row -> token id -> times generated
 

@@ -1,4 +1,4 @@
-"""Rows that decode again and again: the arrays of their last step, counted on in place.
+"""The batch of each step; of rows that decode again and again, the arrays of their last step, counted on in place.
 
 Between two steps the weights pass through the caches, and whatever the host then calls for the first time costs it
 30 us: with one stream, calls into numpy were most of a step. So these rows go on by plain stores into arrays whose
@@ -8,16 +8,43 @@ addresses the runtime knows already.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from octavo.step import ScheduledRow
-    from octavo.worker.batch import Batch
-    from octavo.worker.rows import Rows
+from octavo.runtime.base import Int32
+from octavo.step import ScheduledRow
+from octavo.worker.batch import Batch, build_batch
+from octavo.worker.rows import Rows
 
 SPARE_BLOCKS = 8  # columns of the block tables beyond what the longest row needs
+
+
+class Batches:
+    """Makes the batch of each step: the last one counted on where it can be, else built from the rows."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._steady: SteadyBatch | None = None  # of the last step, where it was a decode that may go on
+
+    def next(self, scheduled: list[ScheduledRow]) -> Batch:
+        """The arrays of a step whose new rows and blocks the rows know already."""
+        if self._steady is not None and self._steady.go_on(scheduled):
+            return self._steady.batch
+        self._steady = None
+        return build_batch(scheduled, self._rows)
+
+    def take(self, batch: Batch, token_ids: Int32) -> list[int]:
+        """Puts the tokens of a decode where the rows' next ones read them; the same as a list."""
+        rows, steady = self._rows, self._steady
+        tokens: list[int] = token_ids.tolist()
+        if steady is not None and steady.batch is batch and batch.tokens_of.total_admissions == rows.total_admissions:
+            steady.take(tokens)
+        else:
+            rows.append(batch.tokens_of, token_ids)
+            self._steady = SteadyBatch(batch, rows) if rows.are_plain else None
+        if batch.sampling.mask_of is not None:
+            self._steady = None
+        return tokens
 
 
 class SteadyBatch:

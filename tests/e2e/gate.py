@@ -8,13 +8,13 @@ from serving import ROOT
 SOURCE = """
 import time
 from pathlib import Path
-import octavo.worker.batch as batch
-ungated = batch.build_batch
-def gated(scheduled, rows):
+from octavo.worker.steady import Batches
+ungated = Batches.next
+def gated(batches, scheduled):
     while sum(row.start for row in scheduled) >= int(Path({path!r}).read_text()):
         time.sleep(0.001)
-    return ungated(scheduled, rows)
-batch.build_batch = gated
+    return ungated(batches, scheduled)
+Batches.next = gated
 """
 
 

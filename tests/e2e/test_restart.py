@@ -22,15 +22,15 @@ POISON = [77, 78, 77, 78]
 # every process that starts with this on its path kills itself at these tokens, or at the tenth position of "late"
 CRASHES = f"""
 import ctypes
-import octavo.worker.batch as batch
-build = batch.build_batch
-def crash(scheduled, rows):
-    built = build(scheduled, rows)
+from octavo.worker.steady import Batches
+build = Batches.next
+def crash(batches, scheduled):
+    built = build(batches, scheduled)
     late = any(row.request_id == "late" and row.start >= 10 for row in scheduled)
     if late or {str(POISON)[1:-1]!r} in str(built.inputs.token_ids.tolist()):
         ctypes.string_at(0)  # reads what nobody may read
     return built
-batch.build_batch = crash
+Batches.next = crash
 """
 
 

@@ -11,7 +11,7 @@ from octavo.step import NewRow, ScheduledRow
 from octavo.worker import batch
 from octavo.worker.batch import build_batch
 from octavo.worker.rows import Rows
-from octavo.worker.steady import SteadyBatch
+from octavo.worker.steady import Batches
 
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.7, top_p=0.9, logit_bias={5: 1.5}, presence_penalty=0.5)
@@ -88,15 +88,6 @@ def test_a_step_in_which_nothing_samples_has_settings_of_no_rows():
     assert made.samples == [False]
 
 
-def follow(rows, batch, tokens):
-    """What the model runner does with a decode's tokens."""
-    if rows.steady is not None and rows.steady.batch is batch:
-        rows.steady.take(tokens)
-    else:
-        rows.append(batch.tokens_of, np.array(tokens, np.int32))
-        rows.steady = SteadyBatch(batch, rows) if rows.are_plain else None
-
-
 @pytest.mark.parametrize("num_groups", [1, 2])
 def test_rows_that_go_on_in_place_have_the_arrays_of_the_general_way(num_groups):
     random = Random(num_groups)
@@ -104,6 +95,7 @@ def test_rows_that_go_on_in_place_have_the_arrays_of_the_general_way(num_groups)
         rows_of(GREEDY, GREEDY, GREEDY, num_groups=num_groups),
         rows_of(GREEDY, GREEDY, GREEDY, num_groups=num_groups),
     )
+    batches, last = Batches(steady), None
     ends, chosen, in_place = {0: 4, 1: 4, 2: 4}, [0, 1, 2], 0
     for step in range(150):
         if random.random() < 0.1:
@@ -120,10 +112,9 @@ def test_rows_that_go_on_in_place_have_the_arrays_of_the_general_way(num_groups)
             ends[row] += 1
         for rows in (steady, general):
             rows.extend_tables(scheduled)
-        general.steady = None
-        before = steady.steady
-        ours, theirs = build_batch(scheduled, steady), build_batch(scheduled, general)
-        in_place += before is not None and ours is before.batch
+        ours, theirs = batches.next(scheduled), build_batch(scheduled, general)
+        in_place += ours is last
+        last = ours
         for (name, mine), (_, other) in zip(arrays_of(ours), arrays_of(theirs), strict=True):
             if name == "StepInputs.block_tables":
                 assert mine.flags.c_contiguous
@@ -131,9 +122,9 @@ def test_rows_that_go_on_in_place_have_the_arrays_of_the_general_way(num_groups)
                 mine, other = mine[:, :, : other.shape[-1]] * held, other * held
             if name != "RowTokens.total_admissions":
                 np.testing.assert_array_equal(mine, other, err_msg=name)
-        tokens = [random.randrange(100) for _ in chosen]
-        follow(steady, ours, tokens)
-        follow(general, theirs, tokens)
+        tokens = np.array([random.randrange(100) for _ in chosen], np.int32)
+        assert batches.take(ours, tokens) == tokens.tolist()
+        general.append(theirs.tokens_of, tokens)
         np.testing.assert_array_equal(steady.token_ids, general.token_ids)
         np.testing.assert_array_equal(steady.num_tokens, general.num_tokens)
     assert in_place > 80
@@ -141,14 +132,14 @@ def test_rows_that_go_on_in_place_have_the_arrays_of_the_general_way(num_groups)
 
 def test_rows_do_not_go_on_in_place_before_their_token_is_known_or_with_a_penalty():
     rows = rows_of(GREEDY)
-    first = build_batch(decode(0), rows)
-    follow(rows, first, [5])
-    step = [ScheduledRow(0, "r0", 0, 5, 1, True)]
-    second = build_batch(step, rows)
-    assert second is first
-    ahead = build_batch([ScheduledRow(0, "r0", 0, 6, 1, True)], rows)
+    batches, five = Batches(rows), np.array([5], np.int32)
+    first = batches.next(decode(0))
+    batches.take(first, five)
+    assert batches.next([ScheduledRow(0, "r0", 0, 5, 1, True)]) is first
+    ahead = batches.next([ScheduledRow(0, "r0", 0, 6, 1, True)])
     assert ahead is not first
     assert ahead.inputs.token_ids.tolist() == [-1]
     admit(rows, 1, DRAWN)
-    follow(rows, build_batch(decode(1), rows), [5])
-    assert rows.steady is None
+    drawn = batches.next(decode(1))
+    batches.take(drawn, five)
+    assert batches.next([ScheduledRow(1, "r1", 0, 5, 1, True)]) is not drawn
