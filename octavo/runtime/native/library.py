@@ -17,7 +17,8 @@ LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
 
 _OPS = ("Embedding", "Norm", "Add", "Linear", "RopeKVWrite", "Attention", "GatherRows", "Experts")
 OP_CODES = {name: code for code, name in enumerate(_OPS)}
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_mul": 4, "gelu_tanh_mul": 5}
+_ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu_mul", "gelu_tanh_mul")
+WORD_CODES = {word: code for words in (_ACTIVATIONS, ("rms", "layer")) for code, word in enumerate(words)}
 DTYPES = ("float32", "bfloat16", "quantized", "int8")
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from octavo.program.ops import (
-    Add,
-    AnyOp,
-    Attention,
-    Buffer,
-    Embedding,
-    Experts,
-    GatherRows,
-    Linear,
-    Norm,
-    Rope,
-    RopeKVWrite,
-    Rows,
-    Weight,
-)
+from octavo.program.ops import AnyOp, Buffer, Rope, RopeKVWrite, Rows, Weight
 from octavo.program.program import Program
 from octavo.runtime.base import Float32
-from octavo.runtime.native.library import (
-    ACTIVATIONS,
-    OP_CODES,
-    BufferEntry,
-    KVLayerEntry,
-    Node,
-    ProgramTable,
-    RopeTable,
-)
+from octavo.runtime.native import library as lib
 
 _ABSENT = -1
+_POINTERS = ("x", "y", "residual_out", "weight", "bias", "extra", "rope", "shared")  # of a node; not all ops have all
+_SHARED = {  # a node's field: what ops call what goes there, if they do not call it the same
+    "x": ("qkv", "q"),
+    "y": ("residual", "scores"),
+    "weight": ("q_norm", "gate_up"),
+    "extra": ("k_norm", "down", "position_weight"),
+    "layer_norm": ("kind",),
+}
+_NODE_FIELD = {name: field for field, names in _SHARED.items() for name in names}
 
 
 @dataclass(slots=True)
 class Tables:
     """The structs, and the RoPE arrays that must live as long as the engine points to them."""
 
-    program: ProgramTable
+    program: lib.ProgramTable
     ropes: list[tuple[Float32, Float32]] = field(default_factory=list)
 
 
@@ -57,19 +44,19 @@ def build_tables(program: Program, weight_ids: dict[tuple[str, ...], int], limit
     nodes = [translator.node(node) for node in program.nodes]
     plan = program.plan_buffers()
     buffers = [
-        BufferEntry(slot=slot, logits_rows=int(b.rows is Rows.LOGITS), width=b.width)
+        lib.BufferEntry(slot=slot, logits_rows=int(b.rows is Rows.LOGITS), width=b.width)
         for b, slot in zip(program.buffers, plan.slot_of, strict=True)
     ]
     rope_tables = [
-        RopeTable(cos=cos.ctypes.data, sin=sin.ctypes.data, max_positions=len(cos), half=cos.shape[1])
+        lib.RopeTable(cos=cos.ctypes.data, sin=sin.ctypes.data, max_positions=len(cos), half=cos.shape[1])
         for cos, sin in ropes
     ]
-    layers = [KVLayerEntry(kv.num_kv_heads, kv.head_dim, kv.group, kv.place) for kv in program.kv_layers]
-    table = ProgramTable(
-        nodes=(Node * len(nodes))(*nodes),
-        buffers=(BufferEntry * len(buffers))(*buffers),
-        ropes=(RopeTable * len(rope_tables))(*rope_tables),
-        kv_layers=(KVLayerEntry * len(layers))(*layers),
+    layers = [lib.KVLayerEntry(kv.num_kv_heads, kv.head_dim, kv.group, kv.place) for kv in program.kv_layers]
+    table = lib.ProgramTable(
+        nodes=(lib.Node * len(nodes))(*nodes),
+        buffers=(lib.BufferEntry * len(buffers))(*buffers),
+        ropes=(lib.RopeTable * len(rope_tables))(*rope_tables),
+        kv_layers=(lib.KVLayerEntry * len(layers))(*layers),
         num_nodes=len(nodes),
         num_buffers=len(buffers),
         num_ropes=len(rope_tables),
@@ -98,92 +85,24 @@ class _Translator:
     weights: dict[tuple[str, ...], int]
     ropes: dict[Rope, int]
 
-    def buffer(self, buffer: Buffer | None) -> int:
-        return _ABSENT if buffer is None else self.buffers[buffer]
+    def node(self, op: AnyOp) -> lib.Node:
+        """The op as the library has it: each field under its own name, or the one that ops share."""
+        values: dict[str, float] = {**dict.fromkeys(_POINTERS, _ABSENT), "scale": 1.0}
+        for f in fields(op):
+            if f.name != "label":
+                values[_NODE_FIELD.get(f.name, f.name)] = self._number(getattr(op, f.name))
+        return lib.Node(op=lib.OP_CODES[type(op).__name__], **values)
 
-    def weight(self, weight: Weight | None) -> int:
-        return _ABSENT if weight is None else self.weights[weight.parts]
-
-    def entry(self, op: AnyOp, **values: float) -> Node:
-        ids = dict.fromkeys(("x", "y", "residual_out", "weight", "bias", "extra", "rope", "shared"), _ABSENT)
-        return Node(**(ids | {"op": OP_CODES[type(op).__name__], "out": self.buffer(op.out), "scale": 1.0} | values))
-
-    def node(self, node: AnyOp) -> Node:
-        match node:
-            case Embedding():
-                return self.entry(
-                    node,
-                    weight=self.weight(node.weight),
-                    extra=self.weight(node.position_weight),
-                    scale=node.scale,
-                    position_offset=node.position_offset,
-                )
-            case Norm():
-                return self.entry(
-                    node,
-                    x=self.buffer(node.x),
-                    y=self.buffer(node.residual),
-                    residual_out=self.buffer(node.residual_out),
-                    weight=self.weight(node.weight),
-                    bias=self.weight(node.bias),
-                    layer_norm=int(node.kind == "layer"),
-                    eps=node.eps,
-                )
-            case Add():
-                return self.entry(node, x=self.buffer(node.x), y=self.buffer(node.y))
-            case Linear():
-                return self.entry(
-                    node,
-                    x=self.buffer(node.x),
-                    weight=self.weight(node.weight),
-                    bias=self.weight(node.bias),
-                    activation=ACTIVATIONS[node.activation],
-                    scale=node.scale,
-                    softcap=node.softcap,
-                )
-            case Experts():
-                return self._experts(node)
-            case RopeKVWrite():
-                return self.entry(
-                    node,
-                    x=self.buffer(node.qkv),
-                    weight=self.weight(node.q_norm),
-                    extra=self.weight(node.k_norm),
-                    rope=_ABSENT if node.rope is None else self.ropes[node.rope],
-                    eps=node.eps,
-                    **_heads(node),
-                )
-            case Attention():
-                return self.entry(
-                    node,
-                    x=self.buffer(node.q),
-                    window=node.window,
-                    scale=node.scale,
-                    softcap=node.softcap,
-                    **_heads(node),
-                )
-            case GatherRows():
-                return self.entry(node, x=self.buffer(node.x))
-
-    def _experts(self, node: Experts) -> Node:
-        return self.entry(
-            node,
-            x=self.buffer(node.x),
-            y=self.buffer(node.scores),
-            shared=self.buffer(node.shared),
-            weight=self.weight(node.gate_up),
-            extra=self.weight(node.down),
-            activation=ACTIVATIONS[node.activation],
-            num_experts=node.num_experts,
-            top_k=node.top_k,
-            renormalize=int(node.renormalize),
-        )
-
-
-def _heads(node: RopeKVWrite | Attention) -> dict[str, int]:
-    return {
-        "kv_layer": node.kv_layer,
-        "num_heads": node.num_heads,
-        "num_kv_heads": node.num_kv_heads,
-        "head_dim": node.head_dim,
-    }
+    def _number(self, value: Buffer | Weight | Rope | str | float | None) -> float:
+        match value:
+            case None:
+                return _ABSENT
+            case Buffer():
+                return self.buffers[value]
+            case Weight():
+                return self.weights[value.parts]
+            case Rope():
+                return self.ropes[value]
+            case str():
+                return lib.WORD_CODES[value]
+        return value
