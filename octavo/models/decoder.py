@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from octavo.models.spec import LayerSpec, ModelSpec
-from octavo.program.ops import (
-    Activation,
-    Add,
-    Attention,
-    Buffer,
-    Embedding,
-    Experts,
-    GatherRows,
-    Linear,
-    Norm,
-    RopeKVWrite,
-    Rows,
-    Weight,
-)
+from octavo.program import ops
+from octavo.program.ops import Activation, Buffer, Rows, Weight
 from octavo.program.program import KVLayer, Program, ProgramBuilder
 
 
@@ -66,15 +55,14 @@ class _Decoder:
         is_narrow = self._embedding_size != spec.hidden_size
         table = self._position_table()
         tokens = self._build.tokens("embed", self._embedding_size)
+        embedding = ops.Embedding("embed", self._embed, tokens, spec.embedding_scale)
         if not is_narrow:
-            self._build.add(Embedding("embed", self._embed, tokens, spec.embedding_scale, table, spec.position_offset))
-            return tokens
-        self._build.add(Embedding("embed", self._embed, tokens, spec.embedding_scale))
-        widened = self._linear("project_in", tokens, spec.hidden_size)
+            return self._build.add(replace(embedding, position_weight=table, position_offset=spec.position_offset))
+        widened = self._linear("project_in", self._build.add(embedding), spec.hidden_size)
         if table is None:
             return widened
         positions = self._build.tokens("position_embed", spec.hidden_size)
-        self._build.add(Embedding("position_embed", None, positions, 1.0, table, spec.position_offset))
+        self._build.add(ops.Embedding("position_embed", None, positions, 1.0, table, spec.position_offset))
         return self._sum("embed_sum", widened, positions)
 
     def _position_table(self) -> Weight | None:
@@ -91,12 +79,11 @@ class _Decoder:
         x, stream = self._enter(f"{label}.attn_norm", stream, update)
         rows = {f"{label}.q": q_width, f"{label}.k": kv_width, f"{label}.v": kv_width}
         qkv = self._stacked_linear(f"{label}.qkv", x, rows, has_bias=spec.qkv_bias)
-        q = build.tokens(f"{label}.rope", q_width)
-        build.add(
-            RopeKVWrite(
+        q = build.add(
+            ops.RopeKVWrite(
                 f"{label}.rope",
                 qkv,
-                q,
+                build.tokens(f"{label}.rope", q_width),
                 kv_layer,
                 spec.num_heads,
                 spec.num_kv_heads,
@@ -107,12 +94,11 @@ class _Decoder:
                 eps=spec.norm_eps,
             )
         )
-        mixed = build.tokens(f"{label}.attention", q_width)
-        build.add(
-            Attention(
+        mixed = build.add(
+            ops.Attention(
                 f"{label}.attention",
                 q,
-                mixed,
+                build.tokens(f"{label}.attention", q_width),
                 kv_layer,
                 spec.num_heads,
                 spec.num_kv_heads,
@@ -155,15 +141,14 @@ class _Decoder:
         experts = [f"{label}.experts.{e}" for e in range(count)]
         pairs = {f"{expert}.{name}": spec.expert_size for expert in experts for name in ("gate", "up")}
         downs = {f"{expert}.down": spec.hidden_size for expert in experts}
-        out = Buffer(f"{label}.experts", x.rows, spec.hidden_size)
-        self._build.add(
-            Experts(
+        return self._build.add(
+            ops.Experts(
                 f"{label}.experts",
                 x,
                 scores,
                 gate_up=_stack(f"{label}.experts.gate_up", pairs, spec.hidden_size),
                 down=_stack(f"{label}.experts.down", downs, spec.expert_size),
-                out=out,
+                out=Buffer(f"{label}.experts", x.rows, spec.hidden_size),
                 num_experts=count,
                 top_k=spec.num_experts_per_token,
                 renormalize=spec.renormalize_experts,
@@ -171,7 +156,6 @@ class _Decoder:
                 shared=shared,
             )
         )
-        return out
 
     def _enter(self, norm: str, stream: Buffer, update: Buffer | None) -> tuple[Buffer, Buffer]:
         """What a block reads, and the stream with the last update added."""
@@ -204,8 +188,8 @@ class _Decoder:
         tied = spec.tie_word_embeddings
         weight = self._embed if tied else Weight("lm_head", ("lm_head",), (spec.vocab_size,), shape, "linear")
         out = self._build.logit_rows("logits", spec.vocab_size)
-        self._build.add(Linear("lm_head", hidden, weight, out, softcap=spec.logits_softcap, scale=spec.logits_scale))
-        return out
+        cap, scale = spec.logits_softcap, spec.logits_scale
+        return self._build.add(ops.Linear("lm_head", hidden, weight, out, softcap=cap, scale=scale))
 
     def _norm(
         self, label: str, x: Buffer, *, residual: Buffer | None = None, residual_out: Buffer | None = None
@@ -214,8 +198,7 @@ class _Decoder:
         out = Buffer(label, x.rows, spec.hidden_size)
         weight = _vector(f"{label}.weight", spec.hidden_size)
         bias = _vector(f"{label}.bias", spec.hidden_size) if spec.norm == "layer" else None
-        self._build.add(Norm(label, x, weight, out, spec.norm_eps, spec.norm, bias, residual, residual_out))
-        return out
+        return self._build.add(ops.Norm(label, x, weight, out, spec.norm_eps, spec.norm, bias, residual, residual_out))
 
     def _stacked_linear(
         self,
@@ -232,25 +215,18 @@ class _Decoder:
         total, counts = weight.shape[0], weight.part_rows
         bias = Weight(f"{label}.bias", tuple(f"{n}.bias" for n in rows), counts, (total,), "vector")
         out = Buffer(label, x.rows, total // 2 if activation.endswith("_mul") else total)
-        self._build.add(Linear(label, x, weight, out, bias if has_bias else None, activation))
-        return out
+        return self._build.add(ops.Linear(label, x, weight, out, bias if has_bias else None, activation))
 
     def _linear(self, name: str, x: Buffer, out_features: int) -> Buffer:
         """A product with one matrix without bias."""
         weight = Weight(name, (name,), (out_features,), (out_features, x.width), "linear")
-        out = Buffer(name, x.rows, out_features)
-        self._build.add(Linear(name, x, weight, out))
-        return out
+        return self._build.add(ops.Linear(name, x, weight, Buffer(name, x.rows, out_features)))
 
     def _sum(self, label: str, x: Buffer, y: Buffer) -> Buffer:
-        out = Buffer(label, x.rows, x.width)
-        self._build.add(Add(label, x, y, out))
-        return out
+        return self._build.add(ops.Add(label, x, y, Buffer(label, x.rows, x.width)))
 
     def _gather(self, label: str, x: Buffer) -> Buffer:
-        out = Buffer(label, Rows.LOGITS, x.width)
-        self._build.add(GatherRows(label, x, out))
-        return out
+        return self._build.add(ops.GatherRows(label, x, Buffer(label, Rows.LOGITS, x.width)))
 
 
 def _stack(label: str, rows: dict[str, int], cols: int, role: Literal["linear", "router"] = "linear") -> Weight:

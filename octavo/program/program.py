@@ -196,9 +196,10 @@ class ProgramBuilder:
         """A new buffer with one row per position whose logits are wanted."""
         return Buffer(name, Rows.LOGITS, width)
 
-    def add(self, node: AnyOp) -> None:
-        """Appends a node."""
+    def add(self, node: AnyOp) -> Buffer:
+        """Appends a node; returns what it writes."""
         self._nodes.append(node)
+        return node.out
 
     def kv_layer(self, layer: KVLayer) -> int:
         """Declares the KV cache of one attention layer and returns its index."""

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from octavo.program.ops import Attention, Buffer, RopeKVWrite, Rows  # noqa: E402
 from octavo.runtime.cuda.fusion import find_fusion  # noqa: E402
 from octavo.runtime.cuda.kernels import attention, linear, rope  # noqa: E402
-from octavo.runtime.reference import ops as reference  # noqa: E402
+from octavo.runtime.reference import compute as reference  # noqa: E402
 from tests.runtime.programs import decoder_program  # noqa: E402
 
 BLOCK = 16

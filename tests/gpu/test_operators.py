@@ -11,7 +11,7 @@ from octavo.program.ops import Attention, Linear, Norm  # noqa: E402
 from octavo.runtime.cuda import build, operators  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
 from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
-from octavo.runtime.reference import ops as reference  # noqa: E402
+from octavo.runtime.reference import compute as reference  # noqa: E402
 from tests.gpu.test_kernels import FP8, HANDLE, close, expected_attention, make_partials, numbers, paged  # noqa: E402
 from tests.runtime.programs import Piece, Steps, load, matrix, row_program, run, vector  # noqa: E402
 

@@ -24,7 +24,7 @@ from octavo.program.ops import (
 from octavo.program.program import KVLayer, Program, ProgramBuilder
 from octavo.runtime.base import Float32, StepInputs, Tensor
 from octavo.runtime.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
-from octavo.runtime.reference import ReferenceRuntime, ops
+from octavo.runtime.reference import ReferenceRuntime, compute
 from octavo.runtime.reference.tensors import to_float32
 
 RANDOM = np.random.default_rng(0)
@@ -41,8 +41,8 @@ def close(ours: Float32, expected: torch.Tensor) -> bool:
 def test_norms() -> None:
     x, weight, bias = normal(5, 24), normal(24), normal(24)
     tx, tw, tb = map(torch.from_numpy, (x, weight, bias))
-    assert close(ops.rms_norm(x, weight, 1e-5), F.rms_norm(tx, (24,), tw, 1e-5))
-    assert close(ops.layer_norm(x, weight, bias, 1e-5), F.layer_norm(tx, (24,), tw, tb, 1e-5))
+    assert close(compute.rms_norm(x, weight, 1e-5), F.rms_norm(tx, (24,), tw, 1e-5))
+    assert close(compute.layer_norm(x, weight, bias, 1e-5), F.layer_norm(tx, (24,), tw, tb, 1e-5))
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu_mul", "gelu_tanh_mul"])
@@ -58,28 +58,28 @@ def test_activations(activation: Activation) -> None:
         "silu_mul": F.silu(gate) * up,
         "gelu_tanh_mul": F.gelu(gate, approximate="tanh") * up,
     }[activation]
-    assert close(ops.activate(x, activation), expected)
+    assert close(compute.activate(x, activation), expected)
 
 
 def test_activations_of_huge_values_stay_finite() -> None:
     x = np.array([[-1e30, 1e30, 1.0, 1.0]], dtype=np.float32)
     with np.errstate(over="ignore"):  # the cube inside GELU overflows to infinity, whose tanh is 1
-        assert np.isfinite(ops.activate(x, "silu_mul")).all()
-        assert np.isfinite(ops.activate(x, "gelu_tanh")).all()
+        assert np.isfinite(compute.activate(x, "silu_mul")).all()
+        assert np.isfinite(compute.activate(x, "gelu_tanh")).all()
 
 
 def test_linear_scale_bias_softcap() -> None:
     x, weight, bias = normal(3, 8), normal(5, 8), normal(5)
     expected = torch.from_numpy(x) @ torch.from_numpy(weight).T * 0.5 + torch.from_numpy(bias)
-    assert close(ops.scale_and_bias(x @ weight.T, bias, 0.5), expected)
-    assert close(ops.softcap(x, 2.0), 2.0 * torch.tanh(torch.from_numpy(x) / 2.0))
-    assert ops.softcap(x, 0.0) is x
+    assert close(compute.scale_and_bias(x @ weight.T, bias, 0.5), expected)
+    assert close(compute.softcap(x, 2.0), 2.0 * torch.tanh(torch.from_numpy(x) / 2.0))
+    assert compute.softcap(x, 0.0) is x
 
 
 def test_rotation_turns_pairs_and_leaves_the_rest() -> None:
     x, positions = normal(4, 2, 10), np.array([0, 1, 5, 900], dtype=np.int32)
     rope = Rope((1.0, 0.1, 0.01), scale=1.5)
-    out = ops.rotate(x, positions, rope)
+    out = compute.rotate(x, positions, rope)
     pairs = torch.complex(torch.from_numpy(x[..., :3].copy()), torch.from_numpy(x[..., 3:6].copy()))
     angles = torch.tensor(positions, dtype=torch.float32)[:, None] * torch.tensor(rope.inv_freq)
     turned = pairs * torch.polar(torch.full_like(angles, 1.5), angles)[:, None]
@@ -99,7 +99,7 @@ def test_paged_attention_equals_dense(heads: tuple[int, int], cap: float, window
     keys, values = normal(40, num_kv_heads, head_dim), normal(40, num_kv_heads, head_dim)
     q = normal(sum(queries), num_heads, head_dim)
     inputs = step_inputs(lengths, queries, tables, block_size)
-    out = ops.attention(q, keys, values, inputs, group=0, block_size=block_size, scale=0.3, window=window, cap=cap)
+    out = compute.attention(q, keys, values, inputs, group=0, block_size=block_size, scale=0.3, window=window, cap=cap)
     start = 0
     for b, (length, count) in enumerate(zip(lengths, queries, strict=True)):
         slots = [int(tables[b, p // block_size]) * block_size + p % block_size for p in range(length)]
@@ -192,7 +192,7 @@ def test_program_equals_torch_written_out() -> None:
     qkv = x @ torch.cat((w["q"], w["k"], w["v"])).T + w["b"]
     q, k, v = qkv[:, :8].reshape(6, 2, 4), qkv[:, 8:12].reshape(6, 1, 4), qkv[:, 12:].reshape(6, 1, 4)
     q, k = (F.rms_norm(t, (4,), w[n], 1e-6).numpy() for t, n in ((q, "qn"), (k, "kn")))
-    q, k = (torch.from_numpy(ops.rotate(t, inputs.positions, Rope((1.0, 0.5)))) for t in (q, k))
+    q, k = (torch.from_numpy(compute.rotate(t, inputs.positions, Rope((1.0, 0.5)))) for t in (q, k))
     scores = torch.einsum("qhd,kd->hqk", q, k[:, 0]) * 0.5
     mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
     mixed = torch.einsum("hqk,kd->qhd", scores.masked_fill(mask, float("-inf")).softmax(-1), v[:, 0]).reshape(6, 8)

@@ -7,25 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 from octavo.errors import StepError, UnsupportedError
-from octavo.program.ops import (
-    FLOAT_BYTES,
-    Add,
-    AnyOp,
-    Attention,
-    Buffer,
-    Embedding,
-    Experts,
-    GatherRows,
-    Linear,
-    Norm,
-    RopeKVWrite,
-    Weight,
-)
+from octavo.program import ops
+from octavo.program.ops import FLOAT_BYTES, AnyOp, Buffer, Weight
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Int32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.bfloat16 import round_to_bfloat16
-from octavo.runtime.reference import ops
+from octavo.runtime.reference import compute
 from octavo.runtime.reference.int8 import BLOCK, Int8Matrix
 from octavo.runtime.reference.sampler import sample
 from octavo.runtime.reference.tensors import stack
@@ -34,8 +22,8 @@ DTYPES = ("float32", "bfloat16", "quantized", "int8")
 KV_ROUNDING: dict[str, Callable[[Float32], Float32]] = {
     "float32": lambda x: x,
     "bfloat16": round_to_bfloat16,
-    "int8": ops.round_to_int8,
-    "fp8": ops.round_to_e4m3,
+    "int8": compute.round_to_int8,
+    "fp8": compute.round_to_e4m3,
 }
 
 
@@ -179,28 +167,28 @@ class ReferenceRuntime:
 
     def _run(self, node: AnyOp, inputs: StepInputs) -> None:
         match node:
-            case Embedding():
+            case ops.Embedding():
                 self._embedding(node, inputs)
-            case Norm():
+            case ops.Norm():
                 self._norm(node)
-            case Add():
+            case ops.Add():
                 self._write(node.out, self._read(node.x) + self._read(node.y))
-            case Linear():
+            case ops.Linear():
                 x = self._read(node.x)
                 if node.out is self._program.logits:
                     x = x[: len(x) - inputs.num_states]
-                product = ops.scale_and_bias(self._product(x, node.weight), self._optional(node.bias), node.scale)
-                self._write(node.out, ops.softcap(ops.activate(product, node.activation), node.softcap))
-            case Experts():
+                product = compute.scale_and_bias(self._product(x, node.weight), self._optional(node.bias), node.scale)
+                self._write(node.out, compute.softcap(compute.activate(product, node.activation), node.softcap))
+            case ops.Experts():
                 self._experts(node)
-            case RopeKVWrite():
+            case ops.RopeKVWrite():
                 self._rope_kv_write(node, inputs)
-            case Attention():
+            case ops.Attention():
                 self._attention(node, inputs)
-            case GatherRows():
+            case ops.GatherRows():
                 self._write(node.out, self._read(node.x)[inputs.logits_indices])
 
-    def _embedding(self, node: Embedding, inputs: StepInputs) -> None:
+    def _embedding(self, node: ops.Embedding, inputs: StepInputs) -> None:
         out = np.zeros((len(inputs.token_ids), node.out.width), dtype=np.float32)
         if node.weight is not None:
             out += self._look_up(node.weight, inputs.token_ids) * np.float32(node.scale)
@@ -220,21 +208,23 @@ class ReferenceRuntime:
         rounds = self._rounds and not weight.is_exact
         return (round_to_bfloat16(x) if rounds else x) @ self._weight(weight)[channels].T
 
-    def _experts(self, node: Experts) -> None:
+    def _experts(self, node: ops.Experts) -> None:
         x, scores = self._read(node.x), self._read(node.scores)
-        shares = ops.route(scores[:, : node.num_experts], node.top_k, node.renormalize)
+        shares = compute.route(scores[:, : node.num_experts], node.top_k, node.renormalize)
         out = np.zeros((len(x), node.out.width), dtype=np.float32)
         if node.shared is not None:
-            out += ops.sigmoid(scores[:, node.num_experts :]) * self._read(node.shared)
+            out += compute.sigmoid(scores[:, node.num_experts :]) * self._read(node.shared)
         pair = node.gate_up.shape[0] // node.num_experts
         for e in np.flatnonzero(shares.any(axis=0)).tolist():
             rows = np.flatnonzero(shares[:, e])
-            inner = ops.activate(self._product(x[rows], node.gate_up, slice(e * pair, (e + 1) * pair)), node.activation)
+            inner = compute.activate(
+                self._product(x[rows], node.gate_up, slice(e * pair, (e + 1) * pair)), node.activation
+            )
             down = slice(e * node.out.width, (e + 1) * node.out.width)
             out[rows] += shares[rows, e, None] * self._product(inner, node.down, down)
         self._write(node.out, out)
 
-    def _norm(self, node: Norm) -> None:
+    def _norm(self, node: ops.Norm) -> None:
         x = self._read(node.x)
         if node.residual is not None:
             x = x + self._read(node.residual)
@@ -242,30 +232,30 @@ class ReferenceRuntime:
             self._write(node.residual_out, x)
         weight = self._weight(node.weight)
         if node.kind == "rms":
-            self._write(node.out, ops.rms_norm(x, weight, node.eps))
+            self._write(node.out, compute.rms_norm(x, weight, node.eps))
         else:
-            self._write(node.out, ops.layer_norm(x, weight, self._optional(node.bias), node.eps))
+            self._write(node.out, compute.layer_norm(x, weight, self._optional(node.bias), node.eps))
 
-    def _rope_kv_write(self, node: RopeKVWrite, inputs: StepInputs) -> None:
+    def _rope_kv_write(self, node: ops.RopeKVWrite, inputs: StepInputs) -> None:
         num_tokens = len(inputs.token_ids)
         heads = self._read(node.qkv).reshape(num_tokens, -1, node.head_dim)
         q, k, v = np.split(heads, (node.num_heads, node.num_heads + node.num_kv_heads), axis=1)
         if node.q_norm is not None:
-            q = ops.rms_norm(q, self._weight(node.q_norm), node.eps)
+            q = compute.rms_norm(q, self._weight(node.q_norm), node.eps)
         if node.k_norm is not None:
-            k = ops.rms_norm(k, self._weight(node.k_norm), node.eps)
+            k = compute.rms_norm(k, self._weight(node.k_norm), node.eps)
         if node.rope is not None:
-            q = ops.rotate(q, inputs.positions, node.rope)
-            k = ops.rotate(k, inputs.positions, node.rope)
+            q = compute.rotate(q, inputs.positions, node.rope)
+            k = compute.rotate(k, inputs.positions, node.rope)
         layer = self._program.kv_layers[node.kv_layer]
         slots = inputs.slots[layer.group]
         self._keys[layer.place][slots] = self._round_kv(k)
         self._values[layer.place][slots] = self._round_kv(v)
         self._write(node.out, q.reshape(num_tokens, -1))
 
-    def _attention(self, node: Attention, inputs: StepInputs) -> None:
+    def _attention(self, node: ops.Attention, inputs: StepInputs) -> None:
         q, layer = self._read(node.q), self._program.kv_layers[node.kv_layer]
-        mixed = ops.attention(
+        mixed = compute.attention(
             q.reshape(len(q), node.num_heads, node.head_dim),
             self._keys[layer.place],
             self._values[layer.place],
