@@ -66,6 +66,14 @@ inline Finish finish_of(const Epilogue& a) {
     return a.activation == OCTAVO_SILU_MUL ? Finish::kSiluMul : a.activation == 0 ? Finish::kPlain : Finish::kAny;
 }
 
+// `how` is not kAny and all channels are there: 16 outputs of one row, which begin at `out`.
+OCTAVO_FORCED void finish_whole(Finish how, const float* sums, const float* ups, float* out) {
+    for (size_t c = 0; c < kChannels; c += kLanes) {
+        const Floats v = load(sums + c);
+        store(out + c, how == Finish::kSiluMul ? silu(v) * load(ups + c) : v);
+    }
+}
+
 // The outputs of one group of a part, for one row.
 inline void finish_group(const PackedArgs& a, const Part& part, size_t group, size_t row, const float* sums,
                          const float* ups) {
