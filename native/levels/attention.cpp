@@ -25,6 +25,7 @@ struct Scratch {
     float* range;       // [rows, state_width]: of the current range
     float* merged;      // [rows, state_width]: of the ranges before
     float* weights;     // [rows, kLanes]: sum of weights by lane, of the range
+    float* largest;     // [rows]: score of the range so far
     float* scores;      // [kRowBlock, kKVTile]
     uint16_t* rounded;  // [kRowBlock, kKVTile]: weights as bfloat16
     uint16_t* q;        // [rows, key_dim]: queries as bfloat16
@@ -41,6 +42,7 @@ struct Scratch {
         range = reinterpret_cast<float*>(take(rows * state_width(c) * 4));
         merged = reinterpret_cast<float*>(take(rows * state_width(c) * 4));
         weights = reinterpret_cast<float*>(take(rows * kLanes * 4));
+        largest = reinterpret_cast<float*>(take(rows * 4));
         scores = reinterpret_cast<float*>(take(kRowBlock * kKVTile * 4));
         rounded = reinterpret_cast<uint16_t*>(take(kRowBlock * kKVTile * 2));
         q = reinterpret_cast<uint16_t*>(take(rows * c.key_dim * 2 + sizeof(Halves)));
@@ -106,52 +108,76 @@ inline void put_weight(uint16_t* at, Floats weight) {
     std::memcpy(at, &rounded, sizeof rounded);
 }
 
-// Turns a row's scores into weights against its new maximum; positions outside [oldest, newest] weigh 0.
-template <bool SCALED, class Element>
-inline void soften(const AttentionArgs& a, const KVTile& tile, size_t oldest, size_t newest, const float* scores,
-                   Element* out, float* state, float* weights) {
-    float& largest = largest_of(state, a.cache);
+// Scales the scores of a row and hides the positions that it does not see; returns the largest, lane by lane.
+template <bool SCALED>
+inline Floats scale_scores(const AttentionArgs& a, const KVTile& tile, size_t oldest, size_t newest, float* scores) {
     const bool all_visible = oldest <= tile.start && newest + 1 >= tile.start + kKVTile;
-    Ints lanes;
-    for (size_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<int32_t>(l);
-    Floats score[kTileVectors];
     Floats top = splat(kNever);
     for (size_t v = 0; v < kTileVectors; ++v) {
-        score[v] = load(scores + v * kLanes) * a.scale;
-        if constexpr (SCALED) score[v] *= load(tile.scales[v / kGroupVectors] + v % kGroupVectors * kLanes);
-        if (a.softcap != 0.0f) score[v] = a.softcap * tanh(score[v] / a.softcap);
+        Floats score = load(scores + v * kLanes) * a.scale;
+        if constexpr (SCALED) score *= load(tile.scales[v / kGroupVectors] + v % kGroupVectors * kLanes);
+        if (a.softcap != 0.0f) score = a.softcap * tanh(score / a.softcap);
         if (!all_visible) {
-            const Ints position = lanes + static_cast<int32_t>(tile.start + v * kLanes);
+            Ints position;
+            for (size_t l = 0; l < kLanes; ++l) position[l] = static_cast<int32_t>(l);
+            position += static_cast<int32_t>(tile.start + v * kLanes);
             const Ints visible =
                 (position <= static_cast<int32_t>(newest)) & (position >= static_cast<int32_t>(oldest));
-            score[v] = visible ? score[v] : splat(kNever);
+            score = visible ? score : splat(kNever);
         }
-        top = max(score[v], top);
+        store(scores + v * kLanes, score);
+        top = max(score, top);
     }
-    const float tile_top = max_lane(top);
-    const float new_top = tile_top > largest ? tile_top : largest;
-    if (new_top == kNever) {  // nothing visible so far
-        std::memset(out, 0, kKVTile * sizeof(Element));
-        return;
+    return top;
+}
+
+// Turns the scores of rows that follow each other into weights against their new maxima; hidden positions weigh 0.
+template <bool SCALED, size_t ROWS, class Element>
+inline void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, const Scratch& s,
+                   Element* out) {
+    const size_t share = a.num_heads / a.cache.num_kv_heads, stride = state_width(a.cache);
+    size_t newest = t.first_position + row / share, head = row % share;
+    Floats tops[ROWS];
+    for (size_t r = 0; r < ROWS; ++r, ++head) {
+        if (head == share) head = 0, ++newest;
+        tops[r] = scale_scores<SCALED>(a, tile, oldest_seen(a, newest), newest, s.scores + r * kKVTile);
     }
-    Floats sums = load(weights);
-    if (new_top != largest) {
-        const Floats shrink = exp(splat(largest) - new_top);
-        for (size_t c = 0; c < a.cache.value_width; c += kLanes) store(state + c, load(state + c) * shrink);
-        sums *= shrink;
-        largest = new_top;
+    float largest[ROWS];
+    max_each<ROWS>(tops, largest);
+    float* const before = s.largest + row;
+    bool moved = false;
+    for (size_t r = 0; r < ROWS; ++r) {
+        largest[r] = largest[r] > before[r] ? largest[r] : before[r];
+        moved |= largest[r] != before[r];
     }
-    for (size_t v = 0; v < kTileVectors; ++v) {
-        Floats weight = exp<true>(score[v] - new_top);
-        sums += weight;
-        if constexpr (SCALED) {
-            weight *= load(tile.scales[v / kGroupVectors] + kGroup + v % kGroupVectors * kLanes);
-            // The scale of a position that is not visible may be anything.
-            if (!all_visible) weight = score[v] > splat(kNever) ? weight : Floats{};
+    if (moved) {  // one question for all rows: where nothing moves any more, it is answered ahead
+        for (size_t r = 0; r < ROWS; ++r) {
+            const float old = before[r];
+            before[r] = largest[r];
+            if (largest[r] == old || old == kNever) continue;  // nothing is there that could shrink
+            const Floats shrink = exp<true>(splat(old) - largest[r]);
+            float *state = s.range + (row + r) * stride, *weights = s.weights + (row + r) * kLanes;
+            for (size_t c = 0; c < a.cache.value_width; c += kLanes) store(state + c, load(state + c) * shrink);
+            store(weights, load(weights) * shrink);
         }
-        put_weight(out + v * kLanes, weight);
     }
-    store(weights, sums);
+    for (size_t r = 0; r < ROWS; ++r) {
+        const float top = largest[r] == kNever ? 0.0f : largest[r];  // nothing seen so far: all weigh 0
+        const float* scores = s.scores + r * kKVTile;
+        float* const weights = s.weights + (row + r) * kLanes;
+        Floats sums = load(weights), part[kTileVectors];
+        for (size_t v = 0; v < kTileVectors; ++v) {
+            const Floats score = load(scores + v * kLanes);
+            part[v] = exp<true>(score - top);
+            sums += part[v];
+            if constexpr (SCALED) {  // the scale of a position that is not visible may be anything
+                part[v] *= load(tile.scales[v / kGroupVectors] + kGroup + v % kGroupVectors * kLanes);
+                part[v] = score > splat(kNever) ? part[v] : Floats{};
+            }
+        }
+        store(weights, sums);
+        for (size_t v = 0; v < kTileVectors; ++v) put_weight(out + r * kKVTile + v * kLanes, part[v]);
+    }
 }
 
 // Positions [first, last) of the KV tile, relative to its start, that some of the rows see.
@@ -167,19 +193,6 @@ inline Seen seen_by(const AttentionArgs& a, const QueryTile& t, const KVTile& ti
     if (last_position < tile.start || oldest >= tile.start + kKVTile) return {0, 0};
     const size_t last = last_position + 1 - tile.start;
     return {oldest > tile.start ? oldest - tile.start : 0, last < kKVTile ? last : kKVTile};
-}
-
-template <bool SCALED, class Element>
-void soften_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, size_t num_rows,
-                 const float* scores, const Scratch& s, Element* weights) {
-    const size_t share = a.num_heads / a.cache.num_kv_heads;
-    size_t newest = t.first_position + row / share, head = row % share;
-    for (size_t r = 0; r < num_rows; ++r, ++head) {
-        if (head == share) head = 0, ++newest;
-        const size_t oldest = oldest_seen(a, newest);
-        soften<SCALED>(a, tile, oldest, newest, scores + r * kKVTile, weights + r * kKVTile,
-                       s.range + (row + r) * state_width(a.cache), s.weights + (row + r) * kLanes);
-    }
 }
 
 template <class KV, bool SCALED, size_t ROWS>
@@ -198,7 +211,7 @@ void visit(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_
     }
     for (size_t vector = 0; vector < tile.last * kGroupVectors; vector += kVectors)
         score<KV, ROWS>(q, tile, vector, a.cache.key_dim / KV::kDepth, s.scores);
-    soften_rows<SCALED>(a, t, tile, row, ROWS, s.scores, s, weights);
+    soften<SCALED, ROWS>(a, t, tile, row, s, weights);
     const size_t width = a.cache.value_width;
     float* total = s.range + row * state_width(a.cache);
     size_t column = 0;
@@ -237,7 +250,7 @@ void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_
     const size_t stride = state_width(a.cache), newest = t.first_position + t.num_tokens;
     std::memset(s.range, 0, rows * stride * sizeof(float));
     std::memset(s.weights, 0, rows * kLanes * sizeof(float));
-    for (size_t row = 0; row < rows; ++row) largest_of(s.range + row * stride, a.cache) = kNever;
+    for (size_t row = 0; row < rows; ++row) s.largest[row] = kNever;
     KVTile tile;
     for (size_t start = begin; start < end; start += kKVTile) {
         const bool last = start + kKVTile >= end;
@@ -250,8 +263,11 @@ void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_
         }
         visit_tile(a, t, tile, rows, s);
     }
-    for (size_t row = 0; row < rows; ++row)
-        weight_of(s.range + row * stride, a.cache) = sum(load(s.weights + row * kLanes));
+    for (size_t row = 0; row < rows; ++row) {
+        float* state = s.range + row * stride;
+        weight_of(state, a.cache) = sum(load(s.weights + row * kLanes));
+        largest_of(state, a.cache) = s.largest[row];
+    }
 }
 
 // Of one KV head; `next_follows`: the thread goes on with the next one.
@@ -281,7 +297,7 @@ void attend(const AttentionArgs& a, const QueryTile& t, bool next_follows, size_
 #if defined(__AMX_BF16__)
 constexpr size_t kTaskRows = 64;
 #else
-constexpr size_t kTaskRows = 32;
+constexpr size_t kTaskRows = 48;  // whole kRowBlock of 1, 2, 3, 4, 6 or 8 query heads
 #endif
 
 const KVKernels kv = {rope_kv_write,   copy_slot, attention, attention_merge, attention_scratch,

@@ -149,6 +149,25 @@ inline float max_lane(Floats v) {
 #endif
 }
 
+// out[i] = the largest lane of v[i]; nothing is NaN.
+template <size_t N>
+inline void max_each(const Floats* v, float* out) {
+#if defined(__AVX512F__)
+    if constexpr (N == 4) {  // folded together, a fourth of the steps
+        const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+        const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+        __m512 all = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        all = _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+        all = _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0xb1));
+        _mm_storeu_ps(out, _mm512_castps512_ps128(all));
+        return;
+    }
+#endif
+    for (size_t i = 0; i < N; ++i) out[i] = max_lane(v[i]);
+}
+
 // e^x within 2 ulp; 0 below -104 (-87.3 without AVX-512), capped above 88.3. Range reduction by ln 2 in two parts and a
 // polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989). BELOW: no lane is above 0.
 template <bool BELOW = false>
