@@ -10,20 +10,10 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli import talk
 from octavo.cli.flags import engine_flags
 from octavo.cli.serve import find_model, read_template
-from octavo.cli.talk import (
-    Answer,
-    ApiKeyOption,
-    Message,
-    Sampling,
-    Talker,
-    TemperatureOption,
-    TopPOption,
-    UrlOption,
-    open_talker,
-    show,
-)
+from octavo.cli.talk import Answer, Message, Sampling, Talker
 from octavo.cli.terminal import say, say_error
 from octavo.config import EngineConfig
 from octavo.errors import RequestError, ServerError
@@ -46,14 +36,14 @@ def chat(
     config: EngineConfig,
     system: Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1, metavar="N")] = None,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
+    temperature: talk.TemperatureOption = None,
+    top_p: talk.TopPOption = None,
     chat_template: Annotated[
         Path | None,
         typer.Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE"),
     ] = None,
-    url: UrlOption = None,
-    api_key: ApiKeyOption = None,
+    url: talk.UrlOption = None,
+    api_key: talk.ApiKeyOption = None,
 ) -> None:
     """Talk to a model, here or at a server. /help lists what can be typed."""
     sampling = Sampling(max_tokens, temperature, top_p)
@@ -62,7 +52,7 @@ def chat(
         find_model(config)
     say(f"Asking {url}" if url else f"Loading {config.model} ...", style="dim")
     with asyncio.Runner() as runner:
-        talker = runner.run(open_talker(config, url, api_key, chats=True, chat_template=template))
+        talker = runner.run(talk.open_talker(config, url, api_key, chats=True, chat_template=template))
         try:
             Conversation(runner, talker, sampling, system).run()
         finally:
@@ -122,7 +112,7 @@ class Conversation:
         self._messages.append({"role": "user", "content": text})
         answer = Answer()
         try:
-            self._runner.run(show(self._talker.chat(self._messages, self._sampling, answer)))
+            self._runner.run(talk.show(self._talker.chat(self._messages, self._sampling, answer)))
         except (RequestError, ServerError) as error:
             self._messages.pop()
             say_error(f"{error}; /reset forgets the conversation")

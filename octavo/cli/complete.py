@@ -10,16 +10,7 @@ import typer
 
 from octavo.cli.flags import engine_flags
 from octavo.cli.serve import find_model
-from octavo.cli.talk import (
-    Answer,
-    ApiKeyOption,
-    Sampling,
-    TemperatureOption,
-    TopPOption,
-    UrlOption,
-    open_talker,
-    show,
-)
+from octavo.cli.talk import Answer, ApiKeyOption, Sampling, TemperatureOption, TopPOption, UrlOption, open_talker, show
 from octavo.cli.terminal import say
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError

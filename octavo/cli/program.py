@@ -64,8 +64,5 @@ def program(
     def resident_bytes(weight: Weight) -> int:
         return kept.get(weight.parts, 4 * math.prod(weight.shape))
 
-    say(
-        f"{config.model}: {spec.architecture}, {runtime} runtime, {computed} weights, {kv_dtype} KV",
-        style="bold",
-    )
+    say(f"{config.model}: {spec.architecture}, {runtime} runtime, {computed} weights, {kv_dtype} KV", style="bold")
     typer.echo(describe(recorded, Sizes(num_tokens, 1, context), resident_bytes, kv_bytes=kv_bytes), nl=False)

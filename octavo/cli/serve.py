@@ -82,8 +82,7 @@ class HttpFlags:
         int, Option(help="Seconds of silence in a stream after which a comment is sent; 0: never.", metavar="N", min=0)
     ] = 15
     tool_call_parser: Annotated[
-        str | None,
-        Option(help="How the model writes tool calls.", metavar="hermes|qwen|llama3_json|mistral|pythonic"),
+        str | None, Option(help="How the model writes tool calls.", metavar="hermes|qwen|llama3_json|mistral|pythonic")
     ] = None
     reasoning_parser: Annotated[
         str | None, Option(help="How the model writes what it thinks.", metavar="qwen3|deepseek_r1")

@@ -109,12 +109,7 @@ async def show(pieces: AsyncGenerator[str, None]) -> None:
 
 
 async def open_talker(
-    config: EngineConfig,
-    url: str | None,
-    api_key: str | None,
-    *,
-    chats: bool = False,
-    chat_template: str | None = None,
+    config: EngineConfig, url: str | None, api_key: str | None, *, chats: bool = False, chat_template: str | None = None
 ) -> Talker:
     """The server at `url`, checked to be there, or an engine of `config`, loaded.
 

@@ -150,11 +150,7 @@ def _llama_extras(config: Fields, hidden_size: int) -> dict[str, Any]:
 
 
 def _mixtral_extras(config: Fields, hidden_size: int) -> dict[str, Any]:
-    return {
-        **_expert_counts(config),
-        "expert_size": config.integer("intermediate_size"),
-        "renormalize_experts": True,
-    }
+    return {**_expert_counts(config), "expert_size": config.integer("intermediate_size"), "renormalize_experts": True}
 
 
 def _qwen3_moe_extras(config: Fields, hidden_size: int) -> dict[str, Any]:

@@ -121,9 +121,7 @@ class Answer(Response):
             self._num_sent += 1
 
 
-async def merge(
-    streams: list[AsyncGenerator[RequestOutput, None]],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+async def merge(streams: list[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of several prompts as they come, with the number of the prompt. The first error ends them all."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:

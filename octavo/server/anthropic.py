@@ -10,27 +10,15 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from octavo import sampling_params as limits
-from octavo.errors import InvalidValueError
 from octavo.outputs import CompletionOutput
+from octavo.server import protocol
 from octavo.server.chat import Chat
 from octavo.server.chunks import encode
 from octavo.server.errors import Failure
-from octavo.server.protocol import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_TOOLS,
-    STRING_OR_LIST,
-    Count,
-    FunctionName,
-    JsonSchema,
-    Name,
-    StopString,
-    Strict,
-    Text,
-)
+from octavo.server.protocol import STRING_OR_LIST, Count, FunctionName, JsonSchema, Name, StopString, Strict, Text
 from octavo.server.tools import Delta, whole_message
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -72,7 +60,7 @@ class ToolUseBlock(Strict):
 
 
 Texts = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[TextBlock], Field(max_length=MAX_PARTS), Tag("<list>")],
+    Annotated[Text, Tag("<string>")] | Annotated[list[TextBlock], Field(max_length=protocol.MAX_PARTS), Tag("<list>")],
     STRING_OR_LIST,
 ]
 
@@ -103,7 +91,7 @@ class Turn(Strict):
     role: Literal["user", "assistant"]
     content: Annotated[
         Annotated[Text, Tag("<string>")]
-        | Annotated[list[Block], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
+        | Annotated[list[Block], Field(min_length=1, max_length=protocol.MAX_PARTS), Tag("<list>")],
         STRING_OR_LIST,
     ]
 
@@ -127,11 +115,7 @@ class Choice(Strict):
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
-    @model_validator(mode="after")
-    def _named(self) -> Choice:
-        if (self.type == "tool") != (self.name is not None):
-            raise InvalidValueError("name goes with type tool, and with no other", param="name")
-        return self
+    _consistent = protocol.goes_with("name", type="tool")
 
 
 class Thinking(Strict):
@@ -140,11 +124,7 @@ class Thinking(Strict):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Count | None = None
 
-    @model_validator(mode="after")
-    def _budgeted(self) -> Thinking:
-        if (self.type == "enabled") != (self.budget_tokens is not None):
-            raise InvalidValueError("budget_tokens goes with type enabled, and with no other", param="budget_tokens")
-        return self
+    _consistent = protocol.goes_with("budget_tokens", type="enabled")
 
 
 class OutputFormat(Strict):
@@ -171,16 +151,12 @@ class Metadata(Strict):
 class CountRequest(Strict):
     """Body of POST /v1/messages/count_tokens."""
 
-    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        **_CACHE,
-        "mcp_servers": ([],),
-        "container": (),
-    }
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {**_CACHE, "mcp_servers": ([],), "container": ()}
 
     model: Name
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=protocol.MAX_MESSAGES)]
     system: Texts | None = None
-    tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[CustomTool], Field(max_length=protocol.MAX_TOOLS)] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -25,12 +25,7 @@ class LogprobsWriter:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        num_top: int,
-        *,
-        as_ids: bool = False,
-        unseen: frozenset[int] = frozenset(),
+        self, tokenizer: Tokenizer | None, num_top: int, *, as_ids: bool = False, unseen: frozenset[int] = frozenset()
     ) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top

@@ -90,6 +90,17 @@ class Strict(BaseModel):
         return kept
 
 
+def goes_with(name: str, *, type: str) -> Any:
+    """A validator of a model with a `type`: the field is given with this one, and with no other."""
+
+    def check(body: Any) -> Any:
+        if (body.type == type) != (getattr(body, name) is not None):
+            raise InvalidValueError(f"{name} goes with type {type}, and with no other", param=name)
+        return body
+
+    return model_validator(mode="after")(check)
+
+
 class TextPart(Strict):
     """One text part of a message's content."""
 
@@ -204,12 +215,7 @@ class ToolCall(Strict):
 class Message(Strict):
     """One turn of a chat. "developer" is OpenAI's newer word for "system"."""
 
-    refused = {
-        "function_call": (),
-        "audio": (),
-        "refusal": (),
-        "annotations": ([],),
-    }
+    refused = {"function_call": (), "audio": (), "refusal": (), "annotations": ([],)}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -255,11 +261,7 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ResponseFormat:
-        if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise InvalidValueError("json_schema goes with type json_schema, and with no other", param="json_schema")
-        return self
+    _consistent = goes_with("json_schema", type="json_schema")
 
     def structure(self) -> StructuredOutputsParams | None:
         """The same as the engine knows it."""

@@ -37,12 +37,7 @@ def scheduler(
     config = replace(config, max_num_batched_tokens=max(config.max_num_batched_tokens, 2 * running))
     times = SchedulerBench(config, running=running, waiting=waiting, record=record_steps).run(steps)
     typer.echo(typer.style(f"{'ms a step':20}{'p50':>9}{'p99':>9}", bold=True))
-    rows = {
-        "arrivals": times.add,
-        "schedule": times.schedule,
-        "update": times.update,
-        "schedule+update": times.step,
-    }
+    rows = {"arrivals": times.add, "schedule": times.schedule, "update": times.update, "schedule+update": times.step}
     for name, seconds in rows.items():
         typer.echo(f"{name:20}{1000 * percentile(seconds, 50):9.3f}{1000 * percentile(seconds, 99):9.3f}")
     typer.echo(
