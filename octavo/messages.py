@@ -155,3 +155,4 @@ class StepOutputs:
 
 
 ToEngine = AddRequest | AbortRequests | FinishRequest | Shutdown
+ToFront = EngineReady | EngineFailed | StepOutputs

@@ -12,22 +12,13 @@ import select
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from octavo.config import EngineConfig
 from octavo.errors import EngineDeadError
-from octavo.messages import (
-    AbortRequests,
-    AddRequest,
-    EngineFailed,
-    EngineReady,
-    FinishRequest,
-    RequestDelta,
-    Shutdown,
-    StepOutputs,
-)
+from octavo.messages import RequestDelta, StepOutputs, ToEngine, ToFront
 
 MAX_FRAME = 256 << 20  # bytes; a prompt of a million tokens is 5 MB
 MAX_UNSENT_RECORDS = 4096
@@ -44,16 +35,7 @@ class StartEngine:
     model_path: str
 
 
-_KINDS: tuple[type, ...] = (
-    StartEngine,
-    AddRequest,
-    AbortRequests,
-    FinishRequest,
-    Shutdown,
-    EngineReady,
-    EngineFailed,
-    StepOutputs,
-)
+_KINDS: tuple[type, ...] = (StartEngine, *get_args(ToEngine), *get_args(ToFront))
 _KIND_OF = {cls: kind for kind, cls in enumerate(_KINDS)}
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(cls) for cls in _KINDS]
