@@ -28,7 +28,7 @@ from lab.machine import describe_machine  # noqa: E402
 STEPS = 20_000  # of random walks, at most, per bug
 OUTPUT = ROOT / "lab" / "results" / "mutations-scheduler.json"
 SCHEDULER, BUDGET, DOOR, DELTAS = (f"octavo/scheduler/{name}.py" for name in ("scheduler", "budget", "door", "deltas"))
-POOL, MANAGER, HOST = (f"octavo/kvcache/{name}.py" for name in ("block_pool", "manager", "host"))
+POOL, MANAGER, HOST, LRU = (f"octavo/kvcache/{name}.py" for name in ("block_pool", "manager", "host", "eviction"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,13 @@ BUGS = (
     Bug("a hit stays evictable", POOL, "del self._cached[block]", "pass", "def touch"),
     Bug("a block is handed out twice", POOL, "blocks.append(free.pop())", "blocks.append(free[-1])"),
     Bug("an evicted prefix is still found", POOL, "del holders[digest]", "pass", "def _evict"),
+    Bug("a hit is evicted at its old place", LRU, "if not (self._void and self._leave_void(block))", "if True"),
+    Bug(
+        "a block is found before its last token is computed",
+        SCHEDULER,
+        "hash_full(request, request.num_tokens - 1)",
+        "hash_full(request, request.num_tokens)",
+    ),
     Bug("a hit covers the last token", MANAGER, "(request.num_tokens - 1) //", "request.num_tokens //"),
     Bug("a fork writes into its parent's block", MANAGER, "self.host.copies.append((borrowed, blocks[0]))", "pass"),
     Bug("a window gives back a block too early", MANAGER, "position - window + 1)", "position - window + 2)"),

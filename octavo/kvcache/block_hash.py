@@ -2,12 +2,15 @@
 
 A chain: each digest covers its parent's, so equal digests mean equal prefixes. BLAKE2b (RFC 7693) with a secret key
 and 16 bytes: unlike a plain or 64-bit hash, a collision can be neither guessed nor searched for by another tenant.
+The key stands in front of what is hashed, which BLAKE2 allows (no length extension); its own keyed mode would pad the
+key to 128 bytes and hash as many more for each block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from array import array
 from collections.abc import Sequence
 
 DIGEST_SIZE = 16  # bytes
@@ -18,9 +21,9 @@ class BlockHasher:
 
     def __init__(self, block_size: int, key: bytes) -> None:
         key = hashlib.blake2b(key, digest_size=32).digest()
-        self._pack = struct.Struct(f"<{block_size}I").pack
-        self._block = hashlib.blake2b(key=key, digest_size=DIGEST_SIZE, person=b"block")
-        self._root = hashlib.blake2b(key=key, digest_size=DIGEST_SIZE, person=b"root")
+        self.block_size = block_size
+        self._block = hashlib.blake2b(key, digest_size=DIGEST_SIZE, person=b"block")
+        self._root = hashlib.blake2b(key, digest_size=DIGEST_SIZE, person=b"root")
 
     def root(self, cache_salt: str | None, adapter_id: int) -> bytes:
         """Where a chain begins. Requests with different extra keys share no block."""
@@ -29,8 +32,14 @@ class BlockHasher:
         state.update((cache_salt or "").encode("utf-8", "surrogatepass"))
         return state.digest()
 
-    def digest(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
-        """The digest of the full block that follows `parent` (another block's digest, or a root)."""
-        state = self._block.copy()
-        state.update(parent + self._pack(*token_ids))
-        return state.digest()
+    def chain(self, parent: bytes, token_ids: Sequence[int]) -> list[bytes]:
+        """The digests of the full blocks that follow `parent` (another block's digest, or a root)."""
+        data = array("I", token_ids).tobytes()
+        size = 4 * self.block_size
+        digests = []
+        for start in range(0, len(data) - size + 1, size):
+            state = self._block.copy()
+            state.update(parent + data[start : start + size])
+            parent = state.digest()
+            digests.append(parent)
+        return digests

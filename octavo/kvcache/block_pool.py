@@ -28,6 +28,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, eviction: Eviction | None = None, host: HostTier | None = None) -> None:
         self.num_blocks = num_blocks
+        self.num_available = num_blocks  # free or cached: what allocate() can hand out
         self.num_evictions = 0  # cached prefixes lost so far
         self._ref_counts: list[int] = []  # by block id; grows as blocks are first touched
         self._digests: list[bytes | None] = []  # by block id
@@ -48,11 +49,6 @@ class BlockPool:
         return len(self._cached)
 
     @property
-    def num_available(self) -> int:
-        """Blocks that allocate() can hand out."""
-        return len(self._free) + self.num_blocks - len(self._ref_counts) + len(self._cached)
-
-    @property
     def num_used(self) -> int:
         """Blocks in the table of at least one Request."""
         return self.num_blocks - self.num_available
@@ -60,6 +56,7 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """Takes `count` (<= num_available) unhashed blocks, each with one reference."""
         refs, free = self._ref_counts, self._free
+        self.num_available -= count
         blocks: list[int] = []
         while free and len(blocks) < count:
             blocks.append(free.pop())
@@ -79,32 +76,39 @@ class BlockPool:
         for block in blocks:
             if self._ref_counts[block] == 0:
                 del self._cached[block]
+                self.num_available -= 1
             self._ref_counts[block] += 1
             self._uses[block] += 1
 
     def free(self, blocks: list[int]) -> None:
         """Gives up one reference to each block of a table, the last first, so that tails are evicted before heads."""
         refs, digests = self._ref_counts, self._digests
+        cached: list[int] = []
         for block in reversed(blocks):
             refs[block] = count = refs[block] - 1
             if not count:
+                self.num_available += 1
                 if digests[block] is None:
                     self._free.append(block)
                 else:
-                    self._cached.add(block, self._uses[block])
+                    cached.append(block)
+        self._cached.add(cached, self._uses)
 
     def holder(self, digest: bytes) -> int | None:
         """The block that holds the prefix with this digest."""
         return self._holders.get(digest)
 
-    def hash(self, block: int, digest: bytes) -> bool:
-        """Makes a used block findable; False, and it stays unhashed, when another one holds the same prefix already."""
-        if digest in self._holders:
-            return False
-        self._holders[digest] = block
-        self._digests[block] = digest
-        self._uses[block] = 0
-        return True
+    def hash(self, blocks: list[int], digests: list[bytes]) -> list[tuple[int, bytes]]:
+        """Makes used blocks findable, each under its digest, and returns (block, digest) of those that now are. Whose
+        prefix another block holds already stays unhashed."""
+        holders, hashed = self._holders, []
+        for block, digest in zip(blocks, digests, strict=True):
+            if digest not in holders:
+                holders[digest] = block
+                self._digests[block] = digest
+                self._uses[block] = 0
+                hashed.append((block, digest))
+        return hashed
 
     def unhash(self, block: int) -> None:
         """Forgets what a hashed block holds, because its KV was never (fully) written."""

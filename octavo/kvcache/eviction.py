@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+STALE = 64  # void places of a queue, beside as many as count
 MAX_USES = 15  # uses above this count as so many: bounds how long a block survives without one
 
 
 class Eviction(Protocol):
     """The blocks that nobody uses, but whose prefix can be hit, in the order in which they go."""
 
-    def add(self, block: int, num_uses: int) -> None:
-        """A block became idle; its prefix was hit `num_uses` times since it was computed."""
+    def add(self, blocks: list[int], num_uses: Sequence[int]) -> None:
+        """Blocks became idle, in this order; the prefix of block b was hit num_uses[b] times since it was computed."""
         ...
 
     def __delitem__(self, block: int) -> None:
@@ -30,25 +31,53 @@ class Eviction(Protocol):
 
 
 class LruEviction:
-    """Least recently used first."""
+    """Least recently used first.
+
+    A queue whose middle is never searched: what was hit keeps its place there, void, until it comes up or void places
+    are the larger part. That costs a fifth of an OrderedDict, which is scattered over memory.
+    """
 
     def __init__(self) -> None:
-        self._blocks: OrderedDict[int, None] = OrderedDict()
+        self._queue: deque[int] = deque()
+        self._void: dict[int, int] = {}  # block -> how many of its places are void: the first ones
+        self._num_void = 0
 
-    def add(self, block: int, num_uses: int) -> None:
-        self._blocks[block] = None
+    def add(self, blocks: list[int], num_uses: Sequence[int]) -> None:
+        self._queue.extend(blocks)
 
     def __delitem__(self, block: int) -> None:
-        del self._blocks[block]
+        self._void[block] = self._void.get(block, 0) + 1
+        self._num_void += 1
+        if self._num_void > len(self) + STALE:
+            self._queue = deque(self)
+            self._void.clear()
+            self._num_void = 0
 
     def take(self, count: int) -> list[int]:
-        return [self._blocks.popitem(last=False)[0] for _ in range(count)]
+        blocks: list[int] = []
+        while len(blocks) < count:
+            block = self._queue.popleft()
+            if not (self._void and self._leave_void(block)):
+                blocks.append(block)
+        return blocks
+
+    def _leave_void(self, block: int) -> bool:
+        """Whether the place of a block that came up is void; it is gone then."""
+        num_void = self._void.pop(block, 0)
+        if num_void > 1:
+            self._void[block] = num_void - 1
+        self._num_void -= num_void > 0
+        return num_void > 0
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._blocks)
+        void = dict(self._void)
+        for block in self._queue:
+            void[block] = void.get(block, 0) - 1
+            if void[block] < 0:
+                yield block
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._queue) - self._num_void
 
 
 class LfuEviction:
@@ -65,10 +94,11 @@ class LfuEviction:
         self._rank_of: dict[int, int] = {}
         self._buckets: dict[int, OrderedDict[int, None]] = {}  # by rank; none is empty
 
-    def add(self, block: int, num_uses: int) -> None:
-        rank = self._floor + min(num_uses, MAX_USES)
-        self._rank_of[block] = rank
-        self._buckets.setdefault(rank, OrderedDict())[block] = None
+    def add(self, blocks: list[int], num_uses: Sequence[int]) -> None:
+        for block in blocks:
+            rank = self._floor + min(num_uses[block], MAX_USES)
+            self._rank_of[block] = rank
+            self._buckets.setdefault(rank, OrderedDict())[block] = None
 
     def __delitem__(self, block: int) -> None:
         rank = self._rank_of.pop(block)

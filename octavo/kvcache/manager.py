@@ -99,11 +99,6 @@ class KVCacheManager:
             for ids, gone in zip(table.block_ids, table.num_gone, strict=True)
         )
 
-    def num_slots(self, request: Request) -> int:
-        """Positions that the Request's blocks hold, from the first on."""
-        tables = self._tables[request.request_id].block_ids
-        return (len(tables[0]) if self._is_plain else min(map(len, tables))) * self.block_size
-
     def num_loaded_tokens(self, request: Request) -> int:
         """Tokens whose KV came from the host when the Request was last admitted."""
         return self._tables[request.request_id].num_loaded * self.block_size // len(self._windows)
@@ -113,19 +108,17 @@ class KVCacheManager:
         token, whose logits are needed, nor anything where those of the prompt are."""
         if not self.enable_prefix_caching or request.reads_prompt:
             return tuple([] for _ in self._windows)
-        table = self._tables[request.request_id]
         num_blocks = (request.num_tokens - 1) // self.block_size
+        digests = self._digests(request, num_blocks)
         found: list[list[int]] = []
         for group, window in enumerate(self._windows):
             blocks: list[int] = []
-            for index in range(num_blocks):
-                digest = self._digest(request, table, index)
-                key = _key(digest, group) if group else digest
+            for key in _keys(digests[:num_blocks], group):
                 block = self.pool.holder(key)
                 if block is None and self.host.num_blocks:
                     block = self.host.find(key)
                 if block is None and not window:
-                    num_blocks = index
+                    num_blocks = len(blocks)
                     break
                 blocks.append(GONE if block is None else block)
             found.append(blocks)
@@ -156,6 +149,7 @@ class KVCacheManager:
                 return None
             new = pool.allocate(num_new)
             ids += new
+            request.num_slots = len(ids) * self.block_size
             return (new,)
         num_hits = len(hits[0]) if hits else 0
         start = request.num_computed_tokens + num_hits * self.block_size
@@ -180,24 +174,26 @@ class KVCacheManager:
         for ids, new, count in zip(table.block_ids, added, missing, strict=True):
             new += pool.allocate(count - len(new))
             ids += new
+        request.num_slots = min(map(len, table.block_ids)) * self.block_size
         return added
 
     def _take_hits(self, table: _Table, hits: Hits) -> None:
         """Begins an empty table with the blocks of a known prefix; those on the host get a block to be copied to."""
-        pool, host, on_host = self.pool, self.host, []
+        pool, host = self.pool, self.host
+        on_host: list[tuple[list[int], int, bytes]] = []  # whose ids, at which index, under which key
         table.num_hashed = len(hits[0])
-        for group, blocks in enumerate(hits):
+        for group, (ids, blocks) in enumerate(zip(table.block_ids, hits, strict=True)):
             table.num_gone[group] = gone = self._first_seen(len(blocks) * self.block_size, self._windows[group])
-            table.block_ids[group].extend(blocks)
+            ids += blocks
             pool.touch([block for block in blocks[gone:] if block < pool.num_blocks])
-            on_host += [(group, index) for index in range(gone, len(blocks)) if blocks[index] >= pool.num_blocks]
-        keys = [_key(table.digests[index], group) if group else table.digests[index] for group, index in on_host]
+            keys = _keys(table.digests, group)
+            on_host += [(ids, at, keys[at]) for at in range(gone, len(blocks)) if blocks[at] >= pool.num_blocks]
         table.num_loaded = len(on_host)
-        for (group, index), key, source in zip(on_host, keys, host.hold(keys), strict=True):
-            [block] = pool.allocate(1)
-            host.load(source, block, key)
-            pool.hash(block, key)
-            table.block_ids[group][index] = block
+        sources = host.hold([key for _, _, key in on_host])
+        for (ids, index, key), source in zip(on_host, sources, strict=True):
+            ids[index : index + 1] = blocks = pool.allocate(1)
+            host.load(source, blocks[0], key)
+            pool.hash(blocks, [key])
 
     def _take_borrowed(self, table: _Table, keeps: list[bool]) -> tuple[list[int], ...]:
         """Blocks for what was borrowed, per KV group: itself, or a new one that it is to be copied to."""
@@ -230,6 +226,7 @@ class KVCacheManager:
             table.borrowed = [ids[num_full] for ids in source.block_ids] if is_owner else list(source.borrowed)
             assert table.borrowed, f"{parent.request_id} does not hold {num_tokens} positions"
             self.pool.touch(table.borrowed)
+        child.num_slots = num_tokens  # what it borrows is full for it
 
     def take_copies(self) -> list[tuple[int, int]]:
         """Block copies (from, to) to make, in this order, before anything else is written, since the last call."""
@@ -245,15 +242,11 @@ class KVCacheManager:
         first = table.num_hashed
         if first >= last or not self.enable_prefix_caching:
             return []
-        self._digest(request, table, last - 1)
         table.num_hashed = last
-        hashed = []
-        for index in range(first, last):
-            digest = table.digests[index]
-            for group, ids in enumerate(table.block_ids):
-                key = _key(digest, group) if group else digest
-                if ids[index] != GONE and self.pool.hash(ids[index], key):
-                    hashed.append((ids[index], key))
+        digests, hashed = self._digests(request, last), []
+        for group, (ids, gone) in enumerate(zip(table.block_ids, table.num_gone, strict=True)):
+            start = max(first, gone)
+            hashed += self.pool.hash(ids[start:last], _keys(digests[start:last], group))
         return hashed
 
     def known_digests(self, request_id: str) -> list[bytes]:
@@ -261,9 +254,10 @@ class KVCacheManager:
         return self._tables[request_id].digests
 
     def digest_all(self, request: Request) -> None:
-        """Hashes the full blocks of a Request that will be hashed anyway, ahead of time."""
-        if self.enable_prefix_caching and request.num_tokens >= self.block_size:
-            self._digest(request, self._tables[request.request_id], request.num_tokens // self.block_size - 1)
+        """Hashes the full blocks of a Request ahead of its turn: when it arrives, its tokens are still in the caches of
+        the processor."""
+        if self.enable_prefix_caching:
+            self._digests(request, request.num_tokens // self.block_size)
 
     def unhash(self, hashed: list[tuple[int, bytes]]) -> None:
         """Takes hash_full() back, where the block was not evicted meanwhile: the step that fills it failed."""
@@ -284,7 +278,7 @@ class KVCacheManager:
         self.pool.free(held + table.borrowed)
         table.block_ids, table.num_gone = tuple([] for _ in self._windows), [0] * len(self._windows)
         table.borrowed = []
-        table.num_hashed = table.num_loaded = 0
+        table.num_hashed = table.num_loaded = request.num_slots = 0
 
     def forget(self, request: Request) -> None:
         """Gives the blocks back and drops the table: the Request has ended."""
@@ -323,18 +317,20 @@ class KVCacheManager:
             num_blocks -= 1
         return num_blocks
 
-    def _digest(self, request: Request, table: _Table, index: int) -> bytes:
-        digests, size = table.digests, self.block_size
-        if len(digests) <= index:
-            tokens, parent = request.token_ids, digests[-1] if digests else table.root
-            for place in range(len(digests), index + 1):
-                parent = self._hasher.digest(parent, tokens[place * size : (place + 1) * size])
-                digests.append(parent)
-                if self.on_digest is not None:
-                    self.on_digest(request, place, parent)
-        return digests[index]
+    def _digests(self, request: Request, num_blocks: int) -> list[bytes]:
+        """Digests of the Request's leading full blocks, at least so many; each is computed once."""
+        table = self._tables[request.request_id]
+        digests, num_known = table.digests, len(table.digests)
+        if num_known < num_blocks:
+            parent = digests[-1] if digests else table.root
+            tokens = request.token_ids[num_known * self.block_size : num_blocks * self.block_size]
+            digests += self._hasher.chain(parent, tokens)
+            if self.on_digest is not None:
+                for index in range(num_known, num_blocks):
+                    self.on_digest(request, index, digests[index])
+        return digests
 
 
-def _key(digest: bytes, group: int) -> bytes:
-    """Under which the block of a KV group is found; of the first group, by the digest itself."""
-    return digest + bytes((group,))
+def _keys(digests: list[bytes], group: int) -> list[bytes]:
+    """Under which the blocks of a KV group are found; of the first group, by the digests themselves."""
+    return [digest + bytes((group,)) for digest in digests] if group else digests

@@ -170,7 +170,7 @@ class BeamSearch:
         spare = [member for member in self.members if member not in kept]
         for member in spare:
             kv.free(member)
-            member.token_ids, member.num_computed_tokens, member.num_slots = [], 0, 0
+            member.token_ids, member.num_computed_tokens = [], 0
         living, forked = [], []
         for choice in chosen:
             parent = self.living[choice.parent].request
@@ -181,7 +181,6 @@ class BeamSearch:
             kv.fork(parent, child, parent.num_computed_tokens)
             child.token_ids = [*parent.token_ids, choice.token]
             child.num_computed_tokens, child.num_lost_tokens = parent.num_computed_tokens, parent.num_lost_tokens
-            child.num_slots = child.num_computed_tokens
             child.first_scheduled_time, child.has_moved = parent.first_scheduled_time, True
             living.append(Beam(child))
             forked.append(child)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from operator import attrgetter
 
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import StepRecord
@@ -30,7 +29,6 @@ class _Counted:
     num_prefill_pairs: int = 0
 
 
-_SLOTS, _COMPUTED = attrgetter("num_slots"), attrgetter("num_computed_tokens")
 _COUNTED = tuple(field.name for field in fields(_Counted))
 
 
@@ -76,7 +74,7 @@ class Counts(_Counted):
         host.num_saved = host.num_loaded = 0
         record.host_usage = len(host) / host.num_blocks if host.num_blocks else 0.0
         record.num_copied_blocks = len(output.copy_blocks) - record.num_saved_blocks - record.num_loaded_blocks
-        record.num_idle_slots = sum(map(_SLOTS, running)) - sum(map(_COMPUTED, running))
+        record.num_idle_slots = sum(request.num_slots - request.num_computed_tokens for request in running)
         record.num_evicted_blocks = pool.num_evictions - self._evictions_told
         self._evictions_told = pool.num_evictions
         free, cached = pool.num_free, pool.num_cached

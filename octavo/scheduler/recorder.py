@@ -46,7 +46,7 @@ from octavo.scheduler.snapshot import LeftOut, facts, freeze
 from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 log = logging.getLogger("octavo.scheduler")
-FORMAT = "octavo-record-1"
+FORMAT = "octavo-record-2"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 HALF_IN_STATES = 2  # a half of the ring is at least so many times its state: as much of it are steps
 _USUAL = {f.name: f.default for f in fields(Request) if f.default is not MISSING} | {"params": False, "stop_ids": False}
@@ -208,8 +208,6 @@ class RecordingScheduler(Scheduler):
         else:
             for number, member in enumerate(self._beams.members(request), self._count):
                 numbers[member.request_id] = number
-            if "like" not in event:
-                self.kv.digest_all(request)
         finally:
             self._count += request.params.beam_width
             self._write(event)
@@ -268,9 +266,10 @@ class RecordingScheduler(Scheduler):
         return super().fail(output, error)
 
     def _end(self, request: Request) -> None:
-        for member in self._beams.members(request):
-            self._describer.numbers.pop(member.request_id, None)
+        members = self._beams.members(request)
         super()._end(request)
+        for member in members:
+            self._describer.numbers.pop(member.request_id, None)
 
     def _tick(self) -> None:
         self._time = self._real_clock()
@@ -279,7 +278,8 @@ class RecordingScheduler(Scheduler):
         return self._time
 
     def _learn(self, request: Request, index: int, digest: bytes) -> None:
-        self._hashed.append([self._describer.numbers[request.request_id], index, digest.hex()])
+        number = self._describer.numbers.get(request.request_id, self._count)  # the next one's, while it is added
+        self._hashed.append([number, index, digest.hex()])
 
     def _learn_round(self, first: Request, parents: list[int] | None, forked: list[Request]) -> None:
         self._rounds.append([parents, self._count])

@@ -152,8 +152,11 @@ class Scheduler:
         self.policy.arrived(request)
         if request.retry_alone:
             self.suspects[request.request_id] = request
-        elif parent is None or not self._forks.try_hold(request, parent):
+        elif parent is not None and self._forks.try_hold(request, parent):
+            return  # its prompt is its parent's
+        else:
             self.policy.push(request)
+        self.kv.digest_all(request)
 
     def abort(self, request_id: str) -> list[RequestDelta]:
         """Ends a Request nobody wants any more, at once: its last delta, or nothing if it has ended already."""
@@ -267,8 +270,6 @@ class Scheduler:
             self._preempt(self._beams.leader(victim), request)
             if request.status is not RequestStatus.RUNNING:
                 return None
-        if blocks:
-            request.num_slots = self.kv.num_slots(request)
         return blocks
 
     def _victim(self, request: Request, output: SchedulerOutput, order: list[Request]) -> Request | None:
@@ -356,7 +357,6 @@ class Scheduler:
         request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
         request.row = heapq.heappop(self._free_rows)
-        request.num_slots = max(self.kv.num_slots(request), num_computed_tokens)  # what it borrows is full for it
         request.plain_from = max(request.num_lost_tokens, request.num_prompt_tokens, request.num_tokens - 1)
         if request in self._beams:
             request.plain_from = self.max_model_len  # never
@@ -405,15 +405,12 @@ class Scheduler:
         """Takes a step's tokens: hashes, appends, stops. What is of an old epoch is dropped."""
         step = self._in_flight.pop(output.step)
         deltas: list[RequestDelta] = []
-        block_size, has_suspects = self.kv.block_size, bool(self.suspects)
+        has_suspects = bool(self.suspects)
         for request, item, tokens, logprobs in zip(
             step.requests, output.scheduled, result.token_ids, result.logprobs, strict=True
         ):
             if request.epoch != item.epoch:
                 continue
-            end = item.start + item.num_tokens
-            if end % block_size < item.num_tokens:  # a block became full
-                self.kv.hash_full(request, end)
             if (  # again what most are: one more token, and not the last
                 request.plain_from <= item.start < request.max_length - 2
                 and len(tokens) == 1
@@ -424,6 +421,7 @@ class Scheduler:
                 request.token_ids.append(tokens[0])
                 deltas.append(RequestDelta(request.request_id, tokens, logprobs))  # the front knows the rest already
                 continue
+            self.kv.hash_full(request, item.start + item.num_tokens)
             if request.reads_prompt:
                 request.prompt_logprobs += result.prompt_logprobs.get(item.row, [])
             if not tokens:
@@ -482,13 +480,15 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Takes row and blocks, and raises the epoch: results in flight are stale from here on."""
         self._beams.forget_round(request)
+        if request.num_tokens - 1 > request.plain_from:  # its answer's blocks, which update() left for one batch
+            self.kv.hash_full(request, request.num_tokens - 1)
         self.kv.free(request)
         del self._running[request.request_id]
         heapq.heappush(self._free_rows, request.row)
         request.row = -1
         request.epoch += 1
         request.num_lost_tokens = max(request.num_lost_tokens, request.num_computed_tokens)
-        request.num_computed_tokens = request.num_pending = request.num_slots = 0
+        request.num_computed_tokens = request.num_pending = 0
         request.prompt_logprobs = []  # what is computed again is told again
 
     def _end(self, request: Request) -> None:

@@ -54,8 +54,12 @@ class KnownHasher(BlockHasher):
         super().__init__(block_size, b"")
         self.digests: dict[int, bytes] = {}
 
-    def digest(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
-        return self.digests.get(token_ids[-1]) or super().digest(parent, token_ids)
+    def chain(self, parent: bytes, token_ids: Sequence[int]) -> list[bytes]:
+        size, digests = self.block_size, []
+        for end in range(size, len(token_ids) + 1, size):
+            parent = self.digests.get(token_ids[end - 1]) or super().chain(parent, token_ids[end - size : end])[0]
+            digests.append(parent)
+        return digests
 
 
 class KnownJudge(Judge):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 
 import pytest
 
 from octavo.kvcache.block_hash import DIGEST_SIZE, BlockHasher
 from octavo.kvcache.block_pool import BlockPool
-from octavo.kvcache.eviction import EVICTIONS
+from octavo.kvcache.eviction import EVICTIONS, STALE, LruEviction
 
 
 def counts(pool: BlockPool) -> tuple[int, int, int]:
@@ -28,7 +29,7 @@ def test_freed_blocks_are_reused_before_untouched_ones() -> None:
 def test_untouched_blocks_are_used_before_a_prefix_is_evicted() -> None:
     pool = BlockPool(3)
     [block] = pool.allocate(1)
-    pool.hash(block, b"prefix")
+    pool.hash([block], [b"prefix"])
     pool.free([block])
     assert counts(pool) == (2, 1, 0)
     assert pool.allocate(2) == [1, 2]
@@ -42,7 +43,7 @@ def test_eviction_takes_the_least_recently_used_and_tails_first() -> None:
     pool = BlockPool(4)
     first, second = pool.allocate(2), pool.allocate(2)
     for block in first + second:
-        pool.hash(block, bytes([block]))
+        pool.hash([block], [bytes([block])])
     pool.free(first)
     pool.free(second)
     pool.touch(first)  # a hit, so `second` is now the older
@@ -53,7 +54,7 @@ def test_eviction_takes_the_least_recently_used_and_tails_first() -> None:
 def test_a_shared_block_is_used_until_its_last_reference_goes() -> None:
     pool = BlockPool(1)
     [block] = pool.allocate(1)
-    pool.hash(block, b"prefix")
+    pool.hash([block], [b"prefix"])
     pool.touch([block])
     pool.free([block])
     assert (pool.ref_count(block), counts(pool)) == (1, (0, 0, 1))
@@ -64,7 +65,7 @@ def test_a_shared_block_is_used_until_its_last_reference_goes() -> None:
 def test_a_hit_takes_a_block_out_of_the_cached_ones() -> None:
     pool = BlockPool(1)
     [block] = pool.allocate(1)
-    pool.hash(block, b"prefix")
+    pool.hash([block], [b"prefix"])
     pool.free([block])
     pool.touch([block])
     assert counts(pool) == (0, 0, 1)
@@ -74,8 +75,8 @@ def test_a_hit_takes_a_block_out_of_the_cached_ones() -> None:
 def test_the_second_holder_of_a_prefix_stays_unhashed() -> None:
     pool = BlockPool(2)
     one, other = pool.allocate(2)
-    assert pool.hash(one, b"prefix")
-    assert not pool.hash(other, b"prefix")
+    assert pool.hash([one], [b"prefix"])
+    assert not pool.hash([other], [b"prefix"])
     pool.free([other])
     assert counts(pool) == (1, 0, 1)
     assert pool.holder(b"prefix") == one
@@ -85,7 +86,7 @@ def test_the_second_holder_of_a_prefix_stays_unhashed() -> None:
 def test_unhash_forgets_a_used_or_cached_block(used: bool) -> None:
     pool = BlockPool(1)
     [block] = pool.allocate(1)
-    pool.hash(block, b"prefix")
+    pool.hash([block], [b"prefix"])
     if not used:
         pool.free([block])
     pool.unhash(block)
@@ -96,18 +97,27 @@ def test_unhash_forgets_a_used_or_cached_block(used: bool) -> None:
 def test_digests_depend_on_key_parent_tokens_and_extra_keys() -> None:
     hasher = BlockHasher(4, b"key")
     root = hasher.root(None, 0)
-    digest = hasher.digest(root, [1, 2, 3, 4])
+    [digest] = hasher.chain(root, [1, 2, 3, 4])
     assert len(digest) == DIGEST_SIZE
-    assert digest == BlockHasher(4, b"key").digest(root, [1, 2, 3, 4])
+    assert [digest] == BlockHasher(4, b"key").chain(root, [1, 2, 3, 4])
     roots = {hasher.root(None, 0), hasher.root("", 0), hasher.root("a", 0), hasher.root("b", 0), hasher.root(None, 1)}
     assert len(roots) == 5
     others = {
-        hasher.digest(digest, [1, 2, 3, 4]),
-        hasher.digest(root, [1, 2, 3, 5]),
-        hasher.digest(root, [1, 2, 4, 3]),
-        BlockHasher(4, b"another key").digest(root, [1, 2, 3, 4]),
+        *hasher.chain(digest, [1, 2, 3, 4]),
+        *hasher.chain(root, [1, 2, 3, 5]),
+        *hasher.chain(root, [1, 2, 4, 3]),
+        *BlockHasher(4, b"another key").chain(root, [1, 2, 3, 4]),
     }
     assert len(others | {digest}) == 5
+
+
+def test_a_chain_has_a_digest_for_each_full_block_however_it_is_cut() -> None:
+    hasher, token_ids = BlockHasher(4, b"key"), list(range(11))
+    root = hasher.root(None, 0)
+    first, second = hasher.chain(root, token_ids)
+    assert [first] == hasher.chain(root, token_ids[:7])
+    assert [second] == hasher.chain(first, token_ids[4:])
+    assert hasher.chain(root, token_ids[:3]) == []
 
 
 def test_a_key_of_any_length_counts_in_full() -> None:
@@ -120,7 +130,7 @@ def cached_pool(policy: str, num_blocks: int) -> BlockPool:
     pool = BlockPool(num_blocks, EVICTIONS[policy]())
     blocks = pool.allocate(num_blocks)
     for block in blocks:
-        pool.hash(block, bytes([block]))
+        pool.hash([block], [bytes([block])])
         pool.free([block])
     return pool
 
@@ -149,7 +159,7 @@ def test_lfu_forgets_what_was_popular_long_ago() -> None:
         [block] = pool.allocate(1)
         if block == 0:
             break
-        pool.hash(block, bytes([number]))
+        pool.hash([block], [bytes([number])])
         use(pool, block)
         pool.free([block])
     assert 100 < number < 130, "neither at once nor never"
@@ -162,9 +172,27 @@ def test_lfu_starts_counting_anew_when_a_block_holds_something_else() -> None:
     pool.unhash(0)
     [block] = pool.allocate(1)
     assert block == 0
-    pool.hash(0, b"new")
+    pool.hash([0], [b"new"])
     pool.free([0])
     assert pool.allocate(1) == [0], "the old prefix's uses are not the new one's"
+
+
+def test_lru_is_the_order_of_use_and_its_queue_stays_short() -> None:
+    draw, lru, expected = random.Random(0), LruEviction(), OrderedDict[int, None]()
+    taken = 0
+    for _ in range(3000):
+        block = draw.randrange(40)
+        if block in expected and draw.random() < 0.9:
+            del lru[block], expected[block]  # hit
+        elif block not in expected:
+            lru.add([block], [])
+            expected[block] = None
+        elif draw.random() < 0.3:
+            assert lru.take(1) == [expected.popitem(last=False)[0]]
+            taken += 1
+        assert (list(lru), len(lru)) == (list(expected), len(expected))
+        assert len(lru._queue) <= 2 * len(lru) + STALE + 1
+    assert taken > 20
 
 
 @pytest.mark.parametrize("policy", EVICTIONS)
@@ -174,7 +202,7 @@ def test_evictions_keep_every_block_in_one_place(policy: str) -> None:
     for number in range(3000):
         if pool.num_available and draw.random() < 0.5:
             [block] = pool.allocate(1)
-            pool.hash(block, number.to_bytes(4))
+            pool.hash([block], [number.to_bytes(4)])
             used.append(block)
         elif pool.num_cached and draw.random() < 0.5:
             block = draw.choice(list(pool._cached))

@@ -102,14 +102,14 @@ def test_a_preempted_request_finds_its_own_blocks_and_hashes_none_twice(monkeypa
     request = computed(kv, make_request("a", list(range(10))))
     [before] = kv.block_ids(request)
     calls = 0
-    digest = kv._hasher.digest
+    chain = kv._hasher.chain
 
-    def counted(*args: object) -> bytes:
+    def counted(*args: object) -> list[bytes]:
         nonlocal calls
         calls += 1
-        return digest(*args)  # type: ignore[arg-type]
+        return chain(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kv._hasher, "digest", counted)
+    monkeypatch.setattr(kv._hasher, "chain", counted)
     kv.free(request)
     assert kv.pool.num_used == 0
     assert kv.lookup(request) == (before[:2],)

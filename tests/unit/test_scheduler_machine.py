@@ -210,11 +210,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def learn(self, request: Request) -> None:
         """What each block of this Request must hold, whoever reads it."""
         hasher, size = BlockHasher(self.kv.block_size, KEY), self.kv.block_size
-        digest = hasher.root(request.cache_salt, request.adapter_id)
         token_ids = request.prompt_token_ids + naive(request.prompt_token_ids, request.max_tokens)[0]
         values = kv_of(token_ids)
-        for start in range(0, len(token_ids) - size + 1, size):
-            digest = hasher.digest(digest, token_ids[start : start + size])
+        digests = hasher.chain(hasher.root(request.cache_salt, request.adapter_id), token_ids)
+        for start, digest in zip(range(0, len(token_ids), size), digests, strict=False):
             for group in range(len(self.executor.windows)):
                 own = [kv_in(group, value) for value in values[start : start + size]]
                 self.meaning[digest + bytes([group][:group])] = own

@@ -38,6 +38,7 @@ def scheduler(
     times = SchedulerBench(config, running=running, waiting=waiting, record=record_steps).run(steps)
     typer.echo(typer.style(f"{'ms a step':20}{'p50':>9}{'p99':>9}", bold=True))
     rows = {"arrivals": times.add, "schedule": times.schedule, "update": times.update, "schedule+update": times.step}
+    rows["all"] = [add + step for add, step in zip(times.add, times.step, strict=True)]
     for name, seconds in rows.items():
         typer.echo(f"{name:20}{1000 * percentile(seconds, 50):9.3f}{1000 * percentile(seconds, 99):9.3f}")
     typer.echo(
