@@ -4,6 +4,7 @@ as they are; between processes the channel encodes them as msgpack by their decl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import msgspec
 
@@ -11,6 +12,17 @@ from octavo.sampling_params import Pooling, SamplingParams
 from octavo.step import TokenLogprobs
 
 # ---------------------------------------------------------------- front -> engine
+
+
+class Admission(TypedDict, total=False):
+    """How a request is to be served, beside its sampling; fields and defaults are AddRequest's."""
+
+    priority: int
+    cache_salt: str | None
+    tenant: str
+    weight: float
+    timeout: float | None
+    pooling: Pooling | None
 
 
 @dataclass(slots=True)

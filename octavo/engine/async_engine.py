@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 from octavo import __version__, errors
 from octavo.config import EngineConfig
@@ -30,14 +30,14 @@ from octavo.engine.outbox import Outbox, Relay
 from octavo.engine.template import TemplateRenderer
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
-from octavo.messages import AbortRequests, EngineFailed, EngineReady, Shutdown, StepOutputs, StepRecord
+from octavo.messages import AbortRequests, Admission, EngineFailed, EngineReady, Shutdown, StepOutputs, StepRecord
 from octavo.models.hub import resolve_model_of
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.observe.metrics import Metrics
 from octavo.outputs import RequestOutput
 from octavo.request import FinishReason
-from octavo.sampling_params import Pooling, SamplingParams
+from octavo.sampling_params import SamplingParams
 from octavo.text.chat import ChatTemplate, missing_template
 from octavo.text.load import load_text
 from octavo.text.tokenizer import LONG_TEXT, Tokenizer
@@ -142,26 +142,21 @@ class AsyncEngine:
         params: SamplingParams,
         request_id: str,
         *,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        tenant: str = "",
-        weight: float = 1.0,
-        timeout: float | None = None,
-        pooling: Pooling | None = None,
         on_tokens: Callable[[int], None] | None = None,
         relay: Relay | None = None,
+        **how: Unpack[Admission],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams the answer; `params.output_kind` decides whether outputs are cumulative, deltas, or one at the end.
 
         Args:
             prompt, params, request_id: as in vLLM.
+            on_tokens: hears how many tokens a step brought, whoever takes them and however the request ends.
+            relay: is shown what comes of answers that go on while the iterator is waited for; True: it has taken that.
             priority: lower is admitted first, under the policy `priority`.
             cache_salt: only requests with the same one share cached prefixes.
             tenant, weight: whose share it uses, and how large that is, under the policy `fair`.
             timeout: seconds after which the request is ended with TimeLimitError.
             pooling: nothing is generated; the one output has the prompt's `vector`.
-            on_tokens: hears how many tokens a step brought, whoever takes them and however the request ends.
-            relay: is shown what comes of answers that go on while the iterator is waited for; True: it has taken that.
 
         Leaving the iterator (break, aclose, cancellation) aborts the request at the next step boundary.
 
@@ -179,19 +174,7 @@ class AsyncEngine:
             raise EngineDeadError(self.dead)
         if self.restarting:
             raise EngineLoadingError(f"{self.restarting}; another one is being loaded")
-        group, requests = self._frontend.add(
-            request_id,
-            text,
-            ids,
-            params,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            weight=weight,
-            timeout=timeout,
-            grammar=grammar,
-            pooling=pooling,
-        )
+        group, requests = self._frontend.add(request_id, text, ids, params, grammar=grammar, **how)
         group.on_tokens = on_tokens
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind, relay)
         group.relay = outbox.relay if relay else None

@@ -11,22 +11,27 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from octavo.config import EngineConfig
 from octavo.engine.groups import Arrival, Child, Group, Update, take_new
-from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, StepError, TimeLimitError
-from octavo.messages import AddRequest, FinishRequest, RequestDelta
+from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, RequestError, StepError, TimeLimitError
+from octavo.messages import AddRequest, Admission, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.request import FinishReason, answer_id
-from octavo.sampling_params import Pooling, RequestOutputKind, SamplingParams
+from octavo.sampling_params import RequestOutputKind, SamplingParams
 from octavo.step import TokenLogprobs
 from octavo.text.stream import TextStream
 from octavo.text.tokenizer import Tokenizer, refuse_hopeless
 
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 MAX_PROMPT_LOGPROBS = 1 << 20  # of one request; they are told in one message
+_OWN_ERRORS: dict[type[RequestError], str] = {  # that the engine found, and the parameter to blame
+    TimeLimitError: "timeout",
+    InvalidValueError: "structured_outputs",
+    ContextLengthError: "max_tokens",
+}
 log = logging.getLogger("octavo.engine")
 Prompt = str | Sequence[int] | Mapping[str, object]
 
@@ -78,16 +83,11 @@ class Frontend:
         ids: list[int],
         params: SamplingParams,
         *,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        tenant: str = "",
-        weight: float = 1.0,
-        timeout: float | None = None,
         grammar: str | None = None,
-        pooling: Pooling | None = None,
+        **how: Unpack[Admission],
     ) -> tuple[Group, list[AddRequest]]:
-        """Registers a group and makes its engine requests. `timeout` is in seconds from arrival at the engine;
-        `grammar` is what was built from `params.structured_outputs`.
+        """Registers a group and makes its engine requests. `grammar` is what was built from
+        `params.structured_outputs`.
 
         Raises:
             ContextLengthError: the prompt leaves no room for a token.
@@ -142,9 +142,8 @@ class Frontend:
                 seed = base_seed + index
                 if requests:  # the prompt is the same: one tells of it
                     told = replace(told, prompt_logprobs=None)
-                add = AddRequest(engine_id, ids, told, max_tokens, seed, priority, cache_salt, fork_of)
-                add.tenant, add.weight, add.timeout = tenant, weight, timeout
-                add.grammar, add.bad_ids, add.think_ids, add.pooling = grammar, bad_ids, think_ids, pooling
+                add = AddRequest(engine_id, ids, told, max_tokens, seed, fork_of=fork_of, **how)
+                add.grammar, add.bad_ids, add.think_ids = grammar, bad_ids, think_ids
                 requests.append(add)
             group.children.append(Child(group, child_id, output, stream, requests[-1]))
         self._children.update((child.request_id, child) for child in group.children)
@@ -405,12 +404,9 @@ def _error(delta: RequestDelta) -> Exception | None:
         return None
     if delta.error_kind == QueueFullError.__name__:
         return QueueFullError(delta.error, retry_after=delta.retry_after)
-    if delta.error_kind == TimeLimitError.__name__:
-        return TimeLimitError(delta.error, param="timeout")
-    if delta.error_kind == InvalidValueError.__name__:
-        return InvalidValueError(delta.error, param="structured_outputs")
-    if delta.error_kind == ContextLengthError.__name__:
-        return ContextLengthError(delta.error, param="max_tokens")
+    for kind, param in _OWN_ERRORS.items():
+        if delta.error_kind == kind.__name__:
+            return kind(delta.error, param=param)
     return StepError(delta.error)
 
 

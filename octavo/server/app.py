@@ -115,24 +115,20 @@ def create_app(
 def _add_generation(app: FastAPI, front: Front) -> None:
     @_post(app, "/v1/chat/completions", streams=True)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        front.check_open()
-        return await chat(front, body, Caller.of(request))
+        return await chat(front, body, front.admit(request))
 
     @_post(app, "/v1/completions", streams=True)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        front.check_open()
-        return await complete(front, body, Caller.of(request))
+        return await complete(front, body, front.admit(request))
 
     @_post(app, "/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        front.check_open()
-        return await embed(front, body, Caller.of(request))
+        return await embed(front, body, front.admit(request))
 
     @_post(app, "/score")
     @_post(app, "/v1/score")
     async def scores(body: ScoreRequest, request: Request) -> Response:
-        front.check_open()
-        return await score(front, body, Caller.of(request))
+        return await score(front, body, front.admit(request))
 
 
 def _add_responses(app: FastAPI, front: Front) -> None:
@@ -140,8 +136,7 @@ def _add_responses(app: FastAPI, front: Front) -> None:
 
     @_post(app, "/v1/responses")
     async def responses(body: ResponsesRequest, request: Request) -> Response:
-        front.check_open()
-        return (await respond(front, store, body, Caller.of(request))).answer()
+        return (await respond(front, store, body, front.admit(request))).answer()
 
     @app.get("/v1/responses/{response_id}", responses=_ERRORS)
     async def response(response_id: ResponseId, request: Request) -> Response:
@@ -164,8 +159,7 @@ def _add_responses(app: FastAPI, front: Front) -> None:
 def _add_anthropic(app: FastAPI, front: Front) -> None:
     @_post(app, "/v1/messages", streams=True)
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        front.check_open()
-        job = await prepare(Messages, front, chat_request(body.as_chat()), Caller.of(request), "msg_")
+        job = await prepare(Messages, front, chat_request(body.as_chat()), front.admit(request), "msg_")
         return job.answer()
 
     @_post(app, "/v1/messages/count_tokens")

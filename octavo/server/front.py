@@ -79,10 +79,11 @@ class Front:
             return unavailable("the engine has work and makes no progress; it will be restarted", "stalled")
         return None
 
-    def check_open(self) -> None:
-        """Raises Refused when the server is shutting down."""
+    def admit(self, request: Request) -> Caller:
+        """Who asks for something to be computed. Raises Refused when the server is shutting down."""
         if self.draining and (failure := self.unready()):
             raise Refused(failure)
+        return Caller.of(request)
 
     def model(self, asked: str | None) -> str:
         """The name to answer under. Raises UnknownModelError for one that is not served."""
