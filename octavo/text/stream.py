@@ -1,13 +1,12 @@
 """From the tokens of one request to the text its client sees: incremental decoding and stop strings.
 
-Work per token is constant: bytes go through an incremental UTF-8 decoder, characters through one automaton that knows
-all stop strings. Nothing that was decoded is decoded again.
+Work per token does not grow with the text: bytes go through an incremental UTF-8 decoder, and stop strings are looked
+for in what is new and in the end of the text that may be the beginning of one. Nothing is decoded twice.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,7 +48,8 @@ class TextStream:
         self._min_tokens = params.min_tokens
         self._detokenize = params.detokenize
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = _StopFinder(params.stops) if params.stops else None
+        self._stops = params.stops
+        self._letters = frozenset("".join(params.stops))
         self._held = ""  # decoded, and perhaps the beginning of a stop string
         self._num_tokens = 0
         self._stopped: TextDelta | None = None
@@ -68,12 +68,12 @@ class TextStream:
             return TextDelta("")
         silent = ends_with_stop_token and not self._include_stop
         shown = token_ids[:-1] if silent else token_ids
-        if self._stops is None:
+        if not self._stops:
             return TextDelta(self._decoder.decode(b"".join(map(self._bytes, shown))))
         texts: list[str] = []
         for token in shown:
             self._num_tokens += 1
-            text, stop = self._search(self._decoder.decode(self._bytes(token)), self._stops)
+            text, stop = self._search(self._decoder.decode(self._bytes(token)))
             texts.append(text)
             if stop is not None:
                 self._stopped = TextDelta("", stop, self._num_tokens)
@@ -92,68 +92,30 @@ class TextStream:
     def _bytes(self, token: int) -> bytes:
         return b"" if token in self._skipped else self._tokenizer.token_bytes(token)
 
-    def _search(self, text: str, stops: _StopFinder) -> tuple[str, str | None]:
+    def _search(self, text: str) -> tuple[str, str | None]:
         """What may go out now that `text` has come in, and the stop string that it completes."""
-        pending = self._held + text
-        for end, character in enumerate(text, start=len(self._held) + 1):
-            stop = stops.feed(character)
-            if stop is not None and self._num_tokens > self._min_tokens:
-                return pending[: end if self._include_stop else end - len(stop)], stop
-        cut = len(pending) - stops.depth
+        pending, num_held = self._held + text, len(self._held)
+        if self._num_tokens > self._min_tokens:
+            found = []  # (end, -length): the first to end, of those the longest
+            for stop in self._stops:
+                if (at := pending.find(stop, max(0, num_held - len(stop) + 1))) >= 0:
+                    found.append((at + len(stop), -len(stop)))
+            if found:
+                end, length = min(found)
+                return pending[: end if self._include_stop else end + length], pending[end + length : end]
+        cut = len(pending) - self._longest_beginning(pending)
         self._held = pending[cut:]
         return pending[:cut], None
 
-
-class _StopFinder:
-    """Finds the first of several strings in a stream of characters (Aho and Corasick 1975).
-
-    `depth` is the length of the longest suffix seen so far that begins one of the strings.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._next: list[dict[str, int]] = [{}]
-        self._depths = [0]
-        self._found: list[str | None] = [None]  # by node: the longest stop that ends there
-        self._fail = [0]
-        self._node = 0
-        for stop in stops:
-            self._insert(stop)
-        self._link()
-
-    @property
-    def depth(self) -> int:
-        return self._depths[self._node]
-
-    def feed(self, character: str) -> str | None:
-        """The stop string that `character` completes, or None."""
-        node = self._node
-        while node and character not in self._next[node]:
-            node = self._fail[node]
-        self._node = self._next[node].get(character, 0)
-        return self._found[self._node]
-
-    def _insert(self, stop: str) -> None:
-        node = 0
-        for character in stop:
-            if character not in self._next[node]:
-                self._next[node][character] = len(self._next)
-                self._next.append({})
-                self._depths.append(self._depths[node] + 1)
-                self._found.append(None)
-                self._fail.append(0)
-            node = self._next[node][character]
-        self._found[node] = stop
-
-    def _link(self) -> None:
-        """Breadth first: where to go on, and what has been found, when a longer string breaks off."""
-        queue = deque(self._next[0].values())
-        while queue:
-            node = queue.popleft()
-            for character, child in self._next[node].items():
-                fail = self._fail[node]
-                while fail and character not in self._next[fail]:
-                    fail = self._fail[fail]
-                self._fail[child] = self._next[fail].get(character, 0)
-                if self._found[child] is None:
-                    self._found[child] = self._found[self._fail[child]]
-                queue.append(child)
+    def _longest_beginning(self, text: str) -> int:
+        """Characters at the end of a text that a stop string begins with."""
+        if text[-1:] not in self._letters:
+            return 0
+        longest = 0
+        for stop in self._stops:
+            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while 0 <= at < len(text) - longest:
+                if stop.startswith(text[at:]):
+                    longest = len(text) - at
+                at = text.find(stop[0], at + 1)
+        return longest
