@@ -27,7 +27,9 @@ from lab.machine import describe_machine  # noqa: E402
 
 STEPS = 20_000  # of random walks, at most, per bug
 OUTPUT = ROOT / "lab" / "results" / "mutations-scheduler.json"
-SCHEDULER, BUDGET, DOOR, DELTAS = (f"octavo/scheduler/{name}.py" for name in ("scheduler", "budget", "door", "deltas"))
+SCHEDULER, ROWS, BUDGET, DOOR, DELTAS = (
+    f"octavo/scheduler/{name}.py" for name in ("scheduler", "rows", "budget", "door", "deltas")
+)
 POOL, MANAGER, HOST, LRU = (f"octavo/kvcache/{name}.py" for name in ("block_pool", "manager", "host", "eviction"))
 
 
@@ -50,16 +52,16 @@ BUGS = (
         "if start <= request.num_slots",
     ),
     Bug("a result of an old epoch is taken", SCHEDULER, "if request.epoch != item.epoch:", "if False:", "def update"),
-    Bug("preemption and abort do not raise the epoch", SCHEDULER, "request.epoch += 1", "pass", "def _release"),
+    Bug("preemption and abort do not raise the epoch", ROWS, "request.epoch += 1", "pass", "def release"),
     Bug(
         "preemption keeps the computed count",
-        SCHEDULER,
+        ROWS,
         "request.num_computed_tokens = request",
         "request.row = request",
-        "def _release",
+        "def release",
     ),
     Bug("a preempted request is forgotten", SCHEDULER, "self.policy.put_back(request)", "pass", "def _preempt"),
-    Bug("a row is not given back", SCHEDULER, "heapq.heappush(self._free_rows, request.row)", "pass"),
+    Bug("a row is not given back", ROWS, "heapq.heappush(self._free, request.row)", "pass"),
     Bug("a failed step leaves its blocks findable", SCHEDULER, "self.kv.unhash(step.hashed)", "pass", "def fail"),
     Bug(
         "a stop token counts one token early",
@@ -76,7 +78,7 @@ BUGS = (
     Bug("a hit is evicted at its old place", LRU, "if not (self._void and self._leave_void(block))", "if True"),
     Bug(
         "a block is found before its last token is computed",
-        SCHEDULER,
+        ROWS,
         "hash_full(request, request.num_tokens - 1)",
         "hash_full(request, request.num_tokens)",
     ),

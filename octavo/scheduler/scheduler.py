@@ -13,7 +13,6 @@ could not finish is refused at the door.
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from octavo.scheduler.deltas import append, last_deltas, new_row
 from octavo.scheduler.door import Door, refuse_impossible
 from octavo.scheduler.forks import Forks
 from octavo.scheduler.policies import FcfsPolicy, Policy
+from octavo.scheduler.rows import Rows
 from octavo.step import NO_BLOCKS, ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
 
 
@@ -84,17 +84,14 @@ class Scheduler:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         self.kv = kv
         self.max_model_len = max_model_len
-        self._headroom = admission_headroom
         self._budget = Budget(max_num_batched_tokens, long_prefill_token_threshold, max_run_ahead, max_model_len)
-        self._max_num_seqs = max_num_seqs
+        self._rows = Rows(kv, max_num_seqs, admission_headroom)
         self._clock = clock
-        self._free_rows = list(range(max_num_seqs))  # a heap: the lowest is taken first
         self._requests: dict[str, Request] = {}
         self.policy: Policy = policy if policy is not None else FcfsPolicy()
         self.door = Door(max_num_queued_reqs, max_num_queued_tokens)
         self._now = clock()  # read once per call: what a recorded run needs to be replayed
         self.preempted: list[tuple[Request, Request]] = []  # by the last schedule(): who, and for whom
-        self._running: dict[str, Request] = {}  # in the order of admission
         self._beams = Beams()
         self._forks = Forks()
         self._ready: list[Request] = []  # parents whose prompt the step being decided completes
@@ -123,14 +120,14 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that have a row and blocks."""
-        return len(self._running)
+        return len(self._rows.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait to be admitted, for the first time or again."""
         if not self._beams:
-            return len(self._requests) - len(self._running)
-        return len(self._requests) - sum(request_id in self._requests for request_id in self._running)
+            return len(self._requests) - len(self._rows.running)
+        return len(self._requests) - sum(request_id in self._requests for request_id in self._rows.running)
 
     def add(self, request: Request) -> None:
         """Puts a new Request into the queue.
@@ -143,7 +140,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise InvalidValueError(f"request_id {request.request_id!r} is already running", param="request_id")
         request.max_length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        refuse_impossible(request, self.kv, self.max_model_len, self._max_num_seqs)
+        refuse_impossible(request, self.kv, self.max_model_len, self._rows.num_rows)
         self.door.enter(request, self.num_waiting, self._clock())
         for member in self._beams.add(request, self.max_model_len):
             self.kv.add(member)
@@ -196,7 +193,7 @@ class Scheduler:
         output, step = SchedulerOutput(step=self._next_step), _Step()
         self._now = self._clock()
         self.preempted.clear()
-        self._budget.begin(self.policy.prefill_cap(self._running.values()))
+        self._budget.begin(self.policy.prefill_cap(self._rows.running.values()))
         if self.suspects:
             self._schedule_suspect(output, step)
             self._fork(output, step, 0)
@@ -286,17 +283,17 @@ class Scheduler:
     def _visit_order(self) -> list[Request]:
         """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
         oldest, which nobody preempts."""
-        order = list(self._running.values())
+        order = list(self._rows.running.values())
         if len(order) > 2 and self.kv.pool.num_available < len(order):
             order[1:] = self.policy.ranked(order[1:])
         return order
 
     def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
         """Forks what can be forked, then admits the queue's first, again and again, until something is used up."""
-        self._fork(output, step, len(self._free_rows))
+        self._fork(output, step, self._rows.num_free)
         while (request := self.policy.first(self._now)) is not None and self._try_admit(output, step, request):
             self.policy.remove(request)
-            self._fork(output, step, len(self._free_rows))
+            self._fork(output, step, self._rows.num_free)
 
     def _fork(self, output: SchedulerOutput, step: _Step, limit: int) -> None:
         """Children of a Request whose prompt this step completes sample from its logits; those over the limit queue up.
@@ -310,7 +307,9 @@ class Scheduler:
                 num_tokens = parent.num_computed_tokens
                 self.kv.fork(parent, child, num_tokens)
                 child.num_cached_tokens = parent.num_cached_tokens
-                self._start(output, child, num_tokens)
+                self.door.admitted(child, self._now)
+                self._rows.start(child, num_tokens, self._now)
+                self._send_row(output, child)
                 self._schedule_row(output, step, child, 0, ())
                 output.scheduled[-1].fork_of = parent.row
             self._counts.num_forked += len(children[:limit])
@@ -319,49 +318,24 @@ class Scheduler:
             limit = max(0, limit - len(children))
 
     def _try_admit(self, output: SchedulerOutput, step: _Step, request: Request) -> bool:
-        """Look up, count, allocate: a waiting Request gets a row and the blocks of all its known tokens.
-
-        All of them at once, although its first chunk may be shorter: so a prefill never preempts anybody, nor starts
-        what the pool cannot hold.
-        """
-        members = self._beams.members(request)
-        budget = self._budget
-        if len(self._free_rows) < len(members) or output.num_tokens == budget.max_tokens or not budget.prefill_left:
+        """Gives a waiting Request, with its beams, rows and blocks, and its first share of the step."""
+        if output.num_tokens == self._budget.max_tokens or not self._budget.prefill_left:
             return False
-        spare = int(self._headroom * len(self._running))
-        starts: list[int] = []
-        for member in members:
-            hits = self.kv.lookup(member)
-            if self.kv.try_allocate(member, member.num_tokens, hits, spare) is None:
-                for other in members[: len(starts)]:
-                    self.kv.free(other)
-                return False
-            starts.append(len(hits[0]) * self.kv.block_size)
+        members = self._beams.members(request)
+        if (starts := self._rows.try_allocate(members)) is None:
+            return False
         if request.first_scheduled_time is None:
             request.num_cached_tokens = starts[0]
             self._counts.looked_up(request, starts[0], self.kv)
+            self.door.admitted(request, self._now)
         alone = next(iter(self.suspects.values()), None)
         for member, start in zip(members, starts, strict=True):
-            self._start(output, member, start)
+            self._rows.start(member, start, self._now)
+            self._send_row(output, member)
             share = self._budget.share(member, output.num_tokens)
             if share and alone in (None, member):
                 self._schedule_row(output, step, member, share, ())
         return True
-
-    def _start(self, output: SchedulerOutput, request: Request, num_computed_tokens: int) -> None:
-        """Gives a Request that has its blocks a row: it runs."""
-        if request.first_scheduled_time is None:
-            if request.request_id in self._requests:
-                self.door.admitted(request, self._now)
-            request.first_scheduled_time = self._now
-        request.num_computed_tokens = num_computed_tokens
-        request.status = RequestStatus.RUNNING
-        request.row = heapq.heappop(self._free_rows)
-        request.plain_from = max(request.num_lost_tokens, request.num_prompt_tokens, request.num_tokens - 1)
-        if request in self._beams:
-            request.plain_from = self.max_model_len  # never
-        self._running[request.request_id] = request
-        self._send_row(output, request)
 
     def _schedule_row(
         self, output: SchedulerOutput, step: _Step, request: Request, share: int, blocks: tuple[list[int], ...]
@@ -478,18 +452,9 @@ class Scheduler:
         self.policy.put_back(request)
 
     def _release(self, request: Request) -> None:
-        """Takes row and blocks, and raises the epoch: results in flight are stale from here on."""
+        """Takes row and blocks, and what it told of a round of beams."""
         self._beams.forget_round(request)
-        if request.num_tokens - 1 > request.plain_from:  # its answer's blocks, which update() left for one batch
-            self.kv.hash_full(request, request.num_tokens - 1)
-        self.kv.free(request)
-        del self._running[request.request_id]
-        heapq.heappush(self._free_rows, request.row)
-        request.row = -1
-        request.epoch += 1
-        request.num_lost_tokens = max(request.num_lost_tokens, request.num_computed_tokens)
-        request.num_computed_tokens = request.num_pending = 0
-        request.prompt_logprobs = []  # what is computed again is told again
+        self._rows.release(request)
 
     def _end(self, request: Request) -> None:
         """Forgets a Request, with all its beams, wherever it is."""
@@ -534,4 +499,4 @@ class Scheduler:
     def fill(self, record: StepRecord, output: SchedulerOutput) -> None:
         """Writes the counts of schedule() into the step's record; preemptions since the last record included."""
         record.num_waiting = self.num_waiting
-        self._counts.fill(record, output, self._running.values(), self.kv)
+        self._counts.fill(record, output, self._rows.running.values(), self.kv)
