@@ -75,6 +75,8 @@ class KVCacheManager:
         self._has_windows = any(windows)
         self._is_plain = windows == (0,)
         self._step_tokens = step_tokens
+        # that a running Request needs for a step, at most; what it knows has its blocks, but for what windows will see
+        self.step_blocks = sum(-(-step_tokens // block_size) + 1 if window else 1 for window in windows)
         self._hasher = BlockHasher(block_size, hash_key if hash_key is not None else secrets.token_bytes(32))
         self.on_digest: Callable[[Request, int, bytes], None] | None = None  # told each block's digest, once known
         self._tables: dict[str, _Table] = {}

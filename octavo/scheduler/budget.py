@@ -45,9 +45,9 @@ class Budget:
             and len(request.token_ids) + request.num_pending < self._max_model_len
         )
 
-    def take(self, request: Request, share: int) -> None:
-        """It does."""
-        if share > 1:
+    def take(self, request: Request, share: int, samples: bool) -> None:
+        """It does; without a sample it lacks more, though it be a single token."""
+        if share > 1 or not samples:
             self.prefill_left -= share
         if request.reads_prompt:
             self._rows_left -= share

@@ -284,7 +284,7 @@ class Scheduler:
         """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
         oldest, which nobody preempts."""
         order = list(self._rows.running.values())
-        if len(order) > 2 and self.kv.pool.num_available < len(order):
+        if len(order) > 2 and self.kv.pool.num_available < len(order) * self.kv.step_blocks:
             order[1:] = self.policy.ranked(order[1:])
         return order
 
@@ -360,7 +360,7 @@ class Scheduler:
         if samples and request in self._forks:
             self._ready.append(request)
         self._counts.scheduled(request, start, share, samples=samples)
-        self._budget.take(request, share)
+        self._budget.take(request, share, samples)
         if self.policy.charges:
             fresh = max(start, request.num_lost_tokens)
             prompt_end = min(max(fresh, num_prompt), end)

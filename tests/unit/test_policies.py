@@ -68,6 +68,17 @@ def test_under_pressure_the_least_urgent_is_preempted() -> None:
         assert engine.tokens[name] == naive(prompt(7, first), 6)[0]
 
 
+def test_the_least_urgent_is_preempted_where_each_request_needs_a_block_of_several_groups() -> None:
+    engine = Engine(num_blocks=17, windows=(0, 0), policy=PriorityPolicy(), enable_prefix_caching=False)
+    for name, length, priority in (("first", 8, 1), ("low", 7, 5), ("high", 8, 0)):
+        engine.add(make_request(name, prompt(length, 100 * priority), 6, priority=priority))
+        engine.step()
+    assert engine.kv.pool.num_available == 3  # a block for each, but "low" and "high" now need one in both groups
+    engine.step()
+    assert [victim.request_id for victim, _ in engine.scheduler.preempted] == ["low"]
+    engine.drain()
+
+
 # ------------------------------------------------------------------------------------------------------------- fair
 
 
@@ -150,6 +161,17 @@ def test_chunks_are_cut_so_that_running_requests_keep_their_target() -> None:
     assert engine.step() == {"a": 1, "b": 19}  # 1.0 + 0.1 * 20 = 3.0
     engine.scheduler.policy.cost = CostModel(fixed=5.0)  # type: ignore[attr-defined]
     assert engine.step() == {"a": 1, "b": 31}  # a fixed cost above the target: tokens are free beside it
+    engine.drain()
+
+
+def test_prompts_that_get_a_single_token_count_against_the_cap() -> None:
+    policy = SloPolicy(ttft=1000.0, itl=3.0, cost=COST)
+    engine = Engine(num_blocks=64, policy=policy)
+    engine.add(make_request("a", prompt(4), 6))
+    engine.step()
+    for name in "bcd":
+        engine.add(make_request(name, prompt(18, 100 * ord(name)), 2))
+    assert engine.step() == {"a": 1, "b": 18, "c": 1}  # 19 prompt tokens fit
     engine.drain()
 
 

@@ -32,8 +32,11 @@ class Engine:
         policy: Policy | None = None,
         max_num_queued_reqs: int = 0,
         max_num_queued_tokens: int = 0,
+        windows: tuple[int, ...] = (0,),
     ) -> None:
-        self.kv = KVCacheManager(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching, hash_key=b"key")
+        self.kv = KVCacheManager(
+            num_blocks, block_size, windows, enable_prefix_caching=enable_prefix_caching, hash_key=b"key"
+        )
         self.now = 0.0
         self.scheduler = Scheduler(
             self.kv,
@@ -48,7 +51,7 @@ class Engine:
             max_num_queued_tokens=max_num_queued_tokens,
             clock=lambda: self.now,
         )
-        self.executor = FakeExecutor(num_blocks, block_size)
+        self.executor = FakeExecutor(num_blocks, block_size, windows)
         self.outputs: list[SchedulerOutput] = []
         self.records: list[StepRecord] = []
         self.tokens: dict[str, list[int]] = {}
