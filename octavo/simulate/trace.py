@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -151,13 +152,15 @@ def read_trace(path: Path, *, limit: int = MAX_REQUESTS) -> list[Arrival]:
         raise ConfigError(f"{path}: {error}") from error
     if not arrivals:
         raise ConfigError(f"{path}: no requests in it")
+    if not all(math.isfinite(arrival.time) for arrival in arrivals):
+        raise ConfigError(f"{path}: a time of arrival is no number")
     start = min(arrival.time for arrival in arrivals)
     return sorted((replace(a, time=a.time - start) for a in arrivals), key=lambda arrival: arrival.time)
 
 
 def _mooncake(line: str, number: int) -> Arrival:
     entry = json.loads(line)
-    length, hashes = int(entry["input_length"]), entry.get("hash_ids") or []
+    length, hashes = max(1, int(entry["input_length"])), entry.get("hash_ids") or []
     prompt: list[Segment] = []
     for block in hashes:
         if length > 0:

@@ -215,6 +215,8 @@ def test_mooncake_and_burstgpt_files(tmp_path) -> None:
     first, second = read_trace(mooncake)
     assert (first.time, second.time, second.num_prompt, second.num_output) == (0.0, 1.0, 1100, 7)
     assert first.prompt[0] == second.prompt[0] == (47, 512)
+    mooncake.write_text('{"timestamp": 0, "input_length": 0, "output_length": 0}')
+    assert [(a.num_prompt, a.num_output) for a in read_trace(mooncake)] == [(1, 1)], "nothing is asked for nothing"
     burst = tmp_path / "BurstGPT_1.csv"
     burst.write_text(
         "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
@@ -232,6 +234,8 @@ def test_mooncake_and_burstgpt_files(tmp_path) -> None:
         ("a.jsonl", "not json\n", "Expecting"),
         ("a.csv", "Timestamp,Request tokens\n1,2\n", "Response tokens"),
         ("a.jsonl", "", "no requests"),
+        ("a.jsonl", '{"timestamp": NaN, "input_length": 5, "output_length": 3}\n', "no number"),
+        ("a.csv", "Timestamp,Request tokens,Response tokens\ninf,5,5\n", "no number"),
     ],
 )
 def test_a_file_that_is_no_trace_says_why(tmp_path, name: str, text: str, why: str) -> None:
