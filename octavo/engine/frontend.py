@@ -68,6 +68,8 @@ class Frontend:
         text, ids = self._encode(prompt)
         if not ids:
             raise InvalidValueError("the prompt is empty: give at least one token", param="prompt")
+        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self.spec.vocab_size:
+            return text, ids
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.spec.vocab_size:
                 raise InvalidValueError(
