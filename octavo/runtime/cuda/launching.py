@@ -7,13 +7,17 @@ else, for this process: nothing in Triton can be told to.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -23,31 +27,54 @@ _Key = tuple[object, ...]
 
 @contextmanager
 def only_compiling() -> Iterator[None]:
-    """A launch only asks for its kernel to be compiled, in a thread; leaving waits until all of them are loaded.
-
-    Most of the time goes to ptxas and to gcc (Triton compiles what calls a kernel as well, when that is first loaded):
-    processes of their own.
-    """
-    from triton.runtime._async_compile import AsyncCompileMode
-
-    asked: dict[_Key, Any] = {}
+    """A launch only asks for its kernel; leaving waits until all are compiled, by other processes, and loaded."""
+    asked: dict[_Key, Callable[[], Any]] = {}
 
     def ask(kernel: Any, grid: object, *args: object, **constants: object) -> None:
         key, _ = _specialised(kernel, args, constants)
-        if key not in asked:  # Triton's own key hashes the source: a millisecond
-            asked[key] = kernel.run(*args, grid=grid, warmup=True, **constants)
+        asked.setdefault(key, partial(kernel.run, *args, grid=grid, warmup=True, **constants))
 
+    with _launching_by(ask):
+        yield
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    _compile_aside(_wanted(asked.values()), threads)
     with ThreadPoolExecutor(threads) as pool:
-        with AsyncCompileMode(pool), _launching_by(ask):
-            yield
         list(pool.map(_load, asked.values()))
 
 
-def _load(kernel: Any) -> None:
+def _wanted(runs: Iterable[Callable[[], Any]]) -> list[str]:
+    """What Triton would compile for these launches, as it writes that down."""
+    found: dict[str, None] = {}
+
+    def note(*, compile: dict[str, Any], **_: object) -> bool:
+        found[compile["specialization_data"]] = None
+        return True  # and do not compile it
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        for run in runs:
+            run()
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    return list(found)
+
+
+def _compile_aside(wanted: list[str], most: int) -> None:
+    """Fills Triton's cache. What fails there will fail again, and say why, where the kernel is loaded."""
+    command = [sys.executable, "-m", "octavo.runtime.cuda.compiling", str(driver.active.get_current_target().arch)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parts = [wanted[i::most] for i in range(min(most, len(wanted)))]
+    with ExitStack() as stack:
+        for part in parts:
+            process = stack.enter_context(subprocess.Popen(command, stdin=PIPE, stdout=DEVNULL, env=env, text=True))
+            assert process.stdin is not None
+            process.stdin.write("\n".join(part))
+            process.stdin.close()
+
+
+def _load(run: Callable[[], Any]) -> None:
     """Puts a compiled kernel on the device, which `run` does when first asked for."""
-    compiled = kernel.result() if hasattr(kernel, "result") else kernel
-    assert compiled.run is not None
+    assert run().run is not None
 
 
 @contextmanager

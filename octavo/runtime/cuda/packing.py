@@ -16,7 +16,7 @@ from octavo.program.ops import Rope, Weight
 from octavo.runtime.base import RandomSource, RandomTensor, Tensor, WeightSource
 from octavo.runtime.reference.tensors import to_float32
 
-_DRAWN_ON_HOST = 1 << 20  # elements; random tensors up to here are the same numbers in every runtime
+_DRAWN_ON_HOST = 1 << 19  # elements; random tensors up to here are the same numbers in every runtime
 
 
 def storage_type(weight: Weight, dtype: torch.dtype) -> torch.dtype:

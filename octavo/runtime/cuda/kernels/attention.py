@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import Attention
 from octavo.runtime.cuda.kernels.rows import softcapped
+
+if TYPE_CHECKING:  # who only compiles has no torch
+    import torch
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _PROGRAMS_WANTED = 132  # one for each multiprocessor of a large card

@@ -8,14 +8,17 @@ kernel take longer than the weights, and one of ours on the tensor cores was no 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import Activation
 from octavo.runtime.cuda.kernels.rows import ACTIVATION_CODES, finished
+
+if TYPE_CHECKING:  # who only compiles has no torch
+    import torch
 
 MAX_FEW_ROWS = 2
 

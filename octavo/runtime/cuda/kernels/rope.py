@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import RopeKVWrite
+
+if TYPE_CHECKING:  # who only compiles has no torch
+    import torch
 
 _LARGEST_E4M3 = tl.constexpr(448.0)
 

@@ -6,13 +6,16 @@ All of them read and write in the storage type and compute in float32.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.program.ops import Activation
+
+if TYPE_CHECKING:  # who only compiles has no torch
+    import torch
 
 ACTIVATION_CODES: dict[Activation, int] = {
     "none": 0,
