@@ -21,17 +21,20 @@ QUANTIZATIONS = {"native": ("int8",), "reference": ("int8",), "cuda": ()}  # wha
 FALLBACK = {"native": "float32", "reference": "float32", "cuda": "bfloat16"}
 
 
-def choose(runtime: str, dtype: str, stored_dtype: str, quantization: str | None = None) -> tuple[str, str]:
+def choose(
+    runtime: str, dtype: str, stored_dtype: str, quantization: str | None = None, *, builds: bool = False
+) -> tuple[str, str]:
     """Resolves `--runtime` and `--dtype` ("auto" included) against what the checkpoint stores.
 
     The runtime `auto` is cuda where it can run, else native. The dtype `auto` is the checkpoint's own where the runtime
-    has kernels for it; else float32 on a CPU and bfloat16 on a GPU, whose float32 is slow.
+    has kernels for it; else float32 on a CPU and bfloat16 on a GPU, whose float32 is slow. `builds`: C++ kernels for a
+    card begin to be built, if there is one.
 
     Raises:
         UnsupportedError: a type that the runtime cannot compute in, or a quantisation that it does not have.
         ConfigError: `--runtime cuda` where it cannot run; says why.
     """
-    name = _choose_runtime(runtime)
+    name = _choose_runtime(runtime, builds)
     if quantization is not None and quantization not in QUANTIZATIONS[name]:
         able = " or ".join(r for r, known in QUANTIZATIONS.items() if quantization in known)
         raise UnsupportedError(
@@ -52,10 +55,10 @@ def choose_kv(kv_cache_dtype: str, dtype: str) -> str:
     return "float32" if dtype in ("float32", "float16") else "bfloat16"
 
 
-def _choose_runtime(runtime: str) -> str:
+def _choose_runtime(runtime: str, builds: bool) -> str:
     if runtime == "auto":
-        return "native" if missing() else "cuda"
-    if runtime == "cuda" and (problem := missing()):
+        return "native" if missing(builds=builds) else "cuda"
+    if runtime == "cuda" and (problem := missing(builds=builds)):
         raise ConfigError(f"--runtime cuda: {problem}")
     return runtime
 

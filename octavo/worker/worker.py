@@ -55,7 +55,8 @@ class Worker:
         """
         config, clock = self._config, _PhaseClock()
         spec = read_spec(self._files, max_model_len=config.max_model_len)
-        name, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
+        builds = config.attention_backend != "triton"
+        name, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization, builds=builds)
         runtime = self._runtime = create(
             name,
             config.threads(),

@@ -98,7 +98,7 @@ def runtime_of(core):
 
 
 def test_a_small_engine_under_the_interpreter_too(device, files, naive, monkeypatch):
-    monkeypatch.setattr(choose_module, "missing", lambda: "")
+    monkeypatch.setattr(choose_module, "missing", lambda **_: "")
     monkeypatch.setattr(worker_module, "create", lambda *_, **__: Watched("float32", device=device))
     core = make_core(files, max_num_batched_tokens=16, max_num_seqs=4)
     prompts = [[5, 9, 33] * 7, [7] * 3]
@@ -131,7 +131,7 @@ def told_of(delta):
 def test_what_prompts_tell_is_what_the_reference_tells(device, files, monkeypatch):
     prompts = [[5, 9, 33, 8] * 5, [7] * 3, [11, 12]]
     expected = told(make_core(files, runtime="reference"), prompts)
-    monkeypatch.setattr(choose_module, "missing", lambda: "")
+    monkeypatch.setattr(choose_module, "missing", lambda **_: "")
     monkeypatch.setattr(worker_module, "create", lambda *_, **__: Watched("float32", device=device))
     core = make_core(files, max_num_batched_tokens=16, max_num_seqs=4)
     found = told(core, prompts)
@@ -179,7 +179,7 @@ def windowed(tmp_path_factory):
 
 def test_windows_give_blocks_back_under_the_interpreter_too(device, windowed, monkeypatch):
     files, naive = windowed
-    monkeypatch.setattr(choose_module, "missing", lambda: "")
+    monkeypatch.setattr(choose_module, "missing", lambda **_: "")
     monkeypatch.setattr(worker_module, "create", lambda *_, **__: Watched("float32", device=device))
     core = make_core(files, max_num_batched_tokens=32, max_num_seqs=2, block_size=8)
     assert core.info.kv_windows == (0, 18, 18)

@@ -7,8 +7,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from octavo.errors import ConfigError, UnsupportedError  # noqa: E402
-from octavo.program.ops import Attention, Linear, Norm  # noqa: E402
+from octavo.program.ops import Attention, Linear, Norm, Rope, RopeKVWrite  # noqa: E402
 from octavo.runtime.cuda import build, operators  # noqa: E402
+from octavo.runtime.cuda.kernels.rope import rope_kv_write  # noqa: E402
+from octavo.runtime.cuda.packing import rope_tables  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
 from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
 from octavo.runtime.reference import compute as reference  # noqa: E402
@@ -75,6 +77,72 @@ def test_prefill_attention(device, heads, kv_heads, dim):
         operators.prefill_attention(inputs, node, 0, q, *pools, out)
     close(out[:-1], expected_attention(node, q[:-1], pools, inputs), 1e-2)
     assert out[-1].isnan().all(), "a row behind the last"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["silu_mul", "gelu_tanh_mul"])
+@pytest.mark.parametrize(("rows", "width", "depth"), [(1, 8, 8), (300, 136, 72), (257, 3072, 1024), (2600, 1032, 512)])
+def test_gated_product_of_many_rows(device, rows, width, depth, activation, bias):
+    """Sizes within a tile, at and around the edges of tiles, more tiles than programs, and padding behind the rows."""
+    node = Linear("linear", HANDLE, matrix("w", 2 * width, depth), HANDLE, None, activation)
+    if not operators.can_multiply(node):
+        pytest.skip("written for Hopper")
+    x = numbers((rows + 3, depth), 1, device, torch.bfloat16)
+    weight = numbers((2 * width, depth), 2, device, torch.bfloat16) * depth**-0.5
+    offset = numbers((2 * width,), 3, device) if bias else None
+    out = torch.full((rows + 3, width), float("nan"), device=device, dtype=torch.bfloat16)
+    product = operators.Product(node, x, weight, offset, out)
+    for _ in range(2):
+        product.launch(rows)
+    gate, up = (
+        (x[:rows].float() @ weight.float().T + (offset if bias else 0))
+        .cpu()
+        .numpy()
+        .reshape(rows, 2, -1)
+        .swapaxes(0, 1)
+    )
+    act = reference.silu if activation == "silu_mul" else reference.gelu_tanh
+    close(out[:rows], act(np.ascontiguousarray(gate)) * up, 5e-3)
+    assert out[rows:].isnan().all(), "a row behind the last"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("rows", [1, 300, 2600])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 1, 128), (16, 8, 128), (9, 3, 64), (3, 3, 64)])
+def test_product_that_turns_its_heads(device, heads, kv_heads, dim, rows, norms):
+    """Against the product in float32, and what the Triton kernel for heads does with it."""
+    depth, width = 200, (heads + 2 * kv_heads) * dim
+    rope = Rope(tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)))
+    linear = Linear("qkv", HANDLE, matrix("w", width, depth), HANDLE)
+    node = RopeKVWrite("rope", HANDLE, HANDLE, 0, heads, kv_heads, dim, rope)
+    if not operators.can_multiply(linear, node):
+        pytest.skip("written for Hopper")
+    rng = np.random.default_rng(0)
+    x = numbers((rows + 3, depth), 1, device, torch.bfloat16)
+    weight, bias = numbers((width, depth), 2, device, torch.bfloat16), numbers((width,), 3, device)
+    table = rope_tables(rope, 500, torch.device(device))
+    weights = tuple(numbers((dim,), seed, device) for seed in (4, 5)) if norms else None
+    positions = torch.from_numpy(rng.integers(0, 500, rows).astype(np.int32)).to(device)
+    slots = torch.from_numpy(rng.permutation(rows + 40)[:rows].astype(np.int32)).to(device)
+    blocks = -(-(rows + 40) // 16)
+
+    def pools(dtype):
+        return [torch.zeros((blocks, kv_heads, 16, dim), device=device, dtype=dtype) for _ in range(2)]
+
+    out = torch.full((rows + 3, heads * dim), float("nan"), device=device, dtype=torch.bfloat16)
+    found, wanted, q = pools(torch.bfloat16), pools(torch.float32), torch.zeros(rows, heads * dim, device=device)
+    product = operators.Product(linear, x, weight, bias, out, heads=node, table=table, norms=weights)
+    for _ in range(2):
+        product.place(positions, slots, *found)
+        product.launch(rows)
+    qkv = x[:rows].float() @ weight.float().T + bias
+    rope_kv_write(rows, node, qkv, positions, slots, table, weights, q, *wanted)
+    close(out[:rows], q.cpu(), 5e-3)
+    for pool, expected in zip(found, wanted, strict=True):
+        close(pool, expected.cpu(), 5e-3)
+    assert out[rows:].isnan().all(), "a row behind the last"
 
 
 @pytest.mark.gpu

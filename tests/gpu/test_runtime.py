@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from octavo.errors import MemoryPlanError, UnsupportedError  # noqa: E402
 from octavo.program.ops import Add, Embedding, Experts, Linear, Norm  # noqa: E402
 from octavo.runtime.base import SamplingInputs  # noqa: E402
+from octavo.runtime.cuda import operators  # noqa: E402
 from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
 from octavo.runtime.cuda.kernels import sampling as sampling_kernels  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
@@ -123,6 +124,21 @@ def test_rope_and_attention(device, name):
 @pytest.mark.parametrize("name", SHAPES | CARD_SHAPES)
 def test_rope_and_attention_over_long_contexts(device, name, dtype):
     compare(device, attention_program(**(SHAPES | CARD_SHAPES)[name]), [*CHUNKS, *LONG], dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", [None, "fp8"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_products_of_many_rows_in_a_decoder(device, monkeypatch, groups, kv):
+    """In steps of 150 rows the gated products are ours, and where KV is bfloat16 those with heads; in one of 3 none."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("written for Hopper")
+    kinds, launch = [], operators.Product.launch
+    monkeypatch.setattr(operators, "rows_to_fill", lambda num_out: 20)
+    monkeypatch.setattr(operators.Product, "launch", lambda self, rows: (kinds.append(self._kind), launch(self, rows)))
+    program = decoder_program(hidden=64, heads=4, kv_heads=2, dim=64, inner=96, groups=groups)
+    compare(device, program, LONG, dtype="bfloat16", kv=kv, steps=Steps(groups=groups))
+    assert kinds == [*([1] * 4 if kv else [64, 1] * 4)]
 
 
 def test_two_kv_groups_in_a_decoder(device):

@@ -202,7 +202,7 @@ def test_a_row_too_long_for_exact_sums_is_refused() -> None:
 
 
 def test_a_runtime_without_it_refuses_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.runtime.choose.missing", lambda: None)
+    monkeypatch.setattr("octavo.runtime.choose.missing", lambda **_: None)
     with pytest.raises(
         UnsupportedError, match=r"--quantization int8: the cuda runtime computes in .* --runtime native"
     ):

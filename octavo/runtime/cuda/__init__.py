@@ -10,16 +10,19 @@ import ctypes
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from octavo.runtime.cuda import build
+
 if TYPE_CHECKING:
     from octavo.runtime.cuda.runtime import CudaRuntime
 
 __all__ = ["CudaRuntime", "missing"]
 
 
-def missing() -> str:
+def missing(*, builds: bool = False) -> str:
     """Why this runtime cannot run here, as a sentence with the next step; empty when it can.
 
-    torch is asked last: importing it takes seconds, which a machine without a driver need not pay.
+    torch is asked last: importing it takes seconds, which a machine without a driver need not pay, and in which C++
+    kernels can be built, if need be and if `builds`.
     """
     absent = [name for name in ("torch", "triton") if find_spec(name) is None]
     if absent:
@@ -28,6 +31,8 @@ def missing() -> str:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver (libcuda.so.1) here: install it, or take --runtime native"
+    if builds:
+        build.begin()
     import torch
 
     if not torch.cuda.is_available():

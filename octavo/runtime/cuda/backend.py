@@ -32,7 +32,7 @@ class AttentionBackend:
         self._is_asked_for = name == "cuda"
         self._dtype = dtype
         self._built: Future[None] | None = None
-        self._has_cpp = False
+        self.has_cpp = self.writes_kv = False  # whether C++ kernels are there, and one that writes such a KV pool
         self.prefill: Callable[..., None] = attention.prefill_attention
         if self._is_asked_for and dtype != torch.bfloat16:
             raise UnsupportedError(f"--attention-backend cuda: its kernels compute in bfloat16, not {dtype}: take auto")
@@ -51,8 +51,9 @@ class AttentionBackend:
             UnsupportedError: attention layers of several shapes.
         """
         if self._built is not None and (waits or self._built.done()):
-            self._has_cpp, self._built = self._can_build(self._built), None
-        in_cpp = self._has_cpp and all(operators.can_prefill(n, block_size, kv_bytes) for n in nodes)
+            self.has_cpp, self._built = self._can_build(self._built), None
+        self.writes_kv = self.has_cpp and block_size == 16 and kv_bytes == 2
+        in_cpp = self.has_cpp and all(operators.can_prefill(n, block_size, kv_bytes) for n in nodes)
         self.prefill = operators.prefill_attention if in_cpp else attention.prefill_attention
         tiles = set()
         for node in nodes:
@@ -65,7 +66,7 @@ class AttentionBackend:
 
     def decode(self, node: Attention, num_decodes: int, block_size: int, kv_bytes: int) -> Callable[..., None]:
         """The decode kernel for so many requests: C++ gains where few share the card, and with narrow KV."""
-        if self._has_cpp and operators.can_decode(node, block_size, kv_bytes):
+        if self.has_cpp and operators.can_decode(node, block_size, kv_bytes):
             is_split = attention.num_splits(num_decodes, node.num_kv_heads) > 1
             if self._is_asked_for or is_split or kv_bytes == 1:
                 return operators.decode_attention

@@ -1,27 +1,30 @@
 """Compiles the CUDA C++ operators of cpp/ with the nvcc found: `python -m octavo.runtime.cuda.build`.
 
 One shared library behind a C interface, so that one build serves every torch and Python: code for sm_80, for Hopper
-with what it alone has (sm_90a), and for what comes later, which the driver compiles.
-It is built when first asked for, by `--attention-backend` or `--cuda-ops`; without nvcc Triton's kernels run.
+with what it alone has (sm_90a), and for what comes later, which the driver compiles. A start that may want it builds it
+while torch is imported, all files at once; without nvcc Triton's kernels run.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import shutil
 import subprocess
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import environ
 from pathlib import Path
 
 from octavo.errors import ConfigError
 
 LIBRARY = Path(__file__).with_name("liboctavo_cuda.so")
-SOURCES = sorted((Path(__file__).parent / "cpp").glob("*.cu"))
+SOURCES = sorted((Path(__file__).parent / "cpp").glob("*.cu*"))
 _TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
 
 
 def find_nvcc() -> str | None:
     """The compiler: $CUDA_HOME/bin/nvcc if that is set, else the first on the PATH."""
-    home = os.environ.get("CUDA_HOME")
+    home = environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
@@ -38,14 +41,31 @@ def built_library() -> Path:
         raise ConfigError(
             "C++ kernels: no nvcc found: install the CUDA toolkit, or leave out --cuda-ops and --attention-backend"
         )
-    targets = [f"-gencode={target}" for target in _TARGETS]
-    made = LIBRARY.with_suffix(f".{os.getpid()}.so")  # a process that builds beside this one finds all or nothing
-    command = [nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "--threads=0", *targets, "-o", str(made)]
-    done = subprocess.run([*command, *map(str, SOURCES)], capture_output=True, text=True)  # no shell, our own files
-    if done.returncode:
-        raise ConfigError(f"C++ kernels: {nvcc} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    made.replace(LIBRARY)
+    compiler = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", "--threads=0"]
+    compiler += [f"-gencode={target}" for target in _TARGETS]
+    with tempfile.TemporaryDirectory(dir=LIBRARY.parent) as folder:  # who builds beside this one finds all or nothing
+        objects = {f"{folder}/{source.stem}.o": source for source in SOURCES if source.suffix == ".cu"}
+        _run([[*compiler, "-c", "-o", name, str(source)] for name, source in objects.items()])
+        _run([[*compiler, "-shared", "-o", f"{folder}/all.so", *objects]])
+        Path(folder, "all.so").replace(LIBRARY)
     return LIBRARY
+
+
+@functools.cache
+def begin() -> Future[Path]:
+    """Builds it in a thread, once."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(built_library)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Runs all at once (no shell, our own files). Raises ConfigError with what the first that failed said."""
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    for process, said in [(process, process.communicate()[0]) for process in running]:
+        if process.returncode:
+            raise ConfigError(f"C++ kernels: {commands[0][0]} failed:\n{said[-2000:]}")
 
 
 if __name__ == "__main__":

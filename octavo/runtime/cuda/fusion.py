@@ -1,25 +1,32 @@
-"""RMS norms and residual sums that the products beside them take over in steps of few rows.
+"""What the products beside it take over: RMS norms and residual sums in steps of few rows, heads in steps of many.
 
-There a kernel's time is mostly that it starts and waits for the one in front of it, so fewer kernels are faster. In
-product -> (residual + norm) -> product, the first product adds the residual to what it stores, in the residual's place,
-and the second norms what it reads: the norm's factor is one number a row, which is as well applied to the sums.
+In a step of few rows a kernel's time is mostly that it starts and waits for the one in front of it: fewer are faster.
+In product -> (residual + norm) -> product, the first product adds the residual to what it stores, in the residual's
+place, and the second norms what it reads: the norm's factor is one number a row, which is as well applied to the sums.
+In a step of many rows the product of q, k and v norms and rotates them while they are in registers: what it would
+store and another kernel read again are more bytes than everything else that it touches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from octavo.program.ops import AnyOp, Buffer, Linear, Norm
+from octavo.program.ops import AnyOp, Attention, Buffer, Linear, Norm, RopeKVWrite
 from octavo.program.program import Program
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """What is taken over. A norm whose product is found here is not run by itself in a step of few rows."""
+    """What is taken over. A norm whose product is found here is not run by itself in a step of few rows.
+
+    `heads_of`: in a step of many rows the product may norm and rotate its heads; what reads q then finds it elsewhere,
+    since q may have the memory that the product reads.
+    """
 
     norms: set[Norm] = field(default_factory=set)
     norm_of: dict[Linear, Norm] = field(default_factory=dict)  # what a product does to its input
     residual_of: dict[Linear, Buffer] = field(default_factory=dict)  # where a product adds its output, and stores it
+    heads_of: dict[Linear, RopeKVWrite] = field(default_factory=dict)
 
 
 def find_fusion(program: Program) -> Fusion:
@@ -45,7 +52,19 @@ def find_fusion(program: Program) -> Fusion:
             fusion.norms.add(norm)
             fusion.norm_of[product] = norm
             fusion.residual_of[before] = norm.residual
+    for product, heads, attention in zip(program.nodes, program.nodes[1:], program.nodes[2:], strict=False):
+        if isinstance(product, Linear) and isinstance(heads, RopeKVWrite) and isinstance(attention, Attention):
+            is_alone = num_readers[product.out] == num_readers[heads.out] == 1
+            if is_alone and product.out is heads.qkv and heads.out is attention.q and _can_turn(product, heads):
+                fusion.heads_of[product] = heads
     return fusion
+
+
+def _can_turn(product: Linear, heads: RopeKVWrite) -> bool:
+    """Whether the kernel for it knows these heads: all of each rotated, both of q and k normed or neither."""
+    is_whole = heads.rope is not None and 2 * len(heads.rope.inv_freq) == heads.head_dim
+    is_plain = product.activation == "none" and (heads.q_norm is None) == (heads.k_norm is None)
+    return is_whole and is_plain and heads.head_dim in (64, 128)
 
 
 def _can_go(program: Program, norm: Norm, product: Linear) -> bool:

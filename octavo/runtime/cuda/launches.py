@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -25,6 +24,7 @@ from octavo.program.ops import (
     Weight,
 )
 from octavo.program.program import Program
+from octavo.runtime.cuda import operators
 from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.fusion import Fusion, find_fusion
 from octavo.runtime.cuda.kernels import attention, linear, rope, rows
@@ -74,7 +74,7 @@ class Arena:
         return self._views[buffer]
 
     def product(self, num_rows: int, width: int) -> torch.Tensor:
-        """Room for a product before its gated activation halves it, [num_rows, width]."""
+        """Room beside the slots, for what one launch gives to the next, [num_rows, width]."""
         return self._product[: num_rows * width].view(num_rows, width)
 
 
@@ -94,13 +94,17 @@ class Launches:
         fuses: bool = True,
         uses_cpp: bool = False,
     ) -> None:
-        self._operators = load_operators() if uses_cpp else None
+        if uses_cpp:
+            operators.load()
+        self._uses_cpp = uses_cpp
         self._row_tokens, self._backend = row_tokens, backend
         self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
         self._device = arena.view(program.logits).device
         self._fusion = find_fusion(program) if fuses else Fusion()
         self._chained = fuses and can_chain(self._device)
         self._ropes: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._turned: dict[Buffer, Callable[[int], bool]] = {}  # q: whether its product makes it in so many rows
+        self._takes_many = fuses and self._device.type == "cuda" and arena.view(program.logits).dtype == torch.bfloat16
         shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, Attention)}
         sizes = [(attention.partial_rows(max_decodes, heads, kv_heads), dim) for heads, kv_heads, dim in shapes]
         kv_heads = max((shape[1] for shape in shapes), default=0)
@@ -155,12 +159,12 @@ class Launches:
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
         count, eps, is_layer, chained = _row_count(node.out), node.eps, node.kind == "layer", self._chained
         least = linear.MAX_FEW_ROWS if node in self._fusion.norms else 0
-        operators = self._operators if is_layer and self._operators and self._operators.can_norm(x.shape[1]) else None
+        in_cpp = is_layer and self._uses_cpp and operators.can_norm(x.shape[1])
 
         def launch(step: DeviceStep) -> None:
             if (num_rows := count(step)) <= least:
                 return
-            if operators is not None:
+            if in_cpp:
                 operators.layer_norm(x, residual, weight, bias, out, kept, eps, num_rows, False)
             else:
                 rows.norm(num_rows, x, residual, weight, bias, out, kept, eps=eps, is_layer=is_layer, chained=chained)
@@ -196,11 +200,12 @@ class Launches:
         is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
         activation, scale, softcap = node.activation, node.scale, node.softcap
         fused_x, fused_out, fused = self._fused(node)
-        operators = self._operators if bias is not None and _is_gelu(node) and out.shape[1] % 8 == 0 else None
+        in_cpp = self._uses_cpp and _is_gelu(node) and out.shape[1] % 8 == 0
+        of_many = self._of_many(node)
 
         def launch(step: DeviceStep) -> None:
             num_rows = count(step)
-            if not num_rows:
+            if not num_rows or of_many(step, num_rows):
                 return
             if num_rows <= linear.MAX_FEW_ROWS:
                 linear.few_rows(
@@ -210,13 +215,46 @@ class Launches:
                 return
             product = arena.product(num_rows, num_in_rows) if gated else out[:num_rows]
             torch.mm(x[:num_rows], transposed, out=product)
-            if operators is not None:
+            if in_cpp and bias is not None:
                 operators.bias_gelu(product, bias, out, num_rows, activation == "gelu_tanh")
             elif not is_plain:
                 rows.epilogue(
                     num_rows, product, bias, out, activation=activation, scale=scale, softcap=softcap, chained=chained
                 )
 
+        return launch
+
+    def _of_many(self, node: Linear) -> Callable[[DeviceStep, int], bool]:
+        """Launches a product and what follows it, in a step whose rows fill the card; else returns False."""
+        heads = self._fusion.heads_of.get(node)
+        if not self._takes_many or not operators.can_multiply(node, heads):
+            return lambda step, num_rows: False
+        weight, bias, x = self._weights[node.weight.parts], self._weight(node.bias), self._arena.view(node.x)
+        if heads is None:
+            out, norms, table = self._arena.view(node.out), None, None
+        else:
+            out, norms = self._arena.product(1, heads.out.width), self._head_norms(heads)
+            assert heads.rope is not None
+            table, layer = self._rope(heads.rope), self._program.kv_layers[heads.kv_layer]
+        product = operators.Product(
+            node, x, weight, bias, out, heads=heads, table=table, norms=norms, chained=self._chained
+        )
+        least, backend, kv = operators.rows_to_fill(weight.shape[0]), self._backend, self._kv
+
+        def is_taken(num_rows: int) -> bool:
+            return num_rows >= least and (backend.writes_kv if heads else backend.has_cpp)
+
+        def launch(step: DeviceStep, num_rows: int) -> bool:
+            if not is_taken(num_rows):
+                return False
+            if heads:
+                slots = step.slots_of(layer.group)
+                product.place(step.positions, slots, kv.keys[layer.place], kv.values[layer.place])
+            product.launch(num_rows)
+            return True
+
+        if heads:
+            self._turned[heads.out] = is_taken
         return launch
 
     def _fused(self, node: Linear) -> tuple[torch.Tensor, torch.Tensor, linear.Fused]:
@@ -237,12 +275,11 @@ class Launches:
         qkv, out = self._arena.view(node.qkv), self._arena.view(node.out)
         layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         table = None if node.rope is None else self._rope(node.rope)
-        q_norm, k_norm = self._weight(node.q_norm), self._weight(node.k_norm)
-        if (q_norm is None) != (k_norm is None):
-            raise UnsupportedModelError(f"{node.label}: the cuda runtime norms both q and k, or neither")
-        norms, chained = None if q_norm is None or k_norm is None else (q_norm, k_norm), self._chained
+        norms, chained, is_turned = self._head_norms(node), self._chained, self._turned.get(node.out, _never)
 
         def launch(step: DeviceStep) -> None:
+            if is_turned(step.num_tokens):
+                return
             slots = step.slots_of(layer.group)
             keys, values = kv.keys[layer.place], kv.values[layer.place]
             rope.rope_kv_write(
@@ -250,6 +287,12 @@ class Launches:
             )
 
         return launch
+
+    def _head_norms(self, node: RopeKVWrite) -> tuple[torch.Tensor, torch.Tensor] | None:
+        q_norm, k_norm = self._weight(node.q_norm), self._weight(node.k_norm)
+        if (q_norm is None) != (k_norm is None):
+            raise UnsupportedModelError(f"{node.label}: the cuda runtime norms both q and k, or neither")
+        return None if q_norm is None or k_norm is None else (q_norm, k_norm)
 
     def _rope(self, wanted: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         for known, tables in self._ropes.items():
@@ -259,12 +302,14 @@ class Launches:
         return self._ropes[wanted]
 
     def _attention(self, node: Attention) -> Launch:
-        q, out = self._arena.view(node.q), self._arena.view(node.out)
+        slot, out, arena = self._arena.view(node.q), self._arena.view(node.out), self._arena
         layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         partials, chained, backend = self._partials, self._chained, self._backend
+        is_turned = self._turned.get(node.q, _never)
 
         def launch(step: DeviceStep) -> None:
             inputs, keys, values = step.attention, kv.keys[layer.place], kv.values[layer.place]
+            q = arena.product(step.num_tokens, slot.shape[1]) if is_turned(step.num_tokens) else slot
             if inputs.num_decodes:
                 decode = backend.decode(node, inputs.num_decodes, keys.shape[2], keys.element_size())
                 decode(inputs, node, layer.group, q, keys, values, out, partials, chained=chained)
@@ -279,22 +324,19 @@ def no_experts(node: Experts) -> UnsupportedError:
     return UnsupportedError(f"{node.label}: the cuda runtime has no experts (MoE) yet: take --runtime native")
 
 
+def _never(num_rows: int) -> bool:
+    return False
+
+
 def _product_elements(program: Program, most: dict[Rows, int]) -> int:
-    """Of the largest product that a gated activation halves."""
-    gated = [n for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
-    return max((most[n.out.rows] * 2 * n.out.width for n in gated), default=0)
+    """Of the largest product that a gated activation halves, or of q."""
+    gated = [n.out for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
+    heads = [n.out for n in program.nodes if isinstance(n, RopeKVWrite)]
+    return max((most[out.rows] * out.width * n for n, outs in ((2, gated), (1, heads)) for out in outs), default=0)
 
 
 def _is_gelu(node: Linear) -> bool:
     return node.activation in ("gelu", "gelu_tanh") and not node.softcap and node.scale == 1.0
-
-
-def load_operators() -> ModuleType:
-    """The CUDA C++ operators, built if they are not; raises ConfigError where they cannot be."""
-    from octavo.runtime.cuda import operators
-
-    operators.load()
-    return operators
 
 
 def can_chain(device: torch.device) -> bool:

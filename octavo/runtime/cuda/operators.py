@@ -3,7 +3,8 @@
 `--attention-backend` selects decode attention (head sizes 64, 128, 256, up to 8 query heads a KV head, blocks of 16,
 bfloat16 or fp8 KV) and, on Hopper, prefill attention (head sizes 64 and 128, bfloat16 KV, no window or soft-cap);
 `--cuda-ops cuda` LayerNorm with residual, and bias + GELU. LayerNorm + GELU in one pass is here for the study: no
-decoder computes GELU(LN(x)).
+decoder computes GELU(LN(x)). Products of many rows with what follows them (`Product`) run on Hopper unless
+`--no-fuse-ops`, wherever the library is there.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from octavo.errors import StepError
-from octavo.program.ops import Attention
-from octavo.runtime.cuda.build import built_library
+from octavo.program.ops import Attention, Linear, RopeKVWrite
+from octavo.runtime.cuda import build
 from octavo.runtime.cuda.kernels.attention import MIN_CHUNK, AttentionInputs, Partials, num_splits
+from octavo.runtime.cuda.kernels.rows import ACTIVATION_CODES
 
 _POINTERS = (
     *("q", "keys", "values", "out", "mixed", "sums", "arrived", "rows", "query_start_loc", "seq_lens", "tables"),
@@ -56,6 +58,17 @@ class _Prefill(ctypes.Structure):
     ]
 
 
+class _Product(ctypes.Structure):
+    """struct Product of cpp/product.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "positions", "slots")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "q_norm", "k_norm", "keys", "values")),
+        *((name, ctypes.c_int) for name in ("rows", "depth", "width", "activation", "num_heads", "num_kv_heads")),
+        ("eps", ctypes.c_float),
+    ]
+
+
 _OPERATORS = torch.library.Library("octavo", "DEF")  # type: ignore[no-untyped-call]
 _Function = TypeVar("_Function", bound=Callable[..., None])
 _LOADING = threading.Lock()  # two threads may ask for it at start
@@ -63,10 +76,11 @@ _LOADING = threading.Lock()  # two threads may ask for it at start
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(built_library()))
+    library = ctypes.CDLL(str(build.begin().result()))
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
     library.octavo_decode_attention.argtypes = [ctypes.POINTER(_Decode), *[integer] * 5, pointer]
     library.octavo_prefill_attention.argtypes = [ctypes.POINTER(_Prefill), integer, pointer]
+    library.octavo_product.argtypes = [ctypes.POINTER(_Product), integer, integer, pointer]
     library.octavo_layer_norm.argtypes = [*[pointer] * 6, real, *[integer] * 3, pointer]
     library.octavo_bias_gelu.argtypes = [*[pointer] * 3, *[integer] * 3, pointer]
     return library
@@ -78,15 +92,20 @@ def load() -> None:
         _library()
 
 
-def _operator(*written: str) -> Callable[[_Function], _Function]:
-    """Makes a function torch.ops.octavo.NAME; it writes the arguments of these names.
+def _operator(*written: str, tensors: tuple[str, ...] = (), others: str = "") -> Callable[[_Function], _Function]:
+    """Makes a function torch.ops.octavo.NAME that writes the arguments of these names; they are its own, or as said.
 
     torch.library.custom_op() would do so, too, but imports a compiler at the first call, which takes seconds.
     """
 
     def register(function: _Function) -> _Function:
         name = function.__name__.lstrip("_")
-        _OPERATORS.define(name + torch.library.infer_schema(function, mutates_args=written))  # type: ignore[no-untyped-call]
+        plain = "Tensor"
+        kinds = {tensor: f"Tensor({chr(97 + i)}!)" for i, tensor in enumerate(written)}
+        schema = f"({', '.join(f'{kinds.get(t, plain)} {t}' for t in tensors)}, {others}) -> ()"
+        if not tensors:
+            schema = torch.library.infer_schema(function, mutates_args=written)
+        _OPERATORS.define(name + schema)  # type: ignore[no-untyped-call]
         _OPERATORS.impl(name, function, "CUDA")  # type: ignore[no-untyped-call]
         return function
 
@@ -147,34 +166,19 @@ def decode_attention(
     )  # fmt: skip
 
 
-@_operator("out", "mixed", "sums", "arrived")
-def _decode_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    out: torch.Tensor,
-    mixed: torch.Tensor,
-    sums: torch.Tensor,
-    arrived: torch.Tensor,
-    rows: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    tables: torch.Tensor,
-    table_stride: torch.Tensor,
-    num_decodes: int,
-    first_table: int,
-    shape: list[int],
-    numbers: list[float],
-    chained: bool,
-) -> None:
+@_operator(
+    *("out", "mixed", "sums", "arrived"), tensors=_POINTERS,
+    others="int num_decodes, int first_table, int[] shape, float[] numbers, bool chained",
+)  # fmt: skip
+def _decode_attention(*arguments: Any) -> None:
     """`shape`: heads, KV heads, head size, splits, window, least positions of a part; `numbers`: see _FLOATS."""
+    tensors, (num_decodes, first_table, shape, numbers, chained) = arguments[:-5], arguments[-5:]
     num_heads, num_kv_heads, head_dim, splits, window, min_chunk = shape
-    tensors = (q, keys, values, out, mixed, sums, arrived, rows, query_start_loc, seq_lens, tables, table_stride)
     pointers = [t.data_ptr() for t in tensors]
     decode = _Decode(*pointers, num_heads, num_kv_heads, splits, *numbers, window, min_chunk, first_table)
     warps = 16 if splits > 1 else 4
     code = _library().octavo_decode_attention(
-        ctypes.byref(decode), num_decodes, head_dim, keys.element_size(), warps, int(chained), _stream()
+        ctypes.byref(decode), num_decodes, head_dim, tensors[1].element_size(), warps, int(chained), _stream()
     )
     _check("decode_attention", code)
 
@@ -219,31 +223,79 @@ def _progress(device: torch.device) -> torch.Tensor:
         return torch.zeros(2, dtype=torch.int32, device=device)
 
 
-@_operator("out", "progress")
-def _prefill_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    out: torch.Tensor,
-    tile_rows: torch.Tensor,
-    tile_starts: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    tables: torch.Tensor,
-    table_stride: torch.Tensor,
-    progress: torch.Tensor,
-    num_tiles: int,
-    first_table: int,
-    shape: list[int],
-    scale: float,
-) -> None:
+@_operator(
+    *("out", "progress"), tensors=_PREFILL_POINTERS, others="int num_tiles, int first_table, int[] shape, float scale"
+)
+def _prefill_attention(*arguments: Any) -> None:
     """`shape`: heads, KV heads, head size."""
-    num_heads, num_kv_heads, head_dim = shape
-    arrays = (tile_rows, tile_starts, query_start_loc, seq_lens, tables, table_stride, progress)
-    pointers = [t.data_ptr() for t in (q, keys, values, out, *arrays)]
-    prefill = _Prefill(*pointers, keys.shape[0], q.shape[0], num_tiles, num_heads, num_kv_heads, first_table, scale)
+    tensors, (num_tiles, first_table, shape, scale) = arguments[:-4], arguments[-4:]
+    sizes = (tensors[1].shape[0], tensors[0].shape[0], num_tiles, *shape[:2], first_table)
+    prefill, head_dim = _Prefill(*(t.data_ptr() for t in tensors), *sizes, scale), shape[2]
     code = _library().octavo_prefill_attention(ctypes.byref(prefill), head_dim, _stream())
     _check("prefill_attention", code)
+
+
+def can_multiply(node: Linear, heads: RopeKVWrite | None = None) -> bool:
+    """Whether a product of many rows has a kernel here, gated or with `heads` behind it: Hopper's, whole vectors."""
+    num_out, num_in = node.weight.shape
+    return (
+        (heads is not None or node.activation in ("silu_mul", "gelu_tanh_mul"))
+        and num_in % 8 == num_out % 16 == 0
+        and not node.softcap
+        and node.scale == 1.0
+        and torch.cuda.get_device_capability() == (9, 0)
+    )
+
+
+def rows_to_fill(num_out: int) -> int:
+    """Rows from which on there is a tile of the product for each multiprocessor."""
+    return 128 * -(-torch.cuda.get_device_properties().multi_processor_count // -(-num_out // 256))
+
+
+class Product:
+    """out = x @ weight.T + bias and what follows, for many rows, in bfloat16. What does not change is laid out once.
+
+    A gated product halves its width. With `heads`, q is normed and rotated into `out` [rows, H * D], k into the cache,
+    as v is: what rope.rope_kv_write() does with the product.
+    """
+
+    def __init__(
+        self,
+        node: Linear,
+        x: torch.Tensor,  # [>= rows, in]
+        weight: torch.Tensor,  # [out or 2 * out, in]
+        bias: torch.Tensor | None,  # float32
+        out: torch.Tensor,
+        *,
+        heads: RopeKVWrite | None = None,
+        table: tuple[torch.Tensor, torch.Tensor] | None = None,  # cos and sin, float32 [max positions, D / 2]
+        norms: tuple[torch.Tensor, torch.Tensor] | None = None,  # of q and k, float32 [D]
+        chained: bool = False,
+    ) -> None:
+        self._tensors = (x, weight, bias, out, *(table or ()), *(norms or ()))  # alive as long as their addresses
+        x_at, weight_at, bias_at, out_at = map(_address, self._tensors[:4])
+        self._arguments = _Product(
+            x=x_at, weight=weight_at, bias=bias_at, out=out_at, depth=weight.shape[1],
+            width=weight.shape[0] // (1 if heads else 2), activation=ACTIVATION_CODES[node.activation],
+        )  # fmt: skip
+        self._kind, self._chained = heads.head_dim if heads else 1, int(chained)
+        if heads and table:
+            self._arguments.cosines, self._arguments.sines = map(_address, table)
+            self._arguments.q_norm, self._arguments.k_norm = map(_address, norms or (None, None))
+            self._arguments.num_heads, self._arguments.num_kv_heads = heads.num_heads, heads.num_kv_heads
+            self._arguments.eps = heads.eps
+
+    def place(self, positions: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Where tokens are: their positions, and slots (int32 [rows]) of a bfloat16 cache in blocks of 16."""
+        arguments = self._arguments
+        arguments.positions, arguments.slots = positions.data_ptr(), slots.data_ptr()
+        arguments.keys, arguments.values = keys.data_ptr(), values.data_ptr()
+
+    def launch(self, num_rows: int) -> None:
+        """Of heads after place(). Raises StepError: the card refused it."""
+        self._arguments.rows = num_rows
+        code = _library().octavo_product(ctypes.byref(self._arguments), self._kind, self._chained, _stream())
+        _check("product", code)
 
 
 @_operator("out", "residual_out")
