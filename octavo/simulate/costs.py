@@ -88,6 +88,8 @@ class Costs:
             cost = CostModel(**{f.name: float(raw["seconds"].get(f.name, f.default)) for f in fields(CostModel)})
             if not all(math.isfinite(value) and value >= 0 for value in asdict(cost).values()):
                 raise ValueError("a step cost is negative or no number")
+            if not cost.seconds(StepWork(1, 1, 1, 0)):
+                raise ValueError("a step takes no time")
             windows = tuple(int(window) for window in raw.get("kv_windows", (0,)))
             costs = cls(**{**raw, "seconds": cost, "kv_windows": windows})
             if min(costs.num_blocks, costs.block_size, costs.max_model_len, len(windows)) < 1:

@@ -385,6 +385,10 @@ def test_the_verb_evicts_as_it_is_told(costs_file, capfd) -> None:
 def test_a_costs_file_that_is_none_is_refused(costs_file, capfd) -> None:
     assert run(["simulate", "--costs", str(costs_file) + "x"]) == 2
     assert "--calibrate" in capfd.readouterr().err
+    free = json.dumps(json.loads(costs_file.read_text()) | {"seconds": {}})
     for broken in ('{"format": "other"}', "[]", json.dumps({"format": FORMAT, "seconds": {"fixed": -1}})):
         costs_file.write_text(broken)
         assert run(["simulate", "--costs", str(costs_file)]) == 2
+    costs_file.write_text(free)
+    assert run(["simulate", "--costs", str(costs_file), "--load", "1"]) == 2
+    assert "takes no time" in capfd.readouterr().err
