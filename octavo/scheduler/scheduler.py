@@ -395,7 +395,8 @@ class Scheduler:
                 request.token_ids.append(tokens[0])
                 deltas.append(RequestDelta(request.request_id, tokens, logprobs))  # the front knows the rest already
                 continue
-            self.kv.hash_full(request, item.start + item.num_tokens)
+            if item.start < request.plain_from:  # behind that, all at once when they are given back
+                self.kv.hash_full(request, item.start + item.num_tokens)
             if request.reads_prompt:
                 request.prompt_logprobs += result.prompt_logprobs.get(item.row, [])
             if not tokens:

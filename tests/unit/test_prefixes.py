@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from fake import make_request
+import pytest
+from fake import make_request, naive
 from test_scheduler import Engine, prompt
 
 
-def test_what_is_generated_can_be_hit_once_it_is_given_back_and_as_far_as_it_was_computed() -> None:
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_is_generated_can_be_hit_once_it_is_given_back_and_as_far_as_it_was_computed(stops: bool) -> None:
     engine = Engine()
-    engine.add(make_request("a", prompt(6), 8))
+    # a recording does not know of tokens that would have stopped it later: they must change nothing
+    stop_ids = frozenset(naive(prompt(6), 8)[0] if stops else ())
+    engine.add(make_request("a", prompt(6), 8, stop_ids=stop_ids, min_tokens=8))
     for _ in range(7):  # 6 prompt tokens and 7 generated: the KV of 12 is there
         engine.step()
     assert len(engine.kv.pool._holders) == 1, "the prompt's full block"
