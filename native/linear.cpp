@@ -8,7 +8,7 @@ using namespace octavo;
 namespace {
 
 constexpr size_t kMinTaskBytes = 16384;  // weights a task reads at least
-constexpr size_t kTasksPerThread = 8;
+constexpr size_t kTasksPerThread = 32;
 constexpr size_t kFewRowsTasks = 4;    // the same for few rows, which read weights as fast as they come: longer runs
 constexpr size_t kTaskGroups = 2;      // what the kernels compute together
 constexpr size_t kSerialRows = 8;      // activations rounded by the caller: less work than waking anybody
