@@ -215,9 +215,10 @@ constexpr float kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 1
 constexpr float kGrid[16] = {8, 25, 43, 0, 0, 0, 0, 0, -8, -25, -43};
 
 constexpr size_t kBFloat16 = find_layout(16, false, false, 32);
-constexpr size_t k4Half = find_layout(4, true, false, 32), k4HalfMin = find_layout(4, true, true, 32);
-constexpr size_t k4Code = find_layout(4, false, false, 32), k4CodeMin = find_layout(4, false, true, 32);
-constexpr size_t k4Code16 = find_layout(4, false, false, 16), k4CodeMin16 = find_layout(4, false, true, 16);
+constexpr size_t k4Half = find_layout(4, true, false, 32, -8), k4HalfMin = find_layout(4, true, true, 32, 0);
+constexpr size_t k4HalfTable = find_layout(4, true, false, 32), k4CodeTable = find_layout(4, false, false, 32);
+constexpr size_t k4CodeMin = find_layout(4, false, true, 32, 0), k4CodeMin16 = find_layout(4, false, true, 16, 0);
+constexpr size_t k4Code16 = find_layout(4, false, false, 16, -4);
 constexpr size_t k8Half = find_layout(8, true, false, 32), k8HalfMin = find_layout(8, true, true, 32);
 constexpr size_t k8CodeMin = find_layout(8, false, true, 32), k8Code16 = find_layout(8, false, false, 16);
 
@@ -227,15 +228,15 @@ constexpr StoredType kTypes[] = {
     {"BF16", 1, 2, kBFloat16, nullptr, widen_bf16, nullptr},
     {"Q4_0", 32, 18, k4Half, kMinusEight, nullptr, split_q4_0},
     {"Q4_1", 32, 20, k4HalfMin, kUnsigned, nullptr, split_q4_1},
-    {"IQ4_NL", 32, 18, k4Half, kNonLinear, nullptr, split_q4_0},
+    {"IQ4_NL", 32, 18, k4HalfTable, kNonLinear, nullptr, split_q4_0},
     {"Q5_0", 32, 22, k8Half, nullptr, nullptr, split_q5_0},
     {"Q5_1", 32, 24, k8HalfMin, nullptr, nullptr, split_q5_1},
     {"Q8_0", 32, 34, k8Half, nullptr, nullptr, split_q8_0},
     {"Q2_K", 256, 84, k4CodeMin16, kUnsigned, nullptr, split_q2_k},
     {"Q3_K", 256, 110, k4Code16, kMinusFour, nullptr, split_q3_k},
     {"Q4_K", 256, 144, k4CodeMin, kUnsigned, nullptr, split_q4_k},
-    {"IQ4_XS", 256, 136, k4Code, kNonLinear, nullptr, split_iq4_xs},
-    {"IQ2_XXS_CODES", 256, 138, k4Code, kGrid, nullptr, split_iq2_codes},
+    {"IQ4_XS", 256, 136, k4CodeTable, kNonLinear, nullptr, split_iq4_xs},
+    {"IQ2_XXS_CODES", 256, 138, k4CodeTable, kGrid, nullptr, split_iq2_codes},
     {"Q5_K", 256, 176, k8CodeMin, nullptr, nullptr, split_q5_k},
     {"Q6_K", 256, 210, k8Code16, nullptr, nullptr, split_q6_k},
 };

@@ -25,6 +25,7 @@ namespace octavo {
 constexpr size_t kBlockDepth = 32;                // k of a block
 constexpr size_t kBlockLines = kBlockDepth / 2;   // lines of a block
 constexpr size_t kSuperBlocks = 8;                // blocks that share float scales where scales are codes
+constexpr int kNotCounted = 1 << 8;
 
 // These run inside the levels, which must not leave copies of shared functions behind (levels/simd.h).
 #define OCTAVO_INLINE [[gnu::always_inline]]
@@ -34,6 +35,7 @@ struct Layout {
     bool halves;   // scales and minima are halves, else codes
     bool minimum;  // there is one
     size_t step;   // k of a scale
+    int lowest = kNotCounted;  // of 4 bits: quantum i is lowest + i; where that is not so, only the table knows
 
     OCTAVO_INLINE constexpr size_t payload_bytes() const { return kBlockDepth * kChannels * static_cast<size_t>(bits) / 8; }
     OCTAVO_INLINE constexpr size_t period() const { return bits == 16 ? 1 : !halves ? kSuperBlocks : minimum ? 1 : 2; }
@@ -59,25 +61,26 @@ struct Layout {
 
 // Every layout that a stored type is kept in; a Part names one by its place here.
 inline constexpr Layout kLayouts[] = {
-    {16, false, false, 32},  // float types
-    {4, true, false, 32},    // Q4_0, IQ4_NL
-    {4, true, true, 32},     // Q4_1
-    {4, false, false, 32},   // IQ4_XS, IQ2_XXS
-    {4, false, true, 32},    // Q4_K
-    {4, false, false, 16},   // Q3_K
-    {4, false, true, 16},    // Q2_K
-    {8, true, false, 32},    // Q5_0, Q8_0
-    {8, true, true, 32},     // Q5_1
-    {8, false, true, 32},    // Q5_K
-    {8, false, false, 16},   // Q6_K
+    {16, false, false, 32},    // float types
+    {4, true, false, 32, -8},  // Q4_0
+    {4, true, true, 32, 0},    // Q4_1
+    {4, false, false, 32},     // IQ4_XS, IQ2_XXS
+    {4, false, true, 32, 0},   // Q4_K
+    {4, false, false, 16, -4}, // Q3_K
+    {4, false, true, 16, 0},   // Q2_K
+    {8, true, false, 32},      // Q5_0, Q8_0
+    {8, true, true, 32},       // Q5_1
+    {8, false, true, 32},      // Q5_K
+    {8, false, false, 16},     // Q6_K
+    {4, true, false, 32},      // IQ4_NL
 };
 constexpr size_t kNumLayouts = sizeof kLayouts / sizeof *kLayouts;
 constexpr size_t kInt8Layout = kNumLayouts;  // none of the pair layout: int8.h
 
-constexpr size_t find_layout(int bits, bool halves, bool minimum, size_t step) {
+constexpr size_t find_layout(int bits, bool halves, bool minimum, size_t step, int lowest = kNotCounted) {
     for (size_t i = 0; i < kNumLayouts; ++i)
         if (kLayouts[i].bits == bits && kLayouts[i].halves == halves && kLayouts[i].minimum == minimum &&
-            kLayouts[i].step == step)
+            kLayouts[i].step == step && kLayouts[i].lowest == lowest)
             return i;
     return kNumLayouts;
 }

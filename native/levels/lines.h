@@ -198,14 +198,14 @@ struct Table {
 #endif
 };
 
-// 4-bit quanta are looked up in one instruction where there are 16 lanes, else counted where they are 0 to 15.
+// 4-bit quanta are looked up in one instruction where there are 16 lanes, else counted where that can be.
 template <Layout L>
-constexpr bool kCounted = kLanes < 16 && L.minimum;
+constexpr bool kCounted = kLanes < 16 && L.lowest != kNotCounted;
 
-// Nibble n < 4 of each lane as a number, without shift or look-up: beside 2^(23 - 4 n) it is the low bits of a float.
-inline Floats nibbles_of(Words words, unsigned n) {
+// `lowest` plus nibble n < 4 of each lane, without shift or look-up: beside 2^(23 - 4 n) it is the low bits of a float.
+inline Floats nibbles_of(Words words, unsigned n, int lowest) {
     const Words beside = Words{} + ((150u - 4 * n) << 23);
-    return (Floats)((words & (15u << 4 * n)) | beside) - (Floats)beside;
+    return (Floats)((words & (15u << 4 * n)) | beside) - ((Floats)beside - static_cast<float>(lowest));
 }
 
 // Values v * kLanes ... of line i of a unit (4 lines of 4 bits), not scaled yet.
@@ -214,7 +214,7 @@ OCTAVO_FORCED Floats unit_value(const Words* nibbles, const Table& look, size_t 
     constexpr size_t words = kVectors / 2;
     const unsigned n = static_cast<unsigned>(2 * i + v / words);
     const Words word = nibbles[v % words];
-    if constexpr (kCounted<L>) return nibbles_of(n < 4 ? word : word >> 16u, n % 4);
+    if constexpr (kCounted<L>) return nibbles_of(n < 4 ? word : word >> 16u, n % 4, L.lowest);
     return look.look_up(word >> 4 * n);
 }
 
@@ -322,7 +322,7 @@ using Decode = void (*)(const Part&, size_t group, size_t first_block, size_t la
 
 constexpr Decode kDecode[] = {decode<kLayouts[0]>, decode<kLayouts[1]>, decode<kLayouts[2]>, decode<kLayouts[3]>,
                               decode<kLayouts[4]>, decode<kLayouts[5]>, decode<kLayouts[6]>, decode<kLayouts[7]>,
-                              decode<kLayouts[8]>, decode<kLayouts[9]>, decode<kLayouts[10]>};
+                              decode<kLayouts[8]>, decode<kLayouts[9]>, decode<kLayouts[10]>, decode<kLayouts[11]>};
 static_assert(sizeof kDecode / sizeof *kDecode == kNumLayouts);
 
 }  // namespace

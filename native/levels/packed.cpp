@@ -123,7 +123,8 @@ Few find_few(size_t layout, size_t rows, size_t groups) {
         case 7: return pick_few<kLayouts[7]>(rows, groups);
         case 8: return pick_few<kLayouts[8]>(rows, groups);
         case 9: return pick_few<kLayouts[9]>(rows, groups);
-        default: return pick_few<kLayouts[10]>(rows, groups);
+        case 10: return pick_few<kLayouts[10]>(rows, groups);
+        default: return pick_few<kLayouts[11]>(rows, groups);
     }
 }
 

@@ -80,7 +80,8 @@ using Few = void (*)(const PackedArgs&, const Part&, size_t group, size_t count,
 template <size_t ROWS>
 constexpr Few kFew[] = {few<kLayouts[0], ROWS>, few<kLayouts[1], ROWS>, few<kLayouts[2], ROWS>, few<kLayouts[3], ROWS>,
                         few<kLayouts[4], ROWS>, few<kLayouts[5], ROWS>, few<kLayouts[6], ROWS>, few<kLayouts[7], ROWS>,
-                        few<kLayouts[8], ROWS>, few<kLayouts[9], ROWS>, few<kLayouts[10], ROWS>};
+                        few<kLayouts[8], ROWS>, few<kLayouts[9], ROWS>, few<kLayouts[10], ROWS>,
+                        few<kLayouts[11], ROWS>};
 
 void few_rows(const PackedArgs& a, const Part& part, const Part* up, size_t group, size_t last_group, float* x) {
     for (size_t r = 0; r < a.num_rows; ++r)
