@@ -65,7 +65,8 @@ class Answer(Response):
 
     async def _attend(self, work: asyncio.Task[None], gone: asyncio.Task[None], send: Send) -> None:
         """Returns when the answer has ended, the client is gone, or it takes nothing any more."""
-        pause = self.ping_seconds if self.stream and self.ping_seconds else None
+        pause = (self.ping_seconds or STUCK_SECONDS) if self.stream else None
+        comment = PING if self.ping_seconds else b""  # without one, its turn must come all the same
         while True:
             num_sent = self._num_sent
             done, _ = await asyncio.wait((work, gone), timeout=pause, return_when=asyncio.FIRST_COMPLETED)
@@ -73,7 +74,7 @@ class Answer(Response):
                 return
             if self._num_sent == num_sent:
                 try:
-                    await asyncio.wait_for(self._part(send, PING), STUCK_SECONDS)
+                    await asyncio.wait_for(self._part(send, comment), STUCK_SECONDS)
                 except TimeoutError:
                     return
 
@@ -108,7 +109,7 @@ class Answer(Response):
     async def _part(self, send: Send, part: bytes) -> None:
         """Sends a piece of a stream, behind its head if it is the first."""
         async with self._turn:
-            if self._ended:
+            if self._ended or not part:
                 return
             if self.is_free:
                 self.write(part)

@@ -186,7 +186,8 @@ def test_no_ping_comes_behind_the_end() -> None:
     assert bodies in ([b"data: a\n\n", b""], [b"data: a\n\n", PING, b""])
 
 
-def test_a_client_that_takes_nothing_is_given_up(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ping_seconds", [0.1, 0])
+def test_a_client_that_takes_nothing_is_given_up(serve, monkeypatch: pytest.MonkeyPatch, ping_seconds: float) -> None:
     """It reads nothing; once the buffers are full, nothing moves for STUCK_SECONDS, and its request is aborted."""
     import socket
 
@@ -194,7 +195,7 @@ def test_a_client_that_takes_nothing_is_given_up(serve, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(answer, "STUCK_SECONDS", 0.3)
     engine = FakeEngine(answer=b"x" * 100_000, token_seconds=0, max_model_len=200_000)
-    server = serve(engine, ping_seconds=0.1)
+    server = serve(engine, ping_seconds=ping_seconds)
     body = b'{"prompt": "a", "max_tokens": 100000, "stream": true, "return_token_ids": true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
