@@ -6,17 +6,16 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
 from octavo import __version__
-from octavo.cli.serve import check_port
 from octavo.cli.terminal import console, say, size_text
 from octavo.config import DEFAULT_MODEL, EngineConfig
 from octavo.errors import ConfigError, OctavoError
+from octavo.server.address import bind
 
 MIN_FREE_MEMORY = 1 << 30  # the default model, its KV cache and the server
 MIN_FREE_DISK = 1 << 30
@@ -131,20 +130,11 @@ def _default_model() -> Finding:
 
 def _port() -> Finding:
     try:
-        check_port("127.0.0.1", DEFAULT_PORT)
+        bind("127.0.0.1", DEFAULT_PORT).close()
     except ConfigError:
         problem = f"Something listens on port {DEFAULT_PORT} already: take another."
         return Finding("port", f"{DEFAULT_PORT} is taken", problem, "octavo serve --port 8001")
     return Finding("port", f"{DEFAULT_PORT} is free")
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
-    _python,
-    _compiler,
-    _kernels,
-    _cores,
-    _memory,
-    _cache,
-    _default_model,
-    _port,
-)
+CHECKS = (_python, _compiler, _kernels, _cores, _memory, _cache, _default_model, _port)

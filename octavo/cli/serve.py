@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 import signal
-import socket
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ from octavo.cli.flags import engine_flags
 from octavo.cli.terminal import console, process_age, say, say_table
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.server.address import bind
 from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def serve(config: EngineConfig, http: HttpFlags, access: AccessFlags) -> None:
     startup.close_phase("command line")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is a Ctrl-C
     template = read_template(http.chat_template)
-    check_port(http.host, http.port)
-    access.keyring, access.tls  # noqa: B018  # what is wrong with them is said now, not after loading a model
+    bind(http.host, http.port).close()  # what is wrong with it is said now, not after loading a model
+    access.keyring, access.tls  # noqa: B018  # and so is what is wrong with them
     say(f"Octavo {__version__}", style="bold")
     if access.keyring is None and http.host not in LOOPBACK:
         say("Anybody who reaches this address may ask: give --api-key.", style="yellow")
@@ -197,20 +197,6 @@ def read_template(path: Path | None) -> str | None:
         return path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {path}: {getattr(error, 'strerror', error)}") from error
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when nobody could listen there: better now than after loading a model."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, UnicodeError) as error:  # the latter: a name that no host can have
-        why = getattr(error, "strerror", error)
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({why}): choose another --host or --port, or --port 0"
-        ) from error
 
 
 def curl_lines(engine: AsyncEngine, url: str, *, with_key: bool = False) -> str:

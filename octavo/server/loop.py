@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import signal
 import socket
 import ssl
@@ -21,6 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.errors import ConfigError, EngineDeadError
+from octavo.server.address import bind
 from octavo.server.wire import Wire
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ async def run_server(
     Prints nothing.
     """
     front: Front = app.state.front
-    listener = _bind(host, port)
+    listener = bind(host, port)
     config = uvicorn.Config(
         Wire.under(app),
         # h11 bounds the head of a request (64 KiB), which httptools, if installed, would not
@@ -116,26 +116,6 @@ class _Connection(H11Protocol):
             return
         self._seen = self.cycle if waiting else self
         self._look = self.loop.call_later(self.head_seconds, self._is_anybody_there)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A listening address of our own, so that a port in use is one clear sentence."""
-    if not 0 <= port < 1 << 16:
-        raise ConfigError(f"--port must be from 0 (any free one) to 65535, not {port}")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:  # the latter: a name that no host can have
-        raise ConfigError(f"--host {host} --port {port}: {error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} on {host} is in use: choose another with --port, or --port 0") from error
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return listener
 
 
 class _Server(uvicorn.Server):

@@ -27,7 +27,7 @@ def make_app():
 def test_a_port_in_use_is_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} .* in use.*--port"):
+        with pytest.raises(ConfigError, match=rf"cannot listen on .*:{port} .* in use.*--port"):
             asyncio.run(run_server(make_app(), port=port))
 
 
