@@ -75,7 +75,7 @@ BUGS = (
     Bug("a hit stays evictable", POOL, "del self._cached[block]", "pass", "def touch"),
     Bug("a block is handed out twice", POOL, "blocks.append(free.pop())", "blocks.append(free[-1])"),
     Bug("an evicted prefix is still found", POOL, "del holders[digest]", "pass", "def _evict"),
-    Bug("a hit is evicted at its old place", LRU, "if not (self._void and self._leave_void(block))", "if True"),
+    Bug("a hit is still the next to go", LRU, "self._behind[before], self._before[behind]", "_, self._before[behind]"),
     Bug(
         "a block is found before its last token is computed",
         ROWS,
