@@ -30,7 +30,7 @@ class Counter:
         from prometheus_client.core import CounterMetricFamily
 
         family = CounterMetricFamily(prefix + self.name, self.help, labels=[*common, *self.labels])
-        for labels, value in self.values.items():
+        for labels, value in [*self.values.items()]:
             family.add_metric([*common.values(), *labels], value)
         return family
 
@@ -74,7 +74,7 @@ class Histogram:
 
         family = HistogramMetricFamily(prefix + self.name, self.help, labels=[*common, *self.labels])
         bounds = [f"{float(bound)}" for bound in self.bounds] + ["+Inf"]
-        for labels, series in self.series.items():
+        for labels, series in [*self.series.items()]:
             buckets, below = [], 0
             for bound, count in zip(bounds, series.counts, strict=True):
                 below += count
