@@ -116,8 +116,7 @@ class RequestDelta(msgspec.Struct, omit_defaults=True, gc=False):
     alone: bool = False  # told before the step: it runs alone, so if the engine dies now, it died of this request
 
 
-@dataclass(slots=True)
-class StepRecord:
+class StepRecord(msgspec.Struct, array_like=True, gc=False):
     """One step in numbers: the single source of metrics, the live page, traces and the lab. Times: engine's monotonic
     clock, seconds. Tokens unless said otherwise."""
 
@@ -158,8 +157,7 @@ class StepRecord:
     num_failed: int = 0  # requests whose step failed
 
 
-@dataclass(slots=True)
-class StepOutputs:
+class StepOutputs(msgspec.Struct, array_like=True, gc=False):
     """Everything the front hears from one step (or several, merged, when the front is slow)."""
 
     deltas: list[RequestDelta]

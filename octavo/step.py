@@ -7,7 +7,7 @@ A Request owns one row of the worker from admission to finish or preemption; a s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -58,15 +58,14 @@ class ScheduledRow(msgspec.Struct, gc=False):
     fork_of: int = -1  # with num_tokens = 0: the row of this step whose last logits it samples from; it shares its KV
 
 
-@dataclass(slots=True)
-class SchedulerOutput:
+class SchedulerOutput(msgspec.Struct, gc=False):
     """One step, decided. Once published it always executes."""
 
     step: int
-    new_rows: list[NewRow] = field(default_factory=list)
-    scheduled: list[ScheduledRow] = field(default_factory=list)
+    new_rows: list[NewRow] = msgspec.field(default_factory=list)
+    scheduled: list[ScheduledRow] = msgspec.field(default_factory=list)
     # (from, to), in this order, before anything is computed; an id behind the pool's is a block in host memory
-    copy_blocks: list[tuple[int, int]] = field(default_factory=list)
+    copy_blocks: list[tuple[int, int]] = msgspec.field(default_factory=list)
     num_tokens: int = 0  # sum over `scheduled`
 
 
@@ -80,13 +79,12 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
 
-@dataclass(slots=True)
-class ModelRunnerOutput:
+class ModelRunnerOutput(msgspec.Struct, gc=False):
     """What a step produced; both lists run parallel to `SchedulerOutput.scheduled`."""
 
     token_ids: list[list[int]]  # new tokens per scheduled row; [] in mid-prefill
     logprobs: list[list[TokenLogprobs] | None]  # one entry per new token where asked for
     foreign_seconds: float = 0.0  # of the step, inside compiled code
     # by row: of the tokens behind the prompt positions that this step computed, where asked for
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    vectors: dict[int, bytes] = field(default_factory=dict)  # by row, of prompts that are embedded: float32
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = msgspec.field(default_factory=dict)
+    vectors: dict[int, bytes] = msgspec.field(default_factory=dict)  # by row, of prompts that are embedded: float32

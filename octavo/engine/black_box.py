@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from octavo.config import EngineConfig
 from octavo.messages import EngineReady, StepRecord
 from octavo.models.hub import cache_folder
@@ -53,7 +55,7 @@ def write_black_box(
         "recording": ready.record,
         "progress": asdict(progress),
         "requests": [_facts(child) for child in islice(running, MAX_REQUESTS)],
-        "steps": [asdict(step) for step in steps],
+        "steps": [msgspec.structs.asdict(step) for step in steps],
     }
     folder, keep = record_folder(config)
     path = folder / f"engine-{pid}-{now:%Y%m%dT%H%M%S}.black-box.json"

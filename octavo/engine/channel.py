@@ -78,7 +78,8 @@ class EngineChannel:
         messages: list[Any] = []
         while not self.closed:
             self._read_available()
-            messages.extend(self._take_frames())
+            if self._received:
+                messages.extend(self._take_frames())
             if messages or not wait or self.closed:
                 break
             writers = [self._sock] if self._unsent or self._held else []

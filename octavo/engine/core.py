@@ -14,8 +14,10 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from octavo.config import EngineConfig
 from octavo.engine.rules import RuleBook
@@ -51,8 +53,7 @@ log = logging.getLogger("octavo.engine")
 OPENING_SECONDS = 0.0005  # between two looks at rules that are being made
 
 
-@dataclass(slots=True)
-class _InFlight:
+class _InFlight(msgspec.Struct, gc=False):
     output: SchedulerOutput
     record: StepRecord
     result: StepResult
@@ -167,12 +168,13 @@ class EngineCore:
                 since, held = self._held.popleft()
                 waited = self._clock() - since
                 self._let_in(replace(held, timeout=None if held.timeout is None else max(0.0, held.timeout - waited)))
-        for message, error in self._rules.opened():
+        for message, error in self._rules.opened() if self._rules.is_opening else ():
             if error is None:
                 self._add(message)
             else:
                 self._pending.append(_failed(message.request_id, str(error), type(error).__name__))
-        self._pending.extend(self.scheduler.expire())
+        if self.scheduler.door.has_deadlines:
+            self._pending.extend(self.scheduler.expire())
         launched = len(self._in_flight) < self._depth and self._launch()
         records: list[StepRecord] = []
         if self._in_flight and (len(self._in_flight) == self._depth or not launched):
@@ -180,7 +182,8 @@ class EngineCore:
         if not (records or launched or self._pending) and self._rules.is_opening:
             time.sleep(OPENING_SECONDS)  # nothing else to do
         deltas, self._pending = self._pending, []
-        self._rules.forget_finished(deltas)
+        if self._rules.live:
+            self._rules.forget_finished(deltas)
         return StepOutputs(deltas, records)
 
     def close(self) -> None:
@@ -257,7 +260,7 @@ class EngineCore:
         record.schedule_seconds = scheduled_at - record.time
         calls = self._executor.num_foreign_calls
         self._executor.execute(output)
-        result = self._executor.sample(self._rules.masks(output))
+        result = self._executor.sample(self._rules.masks(output) if self._rules.live else None)
         record.launch_seconds = record.execute_seconds = self._clock() - scheduled_at
         record.num_foreign_calls = self._executor.num_foreign_calls - calls
         self._in_flight.append(_InFlight(output, record, result))
@@ -283,7 +286,8 @@ class EngineCore:
         record.foreign_seconds = result.foreign_seconds
         deltas = self.scheduler.update(oldest.output, result)
         record.num_sampled = sum(map(len, result.token_ids))
-        record.num_finished = len(deltas) - [d.finish_reason for d in deltas].count(None)
+        for delta in deltas:
+            record.num_finished += delta.finish_reason is not None
         if self.copies is not None:
             self._follow_costs(self.copies, StepWork.of(record), done_at - max(record.time, self._done_at))
         self._done_at = done_at

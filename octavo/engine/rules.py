@@ -124,7 +124,7 @@ class RuleBook:
         self._tokenizer: LLTokenizer | None = None
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
-        self._rules: dict[str, Rules] = {}
+        self.live: dict[str, Rules] = {}  # by request id
         self._opening: dict[str, tuple[AddRequest, Future[Rules]]] = {}
         self._failed: list[tuple[str, Exception]] = []
 
@@ -145,7 +145,7 @@ class RuleBook:
             if future.done():
                 del self._opening[request_id]
                 try:
-                    self._rules[request_id] = future.result()
+                    self.live[request_id] = future.result()
                 except Exception as error:  # of this request, and of no other
                     yield message, _told(request_id, error)
                 else:
@@ -153,14 +153,14 @@ class RuleBook:
 
     def forget(self, request_id: str) -> bool:
         """A Request has ended; True if its rules were still being made."""
-        self._rules.pop(request_id, None)
+        self.live.pop(request_id, None)
         return self._opening.pop(request_id, None) is not None
 
     def masks(self, output: SchedulerOutput) -> dict[int, Mask]:
         """By row, what the sampling Requests of a step may choose; those without rules are not in it."""
         masks: dict[int, Mask] = {}
-        for item in output.scheduled if self._rules else ():
-            rules = self._rules.get(item.request_id) if item.samples else None
+        for item in output.scheduled:
+            rules = self.live.get(item.request_id) if item.samples else None
             if rules is not None:
                 try:
                     masks[item.row] = rules.mask()
@@ -170,8 +170,8 @@ class RuleBook:
 
     def take(self, deltas: Iterable[RequestDelta]) -> list[tuple[str, Exception]]:
         """Hears what a step brought; returns the Requests that cannot go on, and why."""
-        for delta in deltas if self._rules else ():
-            rules = self._rules.get(delta.request_id)
+        for delta in deltas if self.live else ():
+            rules = self.live.get(delta.request_id)
             if rules is not None and delta.finish_reason is None:
                 try:
                     rules.take(delta.token_ids)
@@ -182,7 +182,7 @@ class RuleBook:
 
     def forget_finished(self, deltas: Iterable[RequestDelta]) -> None:
         """Forgets the Requests that these deltas end."""
-        for delta in deltas if self._rules else ():
+        for delta in deltas:
             if delta.finish_reason is not None:
                 self.forget(delta.request_id)
 

@@ -53,14 +53,11 @@ class _Launched:
     """A step that the worker finishes when it is asked for."""
 
     def __init__(self, finish: Callable[[], ModelRunnerOutput]) -> None:
-        self._finish = finish
-
-    def result(self) -> ModelRunnerOutput:
-        return self._finish()
+        self.result = finish
 
     def exception(self) -> BaseException | None:
         try:
-            self._finish()
+            self.result()
         except Exception as error:
             return error
         return None

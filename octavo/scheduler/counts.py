@@ -25,11 +25,10 @@ class _Counted:
     host_queries: int = 0
     host_hits: int = 0
     num_forked: int = 0
-    num_kv_read: int = 0
     num_prefill_pairs: int = 0
 
 
-_COUNTED = tuple(field.name for field in fields(_Counted))
+_COUNTED = tuple(field.name for field in fields(_Counted))  # num_kv_read, which each step has, is told apart
 
 
 class Counts(_Counted):
@@ -37,11 +36,14 @@ class Counts(_Counted):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_kv_read = 0
         self._evictions_told = 0
+        self._is_plain = True  # nothing but num_kv_read was counted by a method
 
     def scheduled(self, request: Request, start: int, share: int, *, samples: bool) -> None:
         """A Request computes `share` tokens from position `start` on."""
         end = start + share
+        self._is_plain = False
         self.num_kv_read += end
         if share > 1:
             self.num_prefill_pairs += share * (start + end + 1) // 2
@@ -63,9 +65,11 @@ class Counts(_Counted):
         self, record: StepRecord, output: SchedulerOutput, running: Collection[Request], kv: KVCacheManager
     ) -> None:
         """Writes everything, and the pool's state after schedule(), into a record."""
-        for name in _COUNTED:
-            if count := getattr(self, name):  # most are zero, as in a new record
-                setattr(record, name, count)
+        record.num_kv_read, self.num_kv_read = self.num_kv_read, 0
+        if self.num_preempted or not self._is_plain:
+            self._is_plain = True
+            for name in _COUNTED:
+                setattr(record, name, getattr(self, name))
                 setattr(self, name, 0)
         record.num_running = len(output.scheduled)
         record.num_tokens = output.num_tokens
@@ -74,7 +78,8 @@ class Counts(_Counted):
         host.num_saved = host.num_loaded = 0
         record.host_usage = len(host) / host.num_blocks if host.num_blocks else 0.0
         record.num_copied_blocks = len(output.copy_blocks) - record.num_saved_blocks - record.num_loaded_blocks
-        record.num_idle_slots = sum(request.num_slots - request.num_computed_tokens for request in running)
+        for request in running:
+            record.num_idle_slots += request.num_slots - request.num_computed_tokens
         record.num_evicted_blocks = pool.num_evictions - self._evictions_told
         self._evictions_told = pool.num_evictions
         free, cached = pool.num_free, pool.num_cached

@@ -26,6 +26,11 @@ class Door:
         self._deadlines: list[tuple[float, str]] = []  # a heap; what has ended leaves lazily
         self._deadline_of: dict[str, float] = {}  # of what has not
 
+    @property
+    def has_deadlines(self) -> bool:
+        """Whether anybody has one."""
+        return bool(self._deadlines)
+
     def enter(self, request: Request, num_waiting: int, now: float) -> None:
         """Lets a Request in. Raises QueueFullError, with the predicted wait, when the queue is full."""
         num_tokens = self._num_tokens + request.num_prompt_tokens

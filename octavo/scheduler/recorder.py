@@ -30,7 +30,6 @@ import logging
 import os
 import zlib
 from array import array
-from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,16 @@ class Ring(LeftOut):
             self._give_up(error)
 
     def write(self, event: dict[str, Any]) -> None:
-        """Adds a line; it is in the file after the next flush()."""
-        self._lines.append(_line(event))
+        """Adds an event; it is in the file after the next flush(). Most are of two kinds, written down without
+        an encoder, which would be cold once a step."""
+        kind, size = event["e"], len(event)
+        if kind == "done" and size == 3:
+            line = f'{{"e":"done","t":{event["t"]!r},"n":{event["n"]}}}\n'
+        elif kind == "step" and size == 5 and not event["rows"]:
+            line = f'{{"e":"step","t":{event["t"]!r},"n":{event["n"]},"rows":[],"crc":{event["crc"]}}}\n'
+        else:
+            line = _encode(event) + "\n"
+        self._lines.append(line)
 
     def flush(self) -> None:
         """Hands the lines to the system: a crash of this process does not lose them. A full disk ends the recording,
@@ -142,28 +149,32 @@ class Describer(LeftOut):
         self.numbers: dict[str, int] = {}  # request id -> number, of live Requests
         self.flying: dict[int, list[ScheduledRow]] = {}  # rows of the steps in flight, by step
         self._ends: dict[int, int] = {}  # row -> where it stood after its last step
+        self._order: list[int] = []  # of the last step's rows, and its checksum
+        self._crc = 0
 
     def restart(self) -> None:
         """Forgets where rows stood: the next step tells all."""
         self._ends.clear()
 
-    def step(self, output: SchedulerOutput, preempted: Iterable[tuple[Request, Request]]) -> dict[str, Any]:
+    def step(self, output: SchedulerOutput, preempted: list[tuple[Request, Request]]) -> dict[str, Any]:
         """What one schedule() decided."""
-        ends, rows = self._ends, []
+        ends, rows, order = self._ends, [], []
         for item in output.scheduled:
             start, count = item.start, item.num_tokens
+            order.append(item.row)
             if count != 1 or not item.samples or any(item.new_block_ids) or ends.get(item.row) != start:
                 rows.append([item.row, start, count, item.samples, item.fork_of, *map(_runs, item.new_block_ids)])
             ends[item.row] = start + count
-        event: dict[str, Any] = {"n": output.step, "rows": rows}
-        event["crc"] = zlib.crc32(array("I", [item.row for item in output.scheduled]).tobytes())
+        if order != self._order:
+            self._order, self._crc = order, zlib.crc32(array("I", order).tobytes())
+        event: dict[str, Any] = {"n": output.step, "rows": rows, "crc": self._crc}
         if output.new_rows:
             event["new"] = [
                 [new.row, self.numbers[new.request_id], new.num_computed_tokens, *map(_runs, new.block_ids)]
                 for new in output.new_rows
             ]
-        if pairs := [[self.numbers[who.request_id], self.numbers[whom.request_id]] for who, whom in preempted]:
-            event["pre"] = pairs
+        if preempted:
+            event["pre"] = [[self.numbers[who.request_id], self.numbers[whom.request_id]] for who, whom in preempted]
         if output.copy_blocks:
             event["copy"] = output.copy_blocks
         return event
@@ -303,24 +314,19 @@ class RecordingScheduler(Scheduler):
         ring.flush()
 
 
-def _line(event: dict[str, Any]) -> str:
-    """An event as JSON. Most are of two kinds, which are written down without an encoder: once a step, it is cold."""
-    kind, size = event["e"], len(event)
-    if kind == "done" and size == 3:
-        return f'{{"e":"done","t":{event["t"]!r},"n":{event["n"]}}}\n'
-    if kind == "step" and size == 5 and not event["rows"]:
-        return f'{{"e":"step","t":{event["t"]!r},"n":{event["n"]},"rows":[],"crc":{event["crc"]}}}\n'
-    return _encode(event) + "\n"
-
-
 def _result(output: SchedulerOutput, result: ModelRunnerOutput, deltas: list[RequestDelta]) -> dict[str, Any]:
     """What update() was given, as far as it is not the usual."""
     event: dict[str, Any] = {"n": output.step}
-    pairs = enumerate(zip(output.scheduled, result.token_ids, strict=True))
-    if others := [[place, len(tokens)] for place, (item, tokens) in pairs if len(tokens) != item.samples]:
+    others, stopped = [], {}
+    for place, (item, tokens) in enumerate(zip(output.scheduled, result.token_ids, strict=True)):
+        if len(tokens) != item.samples:
+            others.append([place, len(tokens)])
+    for delta in deltas:
+        if delta.finish_reason == FinishReason.STOP and delta.cumulative_logprob is None:
+            stopped[delta.request_id] = len(delta.token_ids)
+    if others:
         event["tokens"] = others
-    ended = (d for d in deltas if d.finish_reason == FinishReason.STOP and d.cumulative_logprob is None)
-    if stopped := {d.request_id: len(d.token_ids) for d in ended}:
+    if stopped:
         places = enumerate(output.scheduled)
         event["stop"] = [[p, stopped[item.request_id]] for p, item in places if item.request_id in stopped]
     return event

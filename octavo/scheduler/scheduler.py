@@ -201,8 +201,9 @@ class Scheduler:
             self._schedule_running(output, step)
             self._schedule_waiting(output, step)
         if output.scheduled:
-            output.copy_blocks = self.kv.take_copies()
-            step.hashed += self.kv.host.take_changed()
+            if self.kv.host.copies:
+                output.copy_blocks = self.kv.take_copies()
+                step.hashed += self.kv.host.take_changed()
             self._in_flight[output.step] = step
             self._next_step += 1
         return output
@@ -290,7 +291,8 @@ class Scheduler:
 
     def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
         """Forks what can be forked, then admits the queue's first, again and again, until something is used up."""
-        self._fork(output, step, self._rows.num_free)
+        if self._ready:
+            self._fork(output, step, self._rows.num_free)
         while (request := self.policy.first(self._now)) is not None and self._try_admit(output, step, request):
             self.policy.remove(request)
             self._fork(output, step, self._rows.num_free)

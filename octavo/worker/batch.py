@@ -25,6 +25,7 @@ class Batch:
     # (place, or -1 where its prompt goes on; row, positions, pool) of prompts that are embedded
     pooled: list[tuple[int, int, int, Pool]] = field(default_factory=list)
     is_decode: bool = False  # one token for each row
+    wanted: list[int] | None = None  # sampling.num_logprobs, once it was asked for
 
 
 def build_batch(scheduled: list[ScheduledRow], rows: Rows) -> Batch:

@@ -93,7 +93,9 @@ def _set_masks(batch: Batch, masks: Mapping[int, npt.NDArray[np.uint32]]) -> Non
 
 
 def _logprobs(batch: Batch, out: SamplerOutput) -> list[TokenLogprobs | None]:
-    wanted = batch.sampling.num_logprobs.tolist()
+    wanted = batch.wanted
+    if wanted is None:
+        wanted = batch.wanted = batch.sampling.num_logprobs.tolist()
     if max(wanted, default=-1) < 0:
         return [None] * len(wanted)
     return [

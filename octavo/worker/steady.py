@@ -36,10 +36,10 @@ class Batches:
     def take(self, batch: Batch, token_ids: Int32) -> list[int]:
         """Puts the tokens of a decode where the rows' next ones read them; the same as a list."""
         rows, steady = self._rows, self._steady
-        tokens: list[int] = token_ids.tolist()
         if steady is not None and steady.batch is batch and batch.tokens_of.total_admissions == rows.total_admissions:
-            steady.take(tokens)
+            tokens = steady.take(token_ids)
         else:
+            tokens = token_ids.tolist()
             rows.append(batch.tokens_of, token_ids)
             self._steady = SteadyBatch(batch, rows) if rows.are_plain else None
         if batch.sampling.mask_of is not None:
@@ -56,6 +56,7 @@ class SteadyBatch:
         self._is_open = False
         self._is_taken = True  # the tokens of its last step are in the rows
         self._admissions = batch.tokens_of.total_admissions
+        self._told: Int32 | None = None  # where the runtime left the last tokens: most do so in the same array again
 
     def go_on(self, scheduled: list[ScheduledRow]) -> bool:
         """Makes the arrays those of this step; False, with nothing changed, where it is not one more token for each of
@@ -89,13 +90,17 @@ class SteadyBatch:
         self._is_taken = False
         return True
 
-    def take(self, tokens: list[int]) -> None:
-        """Puts the tokens of the step where the rows' next ones read them."""
+    def take(self, token_ids: Int32) -> list[int]:
+        """Puts the tokens of the step where the rows' next ones read them; the same as a list."""
+        if token_ids is not self._told:
+            self._told, self._view = token_ids, token_ids.data
+        tokens: list[int] = self._view.tolist()
         for at, token in enumerate(tokens):
             row, position = self._rows[at], self._next[at]
             self._row_ids[row, position] = self._ids[at] = token
             self._row_lengths[row] = position + 1
         self._is_taken = True
+        return tokens
 
     def _open(self) -> None:
         rows = self._all_rows

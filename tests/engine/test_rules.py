@@ -255,9 +255,9 @@ def test_a_mask_is_cheap(files) -> None:
     """A thousand masks of a vocabulary of 97 in well under a second of CPU."""
     core = ruled(files)
     ask(core, 1, kind="regex", spec="[a-z]+", allowed_token_ids=[70, 71])
-    while not core._rules._rules:
+    while not core._rules.live:
         core.step()
-    rules = core._rules._rules["1"]
+    rules = core._rules.live["1"]
     began = time.process_time()
     for _ in range(1000):
         rules.mask()

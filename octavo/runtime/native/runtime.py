@@ -166,7 +166,8 @@ class NativeRuntime:
         self.num_foreign_calls += 1
         began = time.perf_counter()
         if self._profile is None:
-            self._call(self._library.octavo_step, self._step_pointer)
+            if code := self._library.octavo_step(self._handle(), self._step_pointer):
+                lib.check(self._library, code)
         else:
             self._measured_step(self._profile, inputs)
         output.foreign_seconds = time.perf_counter() - began
