@@ -1,6 +1,7 @@
 """One command for a machine with a card: checks the cuda runtime, then times it. Never stops at the first failure.
 
-    python tools/gpu_check.py [STAGE ...]     stages, in this order, all by default: tests kernels qwen3-0.6b llama-2-7b
+    python tools/gpu_check.py [STAGE ...]     all by default: tests kernels and the shapes, qwen3-0.6b llama-2-7b
+                                              llama-3-8b (grouped heads) llama-3.2-1b (heads of 64)
 
 `tests` runs tests/gpu there; `model` compares the tokens of `--model FILE` with the CPU's; `kernels` times each kernel
 against the card's limits, `sampler` those of sampling alone; the shapes run the workloads of lab/gpu_workloads.py with
@@ -31,7 +32,7 @@ from typing import Any
 DEVICE = "cuda"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-SHAPES = ("qwen3-0.6b", "llama-2-7b")
+SHAPES = ("qwen3-0.6b", "llama-2-7b", "llama-3-8b", "llama-3.2-1b")
 RESULTS: list[dict[str, Any]] = []
 ENGINE = {
     "dtype": "bfloat16",

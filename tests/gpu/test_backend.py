@@ -37,7 +37,7 @@ def test_each_shape_has_the_kernel_that_was_faster(built):
     chosen = built("auto")
     assert chosen.prepare([NODE], 16, 2) == 64
     assert chosen.prefill is CPP[1]
-    found = [chosen.decode(NODE, count, 16, size) for count, size in ((1, 2), (8, 2), (256, 2), (256, 1))]
+    found = [chosen.decode(NODE, count, 16, size) for count, size in ((1, 2), (64, 2), (65, 2), (256, 1))]
     assert found == [CPP[0], CPP[0], TRITON[0], CPP[0]]
     for other, block_size, size in (
         (replace(NODE, head_dim=96), 16, 2),

@@ -33,11 +33,13 @@ def test_the_flag_is_refused_where_no_operator_computes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kept", [torch.bfloat16, FP8], ids=["bfloat16", "fp8"])
 @pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("warps", [4, 8, 16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "softcap"),
     [(4, 4, 128, 0, 0.0), (8, 2, 128, 70, 0.0), (16, 2, 128, 0, 5.0), (4, 1, 256, 0, 0.0), (6, 2, 64, 0, 0.0)],
 )
-def test_decode_attention(device, kept, splits, heads, kv_heads, dim, window, softcap):
+def test_decode_attention(device, monkeypatch, kept, splits, warps, heads, kv_heads, dim, window, softcap):
+    monkeypatch.setattr(operators, "decode_warps", lambda _: warps)
     lengths = [1, 0, 300, 16, 133]
     node = Attention("attention", HANDLE, HANDLE, 0, heads, kv_heads, dim, dim**-0.5, window, softcap)
     if not operators.can_decode(node, 16, kept.itemsize):

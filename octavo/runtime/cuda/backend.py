@@ -67,8 +67,8 @@ class AttentionBackend:
     def decode(self, node: Attention, num_decodes: int, block_size: int, kv_bytes: int) -> Callable[..., None]:
         """The decode kernel for so many requests: C++ gains where few share the card, and with narrow KV."""
         if self.has_cpp and operators.can_decode(node, block_size, kv_bytes):
-            is_split = attention.num_splits(num_decodes, node.num_kv_heads) > 1
-            if self._is_asked_for or is_split or kv_bytes == 1:
+            is_small = num_decodes * node.num_kv_heads <= operators.FEW_PROGRAMS
+            if self._is_asked_for or is_small or kv_bytes == 1:
                 return operators.decode_attention
         return attention.decode_attention
 

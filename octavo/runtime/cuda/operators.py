@@ -130,6 +130,9 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+FEW_PROGRAMS = 512  # of decode attention: up to here this one is faster than Triton's, above with 8-bit KV alone
+
+
 def can_decode(node: Attention, block_size: int, kv_bytes: int) -> bool:
     """Whether decode attention of this shape has a kernel here."""
     sizes = (64, 128, 256) if kv_bytes == 2 else (128, 256)
@@ -139,6 +142,11 @@ def can_decode(node: Attention, block_size: int, kv_bytes: int) -> bool:
         and node.head_dim in sizes
         and node.num_heads <= 8 * node.num_kv_heads
     )  # fmt: skip
+
+
+def decode_warps(num_programs: int) -> int:
+    """Warps of a program of decode_attention(): the fewer programs share the card, the more."""
+    return 16 if num_programs <= 256 else 8 if num_programs <= FEW_PROGRAMS else 4
 
 
 def decode_attention(
@@ -176,7 +184,7 @@ def _decode_attention(*arguments: Any) -> None:
     num_heads, num_kv_heads, head_dim, splits, window, min_chunk = shape
     pointers = [t.data_ptr() for t in tensors]
     decode = _Decode(*pointers, num_heads, num_kv_heads, splits, *numbers, window, min_chunk, first_table)
-    warps = 16 if splits > 1 else 4
+    warps = decode_warps(num_decodes * num_kv_heads * splits)
     code = _library().octavo_decode_attention(
         ctypes.byref(decode), num_decodes, head_dim, tensors[1].element_size(), warps, int(chained), _stream()
     )

@@ -391,11 +391,14 @@ int launch(const Decode& d, int num_decodes, bool chained, cudaStream_t stream) 
   return cudaLaunchKernelEx(&config, decode_attention<D, kBytes, kWarps>, d);
 }
 
-// Many warps where there are few programs, so that a short context is one turn; where they have room to join.
+// So many warps as asked for, where what they leave for each other has room: 32 KiB.
 template <int D, int kBytes>
 int launch(const Decode& d, int num_decodes, int warps, bool chained, cudaStream_t stream) {
-  if (warps == 16 && D == 128 && d.num_heads <= 4 * d.num_kv_heads) {
-    return launch<D, kBytes, D == 128 ? 16 : 4>(d, num_decodes, chained, stream);
+  if constexpr (D <= 128) {
+    if (warps == 16 && d.num_heads * D <= 512 * d.num_kv_heads) {
+      return launch<D, kBytes, 16>(d, num_decodes, chained, stream);
+    }
+    if (warps >= 8) return launch<D, kBytes, 8>(d, num_decodes, chained, stream);
   }
   return launch<D, kBytes, 4>(d, num_decodes, chained, stream);
 }

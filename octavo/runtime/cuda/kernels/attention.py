@@ -206,7 +206,7 @@ def decode_tile(head_dim: int, kv_bytes: int, splits: int) -> DecodeTile:
         return DecodeTile(max(32, 256 * 256 // max(head_dim * kv_bytes, 256)), 8, 1)
     if kv_bytes == 1:
         return DecodeTile(32, 2, 4)
-    return DecodeTile(64 if head_dim * kv_bytes <= 256 else 32, 4, 2)
+    return DecodeTile(min(64 * 256 // (head_dim * kv_bytes), 128), 4, 2)
 
 
 def decode_attention(
