@@ -60,6 +60,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # so far, of the prompt from its second token on
     num_computed_tokens: int = 0  # tokens whose KV is in the cache (or is being computed by a step in flight)
     max_length: int = 0  # most tokens, prompt and generated
+    max_pending: int = 0  # tokens that may be pending when its next one is scheduled
     num_slots: int = 0  # positions that its blocks hold; kept by the KV cache
     plain_from: int = 0  # from here on a step of it is one more token: no prompt, nothing computed again
     num_pending: int = 0  # tokens behind token_ids that steps in flight sample: counted, not known yet

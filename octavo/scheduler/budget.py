@@ -9,11 +9,10 @@ from octavo.request import Request
 class Budget:
     """Tokens of a step and of one Request in it, prompt tokens that the policy allows, prompt positions told of."""
 
-    def __init__(self, max_tokens: int, max_share: int, max_run_ahead: int, max_model_len: int) -> None:
+    def __init__(self, max_tokens: int, max_share: int, max_run_ahead: int) -> None:
         self.max_tokens = max_tokens
         self.max_run_ahead = max_run_ahead
         self._max_share = max_share or max_tokens
-        self._max_model_len = max_model_len
         self.prefill_left = self._rows_left = 0
 
     def begin(self, prefill_cap: int) -> None:
@@ -32,18 +31,16 @@ class Budget:
         return share if lacking <= 1 else min(share, self.prefill_left)
 
     def can_run_ahead(self, request: Request) -> bool:
-        """Whether its next token may be computed before the pending ones are known.
+        """Whether its next token may be computed before the pending ones are known: not if they use up its length."""
+        ahead = request.num_pending
+        return ahead <= request.max_pending and len(request.token_ids) + ahead < request.max_length
 
-        Not where they use up its length. Where one of them may be a stop token, a single one is the limit: what was
-        computed behind it is thrown away.
-        """
-        most = min(self.max_run_ahead, 1) if request.stop_ids else self.max_run_ahead
-        return (
-            request.num_pending <= most
-            and not request.needs_host_token
-            and request.num_output_tokens + request.num_pending < request.max_tokens
-            and len(request.token_ids) + request.num_pending < self._max_model_len
-        )
+    def max_pending(self, request: Request) -> int:
+        """How many of its tokens may be pending when it is scheduled; one where that may be a stop token, since what is
+        computed behind it is thrown away."""
+        if request.needs_host_token:
+            return 0
+        return min(self.max_run_ahead, 1) if request.stop_ids else self.max_run_ahead
 
     def take(self, request: Request, share: int, samples: bool) -> None:
         """It does; without a sample it lacks more, though it be a single token."""

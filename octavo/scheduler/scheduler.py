@@ -84,7 +84,7 @@ class Scheduler:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         self.kv = kv
         self.max_model_len = max_model_len
-        self._budget = Budget(max_num_batched_tokens, long_prefill_token_threshold, max_run_ahead, max_model_len)
+        self._budget = Budget(max_num_batched_tokens, long_prefill_token_threshold, max_run_ahead)
         self._rows = Rows(kv, max_num_seqs, admission_headroom)
         self._clock = clock
         self._requests: dict[str, Request] = {}
@@ -140,6 +140,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise InvalidValueError(f"request_id {request.request_id!r} is already running", param="request_id")
         request.max_length = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        request.max_pending = self._budget.max_pending(request)
         refuse_impossible(request, self.kv, self.max_model_len, self._rows.num_rows)
         self.door.enter(request, self.num_waiting, self._clock())
         for member in self._beams.add(request, self.max_model_len):
@@ -235,8 +236,8 @@ class Scheduler:
                 break
             start, num_pending = request.num_computed_tokens, request.num_pending
             if request.plain_from <= start:  # what most rows of most steps are, made short: one more token
-                if num_pending and not self._budget.can_run_ahead(request):
-                    continue
+                if num_pending and (num_pending > request.max_pending or start + 1 >= request.max_length):
+                    continue  # Budget.can_run_ahead() without a call
                 blocks = NO_BLOCKS if start < request.num_slots else self._allocate(output, request, start + 1, order)
                 if blocks is None:
                     continue
