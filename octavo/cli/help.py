@@ -51,9 +51,15 @@ def page(command: Any, ctx: Any) -> str:
     column = _column([row for rows in panels.values() for row in rows])
     blocks += [_block(name, rows, width, column) for name, rows in panels.items()]
     if command.epilog:
-        examples = [line.strip() for line in command.epilog.split("\n\n")]
-        blocks.append("\n".join([_title("Examples"), *(f"  {line}" for line in examples)]))
+        examples = (_example(line.strip(), width) for line in command.epilog.split("\n\n"))
+        blocks.append("\n".join([_title("Examples"), *examples]))
     return "\n\n".join(blocks)
+
+
+def _example(line: str, width: int) -> str:
+    """A command and what it does, which stands below it where both are too long for a line."""
+    command, _, note = line.partition("  ")
+    return f"  {line}" if len(line) + 2 <= width else f"  {command}\n      {note.strip()}"
 
 
 def _usage(command: Any) -> Iterator[str]:

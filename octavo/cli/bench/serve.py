@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 ENDPOINTS: dict[str, str] = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 EXAMPLES = (
     "octavo bench serve --request-rate 4 --num-prompts 100 --ignore-eos\n\n"
-    "octavo bench serve --max-concurrency 8 --random-input-len 512 --random-output-len 64\n\n"
-    "octavo bench serve --backend openai-chat --dataset-name sharegpt --dataset-path talks.json\n\n"
+    "octavo bench serve --max-concurrency 8 --random-input-len 512\n\n"
+    "octavo bench serve --dataset-name sharegpt --dataset-path talks.json\n\n"
     "octavo bench serve --goodput ttft:200 --goodput tpot:50 --save-result"
 )
 
