@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from octavo.cli import talk
 from octavo.cli.flags import engine_flags
@@ -34,13 +34,13 @@ EXAMPLES = (
 @engine_flags(without=("served_model_name",))
 def chat(
     config: EngineConfig,
-    system: Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1, metavar="N")] = None,
+    system: Annotated[str | None, Option(help="System prompt.", metavar="TEXT")] = None,
+    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer.", min=1, metavar="N")] = None,
     temperature: talk.TemperatureOption = None,
     top_p: talk.TopPOption = None,
     chat_template: Annotated[
         Path | None,
-        typer.Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE"),
+        Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE"),
     ] = None,
     url: talk.UrlOption = None,
     api_key: talk.ApiKeyOption = None,

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from octavo.cli.flags import engine_flags
 from octavo.cli.serve import find_model
@@ -25,8 +25,8 @@ EXAMPLES = (
 @engine_flags(model_as="option", without=("served_model_name",))
 def complete(
     config: EngineConfig,
-    text: Annotated[str | None, typer.Argument(help="The text to continue; without it, stdin is read.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")] = 128,
+    text: Annotated[str | None, Argument(help="The text to continue; without it, stdin is read.")] = None,
+    max_tokens: Annotated[int, Option(help="Most tokens to generate.", min=1, metavar="N")] = 128,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     url: UrlOption = None,

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from octavo.cli.flags import engine_flags
 from octavo.cli.sizes import parse_size
@@ -30,10 +31,8 @@ EXAMPLES = (
 )
 def program(
     config: EngineConfig,
-    num_tokens: Annotated[int, typer.Option(help="Tokens of the step.", min=1, metavar="N")] = 1,
-    context: Annotated[
-        int, typer.Option(help="Positions that a token attends to.", parser=parse_size, metavar="SIZE")
-    ] = 512,
+    num_tokens: Annotated[int, Option(help="Tokens of the step.", min=1, metavar="N")] = 1,
+    context: Annotated[int, Option(help="Positions that a token attends to.", parser=parse_size, metavar="SIZE")] = 512,
 ) -> None:
     """Print the model's program: every node with its shapes, bytes and operations in one step.
 

@@ -36,9 +36,7 @@ def replay(
         int | None,
         Option(help="Stop after this step and show who runs, waits and holds blocks.", metavar="STEP", min=0),
     ] = None,
-    what_if: Annotated[
-        str | None, Option(help="Settings to change, name=value with commas between.", metavar="LIST")
-    ] = None,
+    what_if: Annotated[str | None, Option(help="Settings to change: name=value,name=value.", metavar="LIST")] = None,
 ) -> int:
     """Run the real scheduler again on a recording: no model, the same decisions bit for bit, or the first that differs.
 

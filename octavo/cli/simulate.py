@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
 import typer
 from typer import Option
 
+from octavo.cli.files import write_json
 from octavo.cli.flags import engine_flags, flag_name
 from octavo.cli.terminal import console, say, say_table
 from octavo.config import EngineConfig, SchedulingPolicy
@@ -216,7 +216,7 @@ def _say_comparison(rows: list[Comparison], costs: Costs, output: Path | None) -
     say(f"within {100 * TOLERANCE:.0f} % is close enough; runs differ: from their mean, at most", style="dim")
     if output is not None:
         figures_of_rows = [{**asdict(r), "measured": r.measured, "error": r.error, "spread": r.spread} for r in rows]
-        _write(output, {"costs": asdict(costs), "figures": figures_of_rows})
+        write_json(output, {"costs": asdict(costs), "figures": figures_of_rows})
     return 0 if all(row.within for row in rows if not row.name.startswith("ITL")) else EXIT_OFF
 
 
@@ -245,7 +245,7 @@ def _say_outcomes(
     )
     say_figures(outcomes, config)
     if output is not None:
-        _write(output, {"costs": asdict(costs), "num_requests": len(arrivals), "figures": figures})
+        write_json(output, {"costs": asdict(costs), "num_requests": len(arrivals), "figures": figures})
 
 
 def figures_of(outcomes: dict[str, Outcome], config: EngineConfig) -> dict[str, dict[str, float]]:
@@ -261,13 +261,6 @@ def say_figures(outcomes: dict[str, Outcome], config: EngineConfig) -> None:
     for name in next(iter(figures.values())):
         digits = 3 if name == "Jain fairness" else 0 if name in ("preemptions", "refused") else 2
         typer.echo(f"{name:24}" + "".join(f"{values[name]:12,.{digits}f}" for values in figures.values()))
-
-
-def _write(path: Path, document: dict[str, object]) -> None:
-    try:
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
 
 
 @contextmanager

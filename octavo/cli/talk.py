@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import typer
+from typer import Option
 
 from octavo.cli.client import Server, error_message, fetch_json, raise_for_status, request
 from octavo.cli.flags import flag_name
@@ -25,16 +25,14 @@ TEMPERATURE = 0.3  # of an engine started here whose model recommends none: smal
 
 UrlOption = Annotated[
     str | None,
-    typer.Option("--url", help="Talk to the server at this address instead of loading a model.", metavar="URL"),
+    Option("--url", help="Talk to the server at this address instead of loading a model.", metavar="URL"),
 ]
 TemperatureOption = Annotated[
     float | None,
-    typer.Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
+    Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
 ]
-TopPOption = Annotated[float | None, typer.Option(help="Keep the most likely tokens of this mass.", metavar="X")]
-ApiKeyOption = Annotated[
-    str | None, typer.Option("--api-key", help="Key for --url.", metavar="KEY", envvar="OPENAI_API_KEY")
-]
+TopPOption = Annotated[float | None, Option(help="Keep the most likely tokens of this mass.", metavar="X")]
+ApiKeyOption = Annotated[str | None, Option("--api-key", help="Key for --url.", metavar="KEY", envvar="OPENAI_API_KEY")]
 
 
 @dataclass(frozen=True, slots=True)

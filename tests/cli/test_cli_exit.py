@@ -12,6 +12,8 @@ import pytest
 
 from octavo import __version__
 from octavo.cli.app import run
+from octavo.cli.files import write_json
+from octavo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,6 +103,8 @@ def test_help_and_version_load_nothing_heavy() -> None:
     code = """
 import sys
 from octavo.cli.app import run
+from octavo.cli.files import write_json
+from octavo.errors import ConfigError
 assert run(["--version"]) == 0 and run(["--help"]) == 0 and run(["serve", "--help"]) == 0
 heavy = {"numpy", "fastapi", "uvicorn", "tokenizers", "huggingface_hub", "prometheus_client", "msgspec"}
 loaded = heavy & set(sys.modules)
@@ -125,3 +129,11 @@ def test_a_name_that_no_host_can_have_is_one_line(capsys: pytest.CaptureFixture[
     assert f"error: cannot listen on {host}" in capsys.readouterr().err
     assert run(["complete", "x", "--url", f"http://{host}"]) == 1
     assert f"error: no server answers at http://{host}" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_names_the_file_and_the_next_step(tmp_path: Path) -> None:
+    for path in (tmp_path / "no" / "such.json", Path("/dev/full")):
+        with pytest.raises(ConfigError, match=f"cannot write {path}: .*; name another file"):
+            write_json(path, {"numbers": [1.0]})
+    write_json(tmp_path / "result.json", {"numbers": [1.0]})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"numbers": [1.0]}

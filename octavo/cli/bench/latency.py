@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterable
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
+from octavo.cli.files import write_json
 from octavo.cli.flags import engine_flags
 from octavo.cli.terminal import console
 from octavo.config import EngineConfig
@@ -31,16 +32,16 @@ EXAMPLES = (
 @engine_flags(model_as="option", without=("served_model_name",))
 def latency(
     config: EngineConfig,
-    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1, metavar="N")] = 32,
-    output_len: Annotated[int, typer.Option(help="Tokens of each answer.", min=1, metavar="N")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Prompts at once.", min=1, metavar="N")] = 8,
-    n: Annotated[int, typer.Option(help="Answers to each prompt.", min=1, metavar="N")] = 1,
-    num_iters_warmup: Annotated[int, typer.Option(help="Batches before measuring.", min=0, metavar="N")] = 2,
-    num_iters: Annotated[int, typer.Option(help="Batches measured.", min=1, metavar="N")] = 10,
+    input_len: Annotated[int, Option(help="Tokens of each prompt.", min=1, metavar="N")] = 32,
+    output_len: Annotated[int, Option(help="Tokens of each answer.", min=1, metavar="N")] = 128,
+    batch_size: Annotated[int, Option(help="Prompts at once.", min=1, metavar="N")] = 8,
+    n: Annotated[int, Option(help="Answers to each prompt.", min=1, metavar="N")] = 1,
+    num_iters_warmup: Annotated[int, Option(help="Batches before measuring.", min=0, metavar="N")] = 2,
+    num_iters: Annotated[int, Option(help="Batches measured.", min=1, metavar="N")] = 10,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Print what each node of the program took, as a share of the limits.")
+        bool, Option("--profile", help="Print what each node of the program took, as a share of the limits.")
     ] = False,
-    output_json: Annotated[Path | None, typer.Option(help="File for the result.", metavar="FILE")] = None,
+    output_json: Annotated[Path | None, Option(help="File for the result.", metavar="FILE")] = None,
 ) -> None:
     """Measure the latency of a batch. Prompts are fresh for every batch, so that no prefix is found in the cache."""
     from octavo.engine.llm import LLM
@@ -64,8 +65,7 @@ def latency(
     if breakdown is not None:
         typer.echo(f"\n{breakdown}", nl=False)
     if output_json is not None:
-        result = {"avg_latency": average, "latencies": seconds, "percentiles": ranked}
-        output_json.write_text(json.dumps(result, indent=4) + "\n")
+        write_json(output_json, {"avg_latency": average, "latencies": seconds, "percentiles": ranked})
 
 
 def run_batch(llm: LLM, params: SamplingParams, draw: random.Random, batch_size: int, input_len: int) -> float:

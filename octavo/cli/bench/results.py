@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from octavo.cli.bench.arithmetic import Outcome, Report, result_keys
-from octavo.errors import ConfigError
+from octavo.cli.files import write_json
 
 
 def save(
@@ -30,11 +30,9 @@ def save(
     if detailed:
         content |= details(outcomes)
     path = folder / (name or default_name(settings, date))
-    try:
+    with contextlib.suppress(OSError):  # what is wrong with it is said of the file
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write the result: {error}") from error
+    write_json(path, content)
     return path
 
 

@@ -40,16 +40,12 @@ class ServerFlags:
 
     panel: ClassVar[str] = "Server"
     backend: Annotated[str, Option(help="API to speak.", metavar="|".join(ENDPOINTS))] = "openai"
-    base_url: Annotated[str | None, Option(help="Address of the server, instead of host and port.", metavar="URL")] = (
-        None
-    )
+    base_url: Annotated[str | None, Option(help="Address, instead of host and port.", metavar="URL")] = None
     host: Annotated[str, Option(help="Host of the server.", metavar="ADDRESS")] = "127.0.0.1"
     port: Annotated[int, Option(help="Port of the server.", min=1, max=65535, metavar="N")] = 8000
     endpoint: Annotated[str | None, Option(help="Path; default: the backend's.", metavar="PATH")] = None
     api_key: Annotated[str | None, Option(help="Key to send.", metavar="KEY", envvar="OPENAI_API_KEY")] = None
-    model: Annotated[
-        str | None, Option(help="Name of the model; default: the first the server lists.", metavar="NAME")
-    ] = None
+    model: Annotated[str | None, Option(help="Default: the first that the server lists.", metavar="NAME")] = None
     tokenizer: Annotated[
         str | None, Option(help="Model whose tokenizer cuts the prompts; default: the model's name.", metavar="MODEL")
     ] = None
@@ -79,9 +75,7 @@ class PromptFlags:
 
     panel: ClassVar[str] = "Prompts"
     dataset_name: Annotated[str, Option(help="Where prompts come from.", metavar="|".join(NAMES))] = "random"
-    dataset_path: Annotated[
-        Path | None, Option(help="File of sharegpt (JSON) or custom (JSON lines).", metavar="FILE")
-    ] = None
+    dataset_path: Annotated[Path | None, Option(help="File: JSON of sharegpt, or custom lines.", metavar="FILE")] = None
     num_prompts: Annotated[int, Option(help="Requests.", min=1, metavar="N")] = 32
     seed: Annotated[int, Option(help="Of prompts and of arrival times.", metavar="N")] = 0
     random_input_len: Annotated[int, Option(help="Tokens of each prompt.", min=1, metavar="N")] = 128
@@ -93,9 +87,7 @@ class PromptFlags:
     prefix_repetition_num_prefixes: Annotated[int, Option(help="Different prefixes.", min=1, metavar="N")] = 10
     prefix_repetition_output_len: Annotated[int, Option(help="Tokens of each answer.", min=1, metavar="N")] = 128
     sharegpt_output_len: Annotated[int | None, Option(help="Instead of the file's answers.", min=1, metavar="N")] = None
-    custom_output_len: Annotated[
-        int | None, Option(help="Instead of the file's output_tokens.", min=1, metavar="N")
-    ] = None
+    custom_output_len: Annotated[int | None, Option(help="Instead of the file's tokens.", min=1, metavar="N")] = None
 
     def dataset(self) -> Dataset:
         """The dataset that these flags describe."""
@@ -165,9 +157,7 @@ class ResultFlags:
     save_result: Annotated[bool, Option("--save-result", help="Write a JSON file.")] = False
     save_detailed: Annotated[bool, Option("--save-detailed", help="With every request's times and text.")] = False
     result_dir: Annotated[Path, Option(help="Folder of the file.", metavar="FOLDER")] = Path()
-    result_filename: Annotated[
-        str | None, Option(help="Default: from backend, rate, model and date.", metavar="NAME")
-    ] = None
+    result_filename: Annotated[str | None, Option(help="Default: backend, rate, model, date.", metavar="NAME")] = None
 
     def __post_init__(self) -> None:
         for name in self.metrics():

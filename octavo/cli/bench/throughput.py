@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from octavo.cli.bench.datasets import NAMES, Dataset
+from octavo.cli.files import write_json
 from octavo.cli.flags import engine_flags
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
@@ -29,17 +30,17 @@ EXAMPLES = (
 @engine_flags(model_as="option", without=("served_model_name",))
 def throughput(
     config: EngineConfig,
-    dataset_name: Annotated[str, typer.Option(help="Where prompts come from.", metavar="|".join(NAMES))] = "random",
+    dataset_name: Annotated[str, Option(help="Where prompts come from.", metavar="|".join(NAMES))] = "random",
     dataset_path: Annotated[
-        Path | None, typer.Option(help="File of sharegpt (JSON) or custom (JSON lines).", metavar="FILE")
+        Path | None, Option(help="File of sharegpt (JSON) or custom (JSON lines).", metavar="FILE")
     ] = None,
-    input_len: Annotated[int, typer.Option(help="Tokens of each random prompt.", min=1, metavar="N")] = 128,
+    input_len: Annotated[int, Option(help="Tokens of each random prompt.", min=1, metavar="N")] = 128,
     output_len: Annotated[
-        int | None, typer.Option(help="Tokens of each answer; default: 128, or what the file says.", min=1)
+        int | None, Option(help="Tokens of each answer; default: 128, or what the file says.", min=1)
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Requests.", min=1, metavar="N")] = 32,
-    n: Annotated[int, typer.Option(help="Answers to each prompt.", min=1, metavar="N")] = 1,
-    output_json: Annotated[Path | None, typer.Option(help="File for the result.", metavar="FILE")] = None,
+    num_prompts: Annotated[int, Option(help="Requests.", min=1, metavar="N")] = 32,
+    n: Annotated[int, Option(help="Answers to each prompt.", min=1, metavar="N")] = 1,
+    output_json: Annotated[Path | None, Option(help="File for the result.", metavar="FILE")] = None,
 ) -> None:
     """Measure offline throughput. Every answer has exactly its number of tokens (end-of-sequence is ignored)."""
     from octavo.engine.llm import LLM
@@ -58,9 +59,7 @@ def throughput(
         tokenizer = tokenizer_of(llm)
         prompts = dataset.prompts(tokenizer, llm.core.info.spec.vocab_size)
         params = [
-            SamplingParams(
-                n=n, temperature=1.0, max_tokens=p.output_len, ignore_eos=True, detokenize=tokenizer is not None
-            )
+            SamplingParams(n=n, max_tokens=p.output_len, ignore_eos=True, detokenize=tokenizer is not None)
             for p in prompts
         ]
         began = time.perf_counter()
@@ -77,7 +76,7 @@ def throughput(
     typer.echo(f"Total num prompt tokens:  {prompt_tokens}")
     typer.echo(f"Total num output tokens:  {output_tokens}")
     if output_json is not None:
-        output_json.write_text(json.dumps(result, indent=4) + "\n")
+        write_json(output_json, result)
 
 
 def tokenizer_of(llm: LLM) -> Tokenizer | None:
