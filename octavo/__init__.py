@@ -14,21 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "LLM": "octavo.engine.llm",
-    "AsyncEngine": "octavo.engine.async_engine",
-    "EngineConfig": "octavo.config",
-    "SamplingParams": "octavo.sampling_params",
-    "BeamSearchParams": "octavo.sampling_params",
-    "BeamSearchOutput": "octavo.outputs",
-    "BeamSearchSequence": "octavo.outputs",
-    "PoolingParams": "octavo.sampling_params",
-    "RequestOutputKind": "octavo.sampling_params",
-    "RequestOutput": "octavo.outputs",
-    "CompletionOutput": "octavo.outputs",
-    "Logprob": "octavo.outputs",
-    "OctavoError": "octavo.errors",
+_ROOMS = {
+    "octavo.engine.llm": ("LLM",),
+    "octavo.engine.async_engine": ("AsyncEngine",),
+    "octavo.config": ("EngineConfig",),
+    "octavo.sampling_params": ("SamplingParams", "BeamSearchParams", "PoolingParams", "RequestOutputKind"),
+    "octavo.outputs": ("RequestOutput", "CompletionOutput", "Logprob", "BeamSearchOutput", "BeamSearchSequence"),
+    "octavo.errors": ("OctavoError",),
 }
+_WHERE = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "LLM",

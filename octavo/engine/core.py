@@ -19,22 +19,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from octavo import messages
 from octavo.config import EngineConfig
 from octavo.engine.rules import RuleBook
 from octavo.errors import OctavoError, QueueFullError
 from octavo.executor.base import Executor, StepResult
 from octavo.kvcache.eviction import EVICTIONS
 from octavo.kvcache.manager import KVCacheManager
-from octavo.messages import (
-    AbortRequests,
-    AddRequest,
-    EngineReady,
-    FinishRequest,
-    RequestDelta,
-    StepOutputs,
-    StepRecord,
-    ToEngine,
-)
+from octavo.messages import AddRequest, RequestDelta, StepOutputs, StepRecord, ToEngine
 from octavo.observe.step_log import StepLog
 from octavo.request import FinishReason, Request, answer_ids
 from octavo.scheduler.choose import make_policy
@@ -122,10 +114,10 @@ class EngineCore:
             clock=clock,
         )
 
-    def ready(self) -> EngineReady:
+    def ready(self) -> messages.EngineReady:
         """What the front is told once the engine can answer."""
         plan = self.info.plan
-        return EngineReady(
+        return messages.EngineReady(
             num_blocks=plan.num_blocks,
             block_size=self.config.block_size,
             max_model_len=self.info.spec.max_model_len,
@@ -151,12 +143,12 @@ class EngineCore:
                 self._held.append((self._clock(), message))
             else:
                 self._let_in(message)
-        elif isinstance(message, AbortRequests):
+        elif isinstance(message, messages.AbortRequests):
             for request_id in message.request_ids:
                 if self._rules.forget(request_id):
                     self._pending.append(RequestDelta(request_id, finish_reason=FinishReason.ABORT))
                 self._pending.extend(self._abort_held(request_id) or self.scheduler.abort(request_id))
-        elif isinstance(message, FinishRequest):
+        elif isinstance(message, messages.FinishRequest):
             self._rules.forget(message.request_id)
             self.scheduler.finish(message.request_id, message.num_kept)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
@@ -37,6 +37,7 @@ from octavo.text.load import load_text
 from octavo.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+Item = TypeVar("Item")
 TextAndIds = tuple[str | None, list[int]]
 
 
@@ -231,18 +232,14 @@ class LLM:
             return [self.get_default_sampling_params()] * count
         if isinstance(params, SamplingParams):
             return [params] * count
-        if len(params) != count:
-            raise InvalidValueError(f"{count} prompts, but {len(params)} sampling_params", param="sampling_params")
-        return list(params)
+        return _one_each("sampling_params", params, count)
 
     def _priorities(self, priority: Sequence[int] | None, count: int) -> list[int]:
         if priority is None:
             return [0] * count
         if self.config.scheduling_policy != "priority":
             raise InvalidValueError('priority needs scheduling_policy="priority"', param="priority")
-        if len(priority) != count:
-            raise InvalidValueError(f"{count} prompts, but {len(priority)} priorities", param="priority")
-        return list(priority)
+        return _one_each("priority", priority, count)
 
     def _template(self, source: str | None) -> ChatTemplate:
         if source is not None:
@@ -299,6 +296,12 @@ class LLM:
         self.core.handle(AbortRequests(running))
         while self.core.has_work:
             self.core.step()
+
+
+def _one_each(name: str, values: Sequence[Item], count: int) -> list[Item]:
+    if len(values) != count:
+        raise InvalidValueError(f"{count} prompts, but {len(values)} of {name}", param=name)
+    return list(values)
 
 
 def _named(error: Exception, request_id: str) -> Exception:

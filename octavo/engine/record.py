@@ -16,18 +16,9 @@ from octavo.scheduler.recorder import RecordingScheduler, Ring
 log = logging.getLogger("octavo.engine")
 MAX_LEFT = 8  # recordings of engines that died, in the cache folder
 WHAT_IF = (  # settings that a replay may change
-    "admission_headroom",
-    "block_size",
-    "enable_prefix_caching",
-    "long_prefill_token_threshold",
-    "max_num_batched_tokens",
-    "max_num_queued_tokens",
-    "max_num_seqs",
-    "prefix_eviction_policy",
-    "priority_ageing",
-    "scheduling_policy",
-    "slo_itl_ms",
-    "slo_ttft_ms",
+    *("admission_headroom", "block_size", "enable_prefix_caching", "long_prefill_token_threshold"),
+    *("max_num_batched_tokens", "max_num_queued_tokens", "max_num_seqs", "prefix_eviction_policy"),
+    *("priority_ageing", "scheduling_policy", "slo_itl_ms", "slo_ttft_ms"),
 )
 
 

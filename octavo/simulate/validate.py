@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
-from octavo.simulate.outcome import Outcome, percentile
+from octavo.simulate.outcome import Outcome
 
 TOLERANCE = 0.15  # relative
+COMPARED = ("output tokens/s", "TTFT p50 ms", "TTFT p99 ms", "ITL p50 ms", "ITL p99 ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +43,5 @@ class Comparison:
 
 def compare(simulated: Outcome, *measured: Outcome) -> list[Comparison]:
     """Throughput, and the first tokens' and the gaps' percentiles in milliseconds."""
-
-    def figures(outcome: Outcome) -> dict[str, float]:
-        first = [seen.ttft for seen in outcome.seen if seen.times]
-        gaps = [gap for seen in outcome.seen for gap in seen.gaps]
-        return {
-            "output tokens/s": sum(len(seen.times) for seen in outcome.seen) / outcome.seconds,
-            "TTFT p50 ms": 1000 * percentile(first, 50),
-            "TTFT p99 ms": 1000 * percentile(first, 99),
-            "ITL p50 ms": 1000 * percentile(gaps, 50),
-            "ITL p99 ms": 1000 * percentile(gaps, 99),
-        }
-
-    runs = [figures(outcome) for outcome in measured]
-    return [Comparison(name, value, tuple(run[name] for run in runs)) for name, value in figures(simulated).items()]
+    ours, *runs = (outcome.figures(ttft=math.inf, itl=math.inf) for outcome in (simulated, *measured))
+    return [Comparison(name, ours[name], tuple(run[name] for run in runs)) for name in COMPARED]
