@@ -155,7 +155,7 @@ inline void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& til
             const float old = before[r];
             before[r] = largest[r];
             if (largest[r] == old || old == kNever) continue;  // nothing is there that could shrink
-            const Floats shrink = exp<true>(splat(old) - largest[r]);
+            const Floats shrink = exp_below(splat(old) - largest[r]);
             float *state = s.range + (row + r) * stride, *weights = s.weights + (row + r) * kLanes;
             for (size_t c = 0; c < a.cache.value_width; c += kLanes) store(state + c, load(state + c) * shrink);
             store(weights, load(weights) * shrink);
@@ -168,7 +168,7 @@ inline void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& til
         Floats sums = load(weights), part[kTileVectors];
         for (size_t v = 0; v < kTileVectors; ++v) {
             const Floats score = load(scores + v * kLanes);
-            part[v] = exp<true>(score - top);
+            part[v] = exp_below(score - top);
             sums += part[v];
             if constexpr (SCALED) {  // the scale of a position that is not visible may be anything
                 part[v] *= load(tile.scales[v / kGroupVectors] + kGroup + v % kGroupVectors * kLanes);
