@@ -66,20 +66,41 @@ inline Finish finish_of(const Epilogue& a) {
     return a.activation == OCTAVO_SILU_MUL ? Finish::kSiluMul : a.activation == 0 ? Finish::kPlain : Finish::kAny;
 }
 
-// `how` is not kAny and all channels are there: 16 outputs of one row, which begin at `out`.
-OCTAVO_FORCED void finish_whole(Finish how, const float* sums, const float* ups, float* out) {
-    for (size_t c = 0; c < kChannels; c += kLanes) {
-        const Floats v = load(sums + c);
-        store(out + c, how == Finish::kSiluMul ? silu(v) * load(ups + c) : v);
-    }
-}
-
 // The outputs of one group of a part, for one row.
 inline void finish_group(const PackedArgs& a, const Part& part, size_t group, size_t row, const float* sums,
                          const float* ups) {
     const size_t channel = group * kChannels, left = part.channels - channel;
     finish(a.epilogue, sums, ups, row, part.first_channel + channel, left < kChannels ? left : kChannels);
 }
+
+// The outputs of `count` groups of a part, for any rows. `up`: its counterpart, or null.
+struct Outputs {
+    const PackedArgs& a;
+    const Part &part, *up;
+    size_t group, count;
+    Finish how;  // kAny also where the last group is not whole
+
+    Outputs(const PackedArgs& args, const Part& p, const Part* ups, size_t first, size_t groups)
+        : a(args), part(p), up(ups), group(first), count(groups),
+          how((first + groups) * kChannels <= p.channels ? finish_of(args.epilogue) : Finish::kAny) {}
+
+    float* at(size_t row, size_t g) const {
+        return a.epilogue.out + row * a.epilogue.channels + part.first_channel + (group + g) * kChannels;
+    }
+    // To be called while their sums are made, or each waits for its line.
+    OCTAVO_FORCED void fetch(size_t row, size_t rows) const {
+        for (size_t r = 0; r < rows; ++r)
+            for (size_t g = 0; g < count; ++g) __builtin_prefetch(at(row + r, g), 1);
+    }
+    OCTAVO_FORCED void finish(size_t row, size_t g, const float* sums, const float* ups) const {
+        if (how == Finish::kAny) return finish_group(a, part, group + g, row, sums, up != nullptr ? ups : nullptr);
+        float* out = at(row, g);
+        for (size_t c = 0; c < kChannels; c += kLanes) {
+            const Floats v = load(sums + c);
+            store(out + c, how == Finish::kSiluMul ? silu(v) * load(ups + c) : v);
+        }
+    }
+};
 
 }  // namespace
 }  // namespace octavo::OCTAVO_LEVEL

@@ -207,17 +207,16 @@ void int8_linear(const PackedArgs& a, size_t index, size_t first_group, size_t l
     Sums sums, ups;
     for (size_t group = first_group; group < last_group; group += together) {
         const size_t count = last_group - group < together ? last_group - group : together;
+        const Outputs outputs(a, part, up, group, count);
         for (size_t i = 0; i < tiles; ++i) {  // of even height: a last one of one row would cost as much as one of four
             const size_t row = a.num_rows * i / tiles, rows = a.num_rows * (i + 1) / tiles - row;
             const Tile tile = {a, a.depth * sizeof(Activation) + kTail, row, rows, group, count};
-            float* out = a.epilogue.out + row * a.epilogue.channels + part.first_channel + group * kChannels;
-            for (size_t r = 0; r < rows; ++r)  // or the epilogue waits for memory that it will only write
-                for (size_t g = 0; g < count; ++g) __builtin_prefetch(out + r * a.epilogue.channels + g * kChannels, 1);
+            outputs.fetch(row, rows);
             multiply(tile, part, sums);
             if (up != nullptr) multiply(tile, *up, ups);
             for (size_t r = 0; r < rows; ++r)
                 for (size_t g = 0; g < count; ++g)
-                    finish_group(a, part, group + g, row + r, sums[r][g], up != nullptr ? ups[r][g] : nullptr);
+                    outputs.finish(row + r, g, sums[r][g], ups[r][g]);
         }
     }
 }

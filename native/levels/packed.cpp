@@ -230,38 +230,6 @@ struct Tile {
         : row(a.num_rows * index / tiles), rows(a.num_rows * (index + 1) / tiles - row) {}
 };
 
-// Outputs of a tile: where they go is asked for while its sums are made, or each would wait for its line.
-struct Outputs {
-    const PackedArgs& a;
-    const Part &part, *up;
-    size_t group, count;
-    Finish how;  // kAny also where the last group is not whole
-
-    Outputs(const PackedArgs& args, const Part& p, const Part* ups, size_t first, size_t groups)
-        : a(args), part(p), up(ups), group(first), count(groups),
-          how((first + groups) * kChannels <= p.channels ? finish_of(args.epilogue) : Finish::kAny) {}
-
-    float* at(size_t row, size_t g) const {
-        return a.epilogue.out + row * a.epilogue.channels + part.first_channel + (group + g) * kChannels;
-    }
-    OCTAVO_FORCED void fetch(const Tile& tile) const {
-        for (size_t r = 0; r < tile.rows; ++r)
-            for (size_t g = 0; g < count; ++g) __builtin_prefetch(at(tile.row + r, g), 1);
-    }
-    void finish(const Tile& tile) const {
-        for (size_t r = 0; r < tile.rows; ++r)
-            for (size_t g = 0; g < count; ++g) {
-                float sums[kChannels], ups[kChannels];
-                channel_sums(tile.gate.v[r] + g * kStrips, sums);
-                if (up != nullptr) channel_sums(tile.up.v[r] + g * kStrips, ups);
-                if (how == Finish::kAny)
-                    finish_group(a, part, group + g, tile.row + r, sums, up != nullptr ? ups : nullptr);
-                else
-                    finish_whole(how, sums, ups, at(tile.row + r, g));
-            }
-    }
-};
-
 // Two groups for all rows. Few tiles keep their sums while blocks pass through the first cache; many tiles take turns
 // at a panel of the whole depth.
 void many_rows(const PackedArgs& a, const Part& part, const Part* up, size_t group, size_t count, uint8_t* scratch) {
@@ -277,7 +245,7 @@ void many_rows(const PackedArgs& a, const Part& part, const Part* up, size_t gro
     if (chunk == a.num_blocks) panels(0, chunk, panel, up_panel);
     for (size_t i = 0; i < tiles; ++i) {
         Tile tile(a, i, tiles);
-        outputs.fetch(tile);
+        outputs.fetch(tile.row, tile.rows);
         const Activation* x = static_cast<const Activation*>(a.x) + tile.row * a.depth;
         for (size_t first = 0; first < a.num_blocks; first += chunk) {
             const size_t last = first + chunk < a.num_blocks ? first + chunk : a.num_blocks;
@@ -286,7 +254,13 @@ void many_rows(const PackedArgs& a, const Part& part, const Part* up, size_t gro
             multiply(panel, x + first * kBlockDepth, tile.rows, a.depth, lines, tile.gate);
             if (up != nullptr) multiply(up_panel, x + first * kBlockDepth, tile.rows, a.depth, lines, tile.up);
         }
-        outputs.finish(tile);
+        for (size_t r = 0; r < tile.rows; ++r)
+            for (size_t g = 0; g < count; ++g) {
+                float sums[kChannels], ups[kChannels];
+                channel_sums(tile.gate.v[r] + g * kStrips, sums);
+                if (up != nullptr) channel_sums(tile.up.v[r] + g * kStrips, ups);
+                outputs.finish(tile.row + r, g, sums, ups);
+            }
     }
 }
 
