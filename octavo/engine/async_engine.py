@@ -374,8 +374,8 @@ class AsyncEngine:
         for finish in finishes:
             self._process.channel.send(finish)
         now = time.monotonic()
-        for arrival in arrivals:
-            self.metrics.on_tokens(now, arrival.previous, arrival.group.metrics.arrival_time, arrival.count)
+        for (previous, arrival, count), times in arrivals.items():
+            self.metrics.on_tokens(now, previous, arrival, count, times)
         for update in updates:
             self._hand_out(update)
         self.metrics.on_steps(outputs.records)

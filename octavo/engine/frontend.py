@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from octavo.config import EngineConfig
-from octavo.engine.groups import Arrival, Child, Group, Update, take_new
+from octavo.engine.groups import Arrivals, Child, Group, Update, take_new
 from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, RequestError, StepError, TimeLimitError
 from octavo.messages import AddRequest, Admission, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
@@ -195,12 +195,12 @@ class Frontend:
         waiting = (c.parent.metrics.arrival_time for c in self._children.values() if c.first_token_time is None)
         return min(waiting, default=None)
 
-    def process(self, deltas: list[RequestDelta]) -> tuple[list[Update], list[FinishRequest], list[Arrival]]:
+    def process(self, deltas: list[RequestDelta]) -> tuple[list[Update], list[FinishRequest], Arrivals]:
         """Applies what a step brought. Returns outputs per group, finishes for the engine (stop strings found), and
         when tokens arrived, for the metrics."""
         touched: dict[int, Update] = {}
         finishes: list[FinishRequest] = []
-        arrivals: list[Arrival] = []
+        arrivals: Arrivals = {}
         now = time.monotonic()
         for delta in deltas:
             if delta.alone:  # told for later, under the engine's id
@@ -223,15 +223,16 @@ class Frontend:
                 finishes.append(finish)
             new = len(child.output.token_ids) - num_before
             if new > 0:
+                metrics = child.parent.metrics
                 if child.parent.on_tokens:
                     child.parent.on_tokens(new)
-                arrivals.append(Arrival(child.parent, child.last_token_time, new))
+                arrival = (child.last_token_time, metrics.arrival_time if child.last_token_time is None else 0.0, new)
+                arrivals[arrival] = arrivals.get(arrival, 0) + 1
                 child.first_token_time = child.first_token_time or now
                 child.last_token_time = now
-                metrics = child.parent.metrics
                 metrics.first_token_time = metrics.first_token_time or now
                 metrics.last_token_time = now
-            if child.finished:
+            if child.output.finish_reason is not None:
                 del self._children[child.request_id]
             self._collect(touched, child, num_before)
         for update in touched.values():
@@ -306,8 +307,7 @@ class Frontend:
             self._add_logprobs(output, delta.token_ids, delta.logprobs or [])
         if delta.cumulative_logprob is not None:
             output.cumulative_logprob = delta.cumulative_logprob
-        stopped = self._add_text(child, delta)
-        if stopped is not None:
+        if child.stream is not None and (stopped := self._add_text(child, child.stream, delta)) is not None:
             return stopped
         if delta.finish_reason is not None:
             output.finish_reason, output.stop_reason = str(delta.finish_reason), delta.stop_reason
@@ -317,10 +317,8 @@ class Frontend:
     def _fail(self, child: Child, error: str) -> None:
         child.output.finish_reason, child.error = FinishReason.ERROR.value, StepError(error)
 
-    def _add_text(self, child: Child, delta: RequestDelta) -> FinishRequest | None:
-        output, stream = child.output, child.stream
-        if stream is None:
-            return None
+    def _add_text(self, child: Child, stream: TextStream, delta: RequestDelta) -> FinishRequest | None:
+        output = child.output
         text = stream.add(delta.token_ids, ends_with_stop_token=delta.finish_reason == FinishReason.STOP)
         output.text += text.text
         if text.stop is not None and text.num_kept is not None:
@@ -361,7 +359,7 @@ class Frontend:
         kind = group.params.output_kind
         if kind is RequestOutputKind.DELTA:
             new = take_new(child, num_before)
-            if update is None and group.relay is not None and not child.finished and group.relay(new):
+            if update is None and group.relay is not None and new.finish_reason is None and group.relay(new):
                 return
         if update is None:
             update = touched[id(group)] = Update(group, None)

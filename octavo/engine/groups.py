@@ -16,6 +16,10 @@ from octavo.text.stream import TextStream
 if TYPE_CHECKING:
     from octavo.observe.metrics import Metrics  # the offline engine has none
 
+# (when the last tokens of a request had come, when it came itself if there were none, how many came together now): of
+# how many requests. Those that run together have arrived together, so a step has few of these.
+Arrivals = dict[tuple[float | None, float, int], int]
+
 
 @dataclass(slots=True)
 class Child:
@@ -81,15 +85,6 @@ class Update:
 
     group: Group
     output: RequestOutput | None
-
-
-@dataclass(slots=True)
-class Arrival:
-    """Tokens of one request that arrived together; `previous` is when its last ones did."""
-
-    group: Group
-    previous: float | None
-    count: int
 
 
 def take_new(child: Child, num_tokens: int) -> CompletionOutput:

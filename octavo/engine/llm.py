@@ -288,7 +288,7 @@ class LLM:
                     if update.output is not None:
                         done[update.group.request_id] = update.output
                         progress.finished(update.output)
-                progress.tokens(sum(a.count for a in arrivals))
+                progress.tokens(sum(count * times for (*_, count), times in arrivals.items()))
         return [done[group.request_id] for group in groups]
 
     def _abandon(self, groups: Iterable[Group]) -> None:

@@ -84,14 +84,14 @@ class Metrics:
         """A request found the queue full."""
         self._request.rejections.add()
 
-    def on_tokens(self, now: float, previous: float | None, arrival: float, count: int) -> None:
-        """Takes `count` tokens of one request that arrived together; `previous` is when its last ones did."""
+    def on_tokens(self, now: float, previous: float | None, arrival: float, count: int, times: int = 1) -> None:
+        """Takes `count` tokens of each of `times` requests that arrived together; `previous` is when their last did."""
         request = self._request
-        request.generation_tokens.add(count)
+        request.generation_tokens.add(count * times)
         if previous is None:
-            request.first_token.observe(now - arrival)
+            request.first_token.observe(now - arrival, times)
         else:
-            request.inter_token.observe((now - previous) / count, count)
+            request.inter_token.observe((now - previous) / count, count * times)
 
     def on_finished(
         self,

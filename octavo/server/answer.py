@@ -47,11 +47,11 @@ class Answer(Response):
         self._num_sent = 0  # parts
         self._turn = asyncio.Lock()  # a comment does not come between, nor behind the end
         self._ended = False
-        self._wire: Wire | None = None
+        self.wire: Wire | None = None  # the short way; free once the stream has begun
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer until it ends or the client is gone."""
-        self._wire = scope["state"].get("wire")
+        self.wire = scope["state"].get("wire")
         work = asyncio.create_task(self._send(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
         try:
@@ -68,11 +68,11 @@ class Answer(Response):
         pause = (self.ping_seconds or STUCK_SECONDS) if self.stream else None
         comment = PING if self.ping_seconds else b""  # without one, its turn must come all the same
         while True:
-            num_sent = self._num_sent
+            num_sent = self._count()
             done, _ = await asyncio.wait((work, gone), timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             if done:
                 return
-            if self._num_sent == num_sent:
+            if self._count() == num_sent:
                 try:
                     await asyncio.wait_for(self._part(send, comment), STUCK_SECONDS)
                 except TimeoutError:
@@ -95,24 +95,17 @@ class Answer(Response):
                 self._ended = True
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    @property
-    def is_free(self) -> bool:
-        """Whether write() may be called: a stream that has begun, to a client that takes what it gets."""
-        return self._begun and self._wire is not None and self._wire.is_free
-
-    def write(self, part: bytes) -> None:
-        """Sends a piece of a stream at once."""
-        assert self._wire is not None
-        self._wire.write(part)
-        self._num_sent += 1
+    def _count(self) -> int:
+        """Parts that were sent."""
+        return self._num_sent + (self.wire.num_written if self.wire else 0)
 
     async def _part(self, send: Send, part: bytes) -> None:
         """Sends a piece of a stream, behind its head if it is the first."""
         async with self._turn:
             if self._ended or not part:
                 return
-            if self.is_free:
-                self.write(part)
+            if self.wire is not None and self.wire.is_free:
+                self.wire.write(part)
                 return
             if not self._begun:
                 self._begun = True

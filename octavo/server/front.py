@@ -125,7 +125,7 @@ class Front:
             weight=key.weight,
             timeout=body.timeout,
             pooling=pooling,
-            on_tokens=key.spend,
+            on_tokens=key.spend if key.tokens else None,
             relay=relay,
         )
 

@@ -146,10 +146,11 @@ class Generation(ABC):
 
     def _relay(self, new: CompletionOutput) -> bool:
         """Sends what came while `_events` waits, without waking it. Its first output and its last are its own."""
-        if not self._has_opened or not self._answer.is_free:
+        wire = self._answer.wire
+        if not self._has_opened or wire is None or not wire.is_free:
             return False
         if part := self._chunks(self._writer, 0, new):
-            self._answer.write(part)
+            wire.write(part)
         return True
 
     def _chunks(self, writer: ChunkWriter, number: int, answer: CompletionOutput) -> bytes:

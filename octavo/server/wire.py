@@ -16,6 +16,7 @@ class Wire:
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
+        self.num_written = 0  # chunks
 
     @classmethod
     def of(cls, scope: Scope, send: Send) -> Wire | None:
@@ -46,4 +47,5 @@ class Wire:
     def write(self, part: bytes) -> None:
         """Writes a chunk; not an empty one, which would be the last."""
         assert part
+        self.num_written += 1
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))

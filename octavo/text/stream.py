@@ -47,7 +47,7 @@ class TextStream:
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._detokenize = params.detokenize
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = b""  # the beginning of a character
         self._stops = params.stops
         self._letters = frozenset("".join(params.stops))
         self._held = ""  # decoded, and perhaps the beginning of a stop string
@@ -69,11 +69,11 @@ class TextStream:
         silent = ends_with_stop_token and not self._include_stop
         shown = token_ids[:-1] if silent else token_ids
         if not self._stops:
-            return TextDelta(self._decoder.decode(b"".join(map(self._bytes, shown))))
+            return TextDelta(self._decode(shown))
         texts: list[str] = []
         for token in shown:
             self._num_tokens += 1
-            text, stop = self._search(self._decoder.decode(self._bytes(token)))
+            text, stop = self._search(self._decode((token,)))
             texts.append(text)
             if stop is not None:
                 self._stopped = TextDelta("", stop, self._num_tokens)
@@ -85,12 +85,18 @@ class TextStream:
         """What is still held back; call it once, when no token will follow. "" after a stop string."""
         if self._stopped is not None or not self._detokenize:
             return ""
-        text = self._held + self._decoder.decode(b"", final=True)
-        self._held = ""
+        text = self._held + self._rest.decode(errors="replace")
+        self._held, self._rest = "", b""
         return text
 
-    def _bytes(self, token: int) -> bytes:
-        return b"" if token in self._skipped else self._tokenizer.token_bytes(token)
+    def _decode(self, tokens: Sequence[int]) -> str:
+        data = self._rest
+        for token in tokens:
+            if token not in self._skipped:
+                data += self._tokenizer.token_bytes(token)
+        text, num_read = codecs.utf_8_decode(data, "replace")
+        self._rest = data[num_read:]
+        return text
 
     def _search(self, text: str) -> tuple[str, str | None]:
         """What may go out now that `text` has come in, and the stop string that it completes."""
