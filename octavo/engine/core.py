@@ -32,7 +32,6 @@ from octavo.request import FinishReason, Request, answer_ids
 from octavo.scheduler.choose import make_policy
 from octavo.scheduler.copying import CopyChoice
 from octavo.scheduler.cost import StepWork
-from octavo.scheduler.deltas import last_deltas
 from octavo.scheduler.recorder import RecordingScheduler
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import SchedulerOutput
@@ -140,7 +139,7 @@ class EngineCore:
         """Takes one message from the front; it acts at the next step."""
         if isinstance(message, AddRequest):
             if self._secluded:
-                self._held.append((self._clock(), message))
+                self._hold(message)
             else:
                 self._let_in(message)
         elif isinstance(message, messages.AbortRequests):
@@ -198,6 +197,23 @@ class EngineCore:
         else:
             self._add(message)
 
+    def _hold(self, message: AddRequest) -> None:
+        """Keeps what comes meanwhile, as far as the queue would."""
+        num_tokens = sum(len(held.prompt_token_ids) for _, held in self._held)
+        try:
+            if not message.runs_alone:  # that one was let in before
+                self.scheduler.door.check(len(self._held), num_tokens, len(message.prompt_token_ids), self._clock())
+        except QueueFullError as error:
+            self._refuse(message, error)
+        else:
+            self._held.append((self._clock(), message))
+
+    def _refuse(self, message: AddRequest, error: Exception) -> None:
+        for name in answer_ids(message.request_id, message.params):
+            refusal = _failed(name, str(error), type(error).__name__)
+            refusal.retry_after = error.retry_after if isinstance(error, QueueFullError) else 0.0
+            self._pending.append(refusal)
+
     def _abort_held(self, request_id: str) -> list[RequestDelta]:
         held = next((item for item in self._held if item[1].request_id == request_id), None)
         if held is None:
@@ -235,10 +251,7 @@ class EngineCore:
         except Exception as error:  # the front checked it; whatever is left ends this request and no other
             if not isinstance(error, OctavoError):
                 log.exception("request %s cannot be added", message.request_id)
-            for refusal in last_deltas(request, FinishReason.ERROR, str(error), type(error).__name__):
-                if isinstance(error, QueueFullError):
-                    refusal.retry_after = error.retry_after
-                self._pending.append(refusal)
+            self._refuse(message, error)
 
     def _launch(self) -> bool:
         record = StepRecord(step=self.log.num_steps + len(self._in_flight), time=self._clock())

@@ -33,23 +33,28 @@ class Door:
 
     def enter(self, request: Request, num_waiting: int, now: float) -> None:
         """Lets a Request in. Raises QueueFullError, with the predicted wait, when the queue is full."""
-        num_tokens = self._num_tokens + request.num_prompt_tokens
+        if not request.retry_alone:  # that one was let in before
+            self.check(num_waiting, self._num_tokens, request.num_prompt_tokens, now)
+        self._num_tokens += request.num_prompt_tokens
+        if request.deadline is not None:
+            self._deadline_of[request.request_id] = request.deadline
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+
+    def check(self, num_waiting: int, num_tokens: int, num_new: int, now: float) -> None:
+        """Raises QueueFullError, with the predicted wait, where so many Requests with so many prompt tokens wait that
+        one of `num_new` more is too many."""
         full_reqs = self._max_num_reqs and num_waiting >= self._max_num_reqs
-        full_tokens = self._max_num_tokens and num_waiting and num_tokens > self._max_num_tokens
-        if (full_reqs or full_tokens) and not request.retry_alone:  # that one was let in before
+        full_tokens = self._max_num_tokens and num_waiting and num_tokens + num_new > self._max_num_tokens
+        if full_reqs or full_tokens:
             limit = f"{self._max_num_reqs} requests (max_num_queued_reqs)"
             if not full_reqs:
                 limit = f"{self._max_num_tokens} prompt tokens (max_num_queued_tokens)"
             wait = self.predicted_wait(num_waiting, now)
             raise QueueFullError(
-                f"the queue is full: {num_waiting} requests with {self._num_tokens} prompt tokens wait, the limit is "
+                f"the queue is full: {num_waiting} requests with {num_tokens} prompt tokens wait, the limit is "
                 f"{limit}; a new one would wait about {wait:.0f} s: try again then",
                 retry_after=wait,
             )
-        self._num_tokens = num_tokens
-        if request.deadline is not None:
-            self._deadline_of[request.request_id] = request.deadline
-            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
 
     def admitted(self, request: Request, now: float) -> None:
         """A Request runs for the first time."""

@@ -253,3 +253,20 @@ def test_a_beam_search_told_again_has_the_engine_for_itself_until_it_ends(files)
     beam_reasons = {"beams#0": "length", "beams#1": "length", "gone#0": "abort", "gone#1": "abort"}
     assert reasons == {**beam_reasons, "kept": "length", "left": "abort", "late": "error"}
     assert ended["late"].error_kind == "TimeLimitError"
+
+
+def test_what_a_lonely_beam_search_holds_is_bounded_as_the_queue_is(files):
+    core = make_core(files, max_num_queued_reqs=2)
+    beams = SamplingParams(n=2, use_beam_search=True, temperature=0.0, max_tokens=5, ignore_eos=True)
+    plain = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    core.handle(AddRequest("beams", [5, 6, 7], beams, 5, seed=0, runs_alone=True))
+    core.handle(AddRequest("told again", [8, 9], plain, 2, seed=0, runs_alone=True))
+    for name, params in (("second", plain), ("third", plain), ("fourth", beams)):
+        core.handle(AddRequest(name, [8, 9], params, 2, seed=0))
+    deltas = core.step().deltas
+    refused = [(d.request_id, d.error_kind, d.retry_after >= 1.0) for d in deltas if d.error]
+    assert refused == [(name, "QueueFullError", True) for name in ("third", "fourth#0", "fourth#1")]
+    ended = {}
+    while core.has_work:
+        ended |= {d.request_id: d.finish_reason for d in core.step().deltas if d.finish_reason}
+    assert ended == dict.fromkeys(("beams#0", "beams#1", "told again", "second"), "length")
