@@ -81,6 +81,15 @@ def test_prefill_attention(device, heads, kv_heads, dim):
     assert out[-1].isnan().all(), "a row behind the last"
 
 
+@pytest.mark.parametrize(
+    ("rows", "num_out", "expected"),
+    [(2048, 6144, True), (1536, 6144, False), (8192, 4096, True), (64, 4096, False), (256, 22016, False)],
+)
+def test_products_are_taken_where_the_last_round_of_tiles_is_nearly_full(monkeypatch, rows, num_out, expected):
+    monkeypatch.setattr(operators, "_num_multiprocessors", lambda: 132)
+    assert operators.fills(rows, num_out) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["silu_mul", "gelu_tanh_mul"])

@@ -10,7 +10,7 @@ from octavo.errors import MemoryPlanError, UnsupportedError  # noqa: E402
 from octavo.program.ops import Add, Embedding, Experts, Linear, Norm  # noqa: E402
 from octavo.runtime.base import SamplingInputs  # noqa: E402
 from octavo.runtime.cuda import operators  # noqa: E402
-from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape  # noqa: E402
+from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape, mixed_sizes  # noqa: E402
 from octavo.runtime.cuda.kernels import sampling as sampling_kernels  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
 from octavo.runtime.cuda.staging import Staging, padded_views, send_padded, send_step  # noqa: E402
@@ -134,7 +134,7 @@ def test_products_of_many_rows_in_a_decoder(device, monkeypatch, groups, kv):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("written for Hopper")
     kinds, launch = [], operators.Product.launch
-    monkeypatch.setattr(operators, "rows_to_fill", lambda num_out: 20)
+    monkeypatch.setattr(operators, "fills", lambda num_rows, num_out: num_rows > 20)
     monkeypatch.setattr(operators.Product, "launch", lambda self, rows: (kinds.append(self._kind), launch(self, rows)))
     program = decoder_program(hidden=64, heads=4, kv_heads=2, dim=64, inner=96, groups=groups)
     compare(device, program, LONG, dtype="bfloat16", kv=kv, steps=Steps(groups=groups))
@@ -283,6 +283,12 @@ def test_graphs_of_mixed_steps_give_what_eager_steps_give(device):
     ]
     assert compare(device, decoder_program(), plan, logits="last").num_replays == 2
     assert compare(device, decoder_program(), plan, logits="last", use_graphs=False).num_replays == 0
+
+
+def test_sizes_of_mixed_steps_are_few_and_all_known():
+    sizes = {mixed_shape(n, 1, 2048, 16).num_tokens for n in range(1, 2048)}
+    assert sorted(sizes) == mixed_sizes(2048)
+    assert len(sizes) == 16
 
 
 @pytest.mark.parametrize("rows", [4, 16])

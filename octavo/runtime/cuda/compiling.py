@@ -1,7 +1,8 @@
-"""A process that compiles Triton kernels into Triton's cache: `python -m octavo.runtime.cuda.compiling ARCH`.
+"""A process that compiles Triton kernels into Triton's cache: `python -m octavo.runtime.cuda.compiling ARCH KEY`.
 
-On its standard input, a line each, is what to compile, as Triton writes it down (JSON). It needs neither torch nor a
-card, so it begins at once, and shares nothing with others: threads of one process would wait for Python's lock.
+On its standard input, a line each, is what to compile, as Triton writes it down (JSON), behind a word: "caller" where
+what calls the kernel is compiled, too. When that is done it prints a line. It needs neither torch nor a card, so it
+begins at once, and shares nothing with others: threads of one process would wait for Python's lock.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime import cache
 from triton.runtime.driver import driver
 
 
@@ -30,14 +32,18 @@ class Card:
         return 0
 
 
-def compile_kernel(wanted: str) -> None:
+def compile_kernel(wanted: str, *, with_caller: bool) -> None:
     """Compiles a kernel, and what calls it, which is C and compiled by gcc."""
     module, _, name = json.loads(wanted)["name"].rpartition(".")
     compiled = getattr(import_module(module), name).preload(wanted)
-    CudaLauncher(compiled.src, compiled.metadata)
+    if with_caller:
+        CudaLauncher(compiled.src, compiled.metadata)
 
 
 if __name__ == "__main__":
     driver.set_active(Card(int(sys.argv[1])))
+    cache.triton_key = lambda: sys.argv[2]  # whoever started this knows it: to make it, all of Triton is read
     for line in sys.stdin:
-        compile_kernel(line)
+        word, _, text = line.partition(" ")
+        compile_kernel(text, with_caller=word == "caller")
+        print("done", flush=True)

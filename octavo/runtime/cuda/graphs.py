@@ -42,6 +42,12 @@ def mixed_shape(num_tokens: int, num_requests: int, max_tokens: int, max_rows: i
     return Shape(size, next((n for n in _MIXED_ROWS if num_requests <= n <= max_rows), max_rows), is_decode=False)
 
 
+def mixed_sizes(max_tokens: int) -> list[int]:
+    """Every number of tokens that mixed_shape() gives."""
+    shapes = (mixed_shape(n, 1, max_tokens, 1) for n in range(max_tokens))
+    return sorted({shape.num_tokens for shape in shapes if shape is not None})
+
+
 def most_mixed_tokens(num_weights: int) -> int:
     """Tokens from which on a step takes the device longer than its launches take the host: padding would be a loss."""
     return min(int(_LAUNCHED_IN * _OPERATIONS / (2 * max(num_weights, 1))), MOST_MIXED_TOKENS)

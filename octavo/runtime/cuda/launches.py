@@ -239,10 +239,10 @@ class Launches:
         product = operators.Product(
             node, x, weight, bias, out, heads=heads, table=table, norms=norms, chained=self._chained
         )
-        least, backend, kv = operators.rows_to_fill(weight.shape[0]), self._backend, self._kv
+        num_out, backend, kv = weight.shape[0], self._backend, self._kv
 
         def is_taken(num_rows: int) -> bool:
-            return num_rows >= least and (backend.writes_kv if heads else backend.has_cpp)
+            return (backend.writes_kv if heads else backend.has_cpp) and operators.fills(num_rows, num_out)
 
         def launch(step: DeviceStep, num_rows: int) -> bool:
             if not is_taken(num_rows):

@@ -6,18 +6,24 @@ else, for this process: nothing in Triton can be told to.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from subprocess import DEVNULL, PIPE
+from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import torch
+import triton
 from triton import knobs
+from triton.runtime import cache
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -25,9 +31,8 @@ _MOST_THREADS = 16
 _Key = tuple[object, ...]
 
 
-@contextmanager
-def only_compiling() -> Iterator[None]:
-    """A launch only asks for its kernel; leaving waits until all are compiled, by other processes, and loaded."""
+def compile_kernels(launch: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+    """Compiles what `launch` would launch, by other processes, does something `meanwhile`, and loads the kernels."""
     asked: dict[_Key, Callable[[], Any]] = {}
 
     def ask(kernel: Any, grid: object, *args: object, **constants: object) -> None:
@@ -35,19 +40,41 @@ def only_compiling() -> Iterator[None]:
         asked.setdefault(key, partial(kernel.run, *args, grid=grid, warmup=True, **constants))
 
     with _launching_by(ask):
-        yield
+        launch()
+    wanted = _wanted(asked.values())
+    names = sorted(kernel.cache_key + text for text, (kernel, _) in wanted.items())
+    done = Path(knobs.cache.dir, "octavo-" + hashlib.sha256("".join([triton.__version__, *names]).encode()).hexdigest())
+    done.parent.mkdir(parents=True, exist_ok=True)
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    _compile_aside(_wanted(asked.values()), threads)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_load, asked.values()))
+    # one start at a time: what calls a kernel must not be replaced by another process while it is loaded
+    with done.with_name("octavo.lock").open("w") as lock, ThreadPoolExecutor(threads) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        count = 0 if done.exists() else threads  # then all of them lie beside it, in Triton's cache
+        compiling = pool.map(_compile_aside, [iter(_jobs(wanted))] * count)
+        meanwhile()
+        list(compiling)
+        done.touch()
+        list(pool.map(_load, [run for _, run in wanted.values()]))
 
 
-def _wanted(runs: Iterable[Callable[[], Any]]) -> list[str]:
-    """What Triton would compile for these launches, as it writes that down."""
-    found: dict[str, None] = {}
+def _jobs(wanted: dict[str, tuple[Any, Callable[[], Any]]]) -> list[str]:
+    """Lines for `compiling`, what takes longest first; of kernels that are called alike, one brings what calls them."""
+    callers: set[str] = set()
+    jobs = []
+    for text in sorted(wanted, key=lambda text: -len(wanted[text][0].src)):
+        parts = json.loads(text)
+        caller = json.dumps([parts["signature"], parts["constant_keys"]])
+        jobs.append(f"{'kernel' if caller in callers else 'caller'} {text}")
+        callers.add(caller)
+    return jobs
 
-    def note(*, compile: dict[str, Any], **_: object) -> bool:
-        found[compile["specialization_data"]] = None
+
+def _wanted(runs: Iterable[Callable[[], Any]]) -> dict[str, tuple[Any, Callable[[], Any]]]:
+    """What Triton would compile for these launches, as it writes that down: of which function, by which launch."""
+    found: dict[str, tuple[Any, Callable[[], Any]]] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        found[compile["specialization_data"]] = (fn.jit_function, run)
         return True  # and do not compile it
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
@@ -56,20 +83,21 @@ def _wanted(runs: Iterable[Callable[[], Any]]) -> list[str]:
             run()
     finally:
         knobs.runtime.jit_cache_hook = before
-    return list(found)
+    return found
 
 
-def _compile_aside(wanted: list[str], most: int) -> None:
-    """Fills Triton's cache. What fails there will fail again, and say why, where the kernel is loaded."""
-    command = [sys.executable, "-m", "octavo.runtime.cuda.compiling", str(driver.active.get_current_target().arch)]
+def _compile_aside(jobs: Iterator[str]) -> None:
+    """Fills Triton's cache by a process. What fails there will fail again, and say why, where the kernel is loaded."""
+    arch = driver.active.get_current_target().arch
+    command = [sys.executable, "-m", "octavo.runtime.cuda.compiling", str(arch), cache.triton_key()]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    parts = [wanted[i::most] for i in range(min(most, len(wanted)))]
-    with ExitStack() as stack:
-        for part in parts:
-            process = stack.enter_context(subprocess.Popen(command, stdin=PIPE, stdout=DEVNULL, env=env, text=True))
-            assert process.stdin is not None
-            process.stdin.write("\n".join(part))
-            process.stdin.close()
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, env=env, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for job in jobs:  # which all processes share
+            print(job, file=process.stdin, flush=True)
+            if not process.stdout.readline():
+                return
 
 
 def _load(run: Callable[[], Any]) -> None:

@@ -255,9 +255,19 @@ def can_multiply(node: Linear, heads: RopeKVWrite | None = None) -> bool:
     )
 
 
-def rows_to_fill(num_out: int) -> int:
-    """Rows from which on there is a tile of the product for each multiprocessor."""
-    return 128 * -(-torch.cuda.get_device_properties().multi_processor_count // -(-num_out // 256))
+def fills(num_rows: int, num_out: int) -> bool:
+    """Whether the tiles of a product, 256 x 256 for two multiprocessors, leave few of them idle in the last round.
+
+    Where they do, cuBLAS's smaller tiles gain more than a kernel less.
+    """
+    pairs = _num_multiprocessors() // 2
+    rounds = -(-(-(-num_rows // 256) * -(-num_out // 256)) // pairs)
+    return rounds * pairs * 256 * 256 < 1.15 * num_rows * num_out
+
+
+@functools.cache
+def _num_multiprocessors() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count
 
 
 class Product:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from octavo.errors import MemoryPlanError, StepError, UnsupportedError
-from octavo.program.ops import Attention, Experts
+from octavo.program.ops import Attention, Experts, Linear, Rows
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Int32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
@@ -25,11 +26,12 @@ from octavo.runtime.cuda.graphs import (
     buckets,
     mixed_rows,
     mixed_shape,
+    mixed_sizes,
     most_mixed_tokens,
 )
 from octavo.runtime.cuda.host import HostBlocks
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_experts
-from octavo.runtime.cuda.launching import only_compiling, quick_launches
+from octavo.runtime.cuda.launching import compile_kernels, quick_launches
 from octavo.runtime.cuda.null_steps import adjusting, null_sampling, null_step
 from octavo.runtime.cuda.packing import pack, packed_bytes
 from octavo.runtime.cuda.results import Results
@@ -165,8 +167,8 @@ class CudaRuntime:
         most = min(self._limits)
         try:
             self._make_pool(0, block_size, dtype, waits=False)
-            with torch.inference_mode(), only_compiling():
-                self._launch_null_steps()
+            with torch.inference_mode():
+                compile_kernels(self._launch_null_steps, self._warm_products)
             self._drop_pool()
             self._make_pool(0, block_size, dtype)
             length = min(most_tokens, self._loaded().max_model_len)
@@ -193,6 +195,7 @@ class CudaRuntime:
                     for ending in (GREEDY, DRAWS):
                         self._run_null_step([1] * size, ending)
                 torch.cuda.synchronize()
+                gc.freeze()  # else a collection now and then looks through all of torch: a step waits 50 ms for it
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(
                 f"the device has no room for {num_blocks} KV blocks and the graphs of its steps: lower "
@@ -267,6 +270,7 @@ class CudaRuntime:
         for name in ("_arena", "_sampler", "_staging", "_results", "_blocks"):
             self.__dict__.pop(name, None)
         if self._device.type == "cuda":
+            gc.unfreeze()
             torch.cuda.empty_cache()
 
     def _sizes(self) -> list[int]:
@@ -318,6 +322,13 @@ class CudaRuntime:
             sampling = adjusting(null_sampling(1, ending), self._loaded().vocab_size)
             step = self._send(self._null_step([1]), sampling)
             self._launch_adjusted(self._arena.view(self._loaded().logits)[:1], step, sampling)
+
+    def _warm_products(self) -> None:
+        """cuBLAS chooses and loads a kernel for a shape when first asked: up to 20 ms in steps that are captured."""
+        kinds = {n.weight.shape: n for n in self._loaded().nodes if isinstance(n, Linear) and n.out.rows is Rows.TOKENS}
+        for size in mixed_sizes(self._most_mixed):
+            for node in kinds.values():
+                torch.mm(self._arena.view(node.x)[:size], self._weights[node.weight.parts].t())
 
     def _null_step(self, counts: list[int]) -> StepInputs:
         return null_step(counts, self._null_block, self._block_size, self._loaded().num_kv_groups)
