@@ -109,6 +109,7 @@ def poisson(llm: Any, shape: str, work: Any, rate: float, result: Result) -> Non
         f"{shape} G6 arrivals", rate=rate, out_tok_s=work.num_out / seconds, itl_p50_ms=float(np.median(itl)),
         itl_p99_ms=float(np.percentile(itl, 99)), itl_max_ms=float(itl.max()), ttft_p50_ms=float(np.median(ttft)),
         ttft_p99_ms=float(np.percentile(ttft, 99)), **host_times(records),
+        longest_launch_ms=max(r.launch_seconds for r in records) * 1e3,
     )  # fmt: skip
 
 

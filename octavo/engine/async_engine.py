@@ -293,7 +293,9 @@ class AsyncEngine:
     async def _read(self) -> str:
         """Takes what the engine publishes until it is gone; says why it went."""
         try:
-            await self._process.channel.deliver(self._take)
+            while (message := await self._process.channel.receive()) is not None:
+                if isinstance(message, StepOutputs):
+                    self._take(message)
         except Exception as error:
             log.exception("reading the engine's outputs failed")
             self._process.kill()
