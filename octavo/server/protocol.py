@@ -7,6 +7,7 @@ A field is honoured, or refused with 400 naming it; none is swallowed. Known fie
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -22,6 +23,7 @@ MAX_CHOICES = 1024  # prompts x n of one request
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_TEMPLATE_KWARGS = 32
+MAX_NAME = 64  # characters of a field whose like is looked for
 MAX_TOOLS = 128
 REQUEST_ID = r"^[A-Za-z0-9._-]{1,128}$"
 
@@ -87,6 +89,15 @@ class Strict(BaseModel):
             elif value is not None and not any(_same(value, other) for other in neutral):
                 why = _INSTEAD.get(name, f"{name} is not supported here: leave it out")
                 raise UnsupportedParameterError(why, param=name)
+        unknown = next(
+            (name for name in kept if name not in cls.model_fields), None
+        )  # one: looking for its like is slow
+        if unknown is not None and len(unknown) <= MAX_NAME:
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            close = get_close_matches(unknown, known, 1, cutoff=0.8)
+            if close and close[0] != unknown:
+                why = f"{unknown} is not a parameter of this server: did you mean {close[0]}?"
+                raise UnsupportedParameterError(why, param=unknown)
         return kept
 
 

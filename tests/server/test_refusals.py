@@ -186,3 +186,14 @@ def test_wrong_chat_value(shared: Server, change: dict, param: str, code: str) -
 def test_a_missing_field_is_named(shared: Server) -> None:
     error = refused(shared, "/v1/completions", {"max_tokens": 1})
     assert (error["param"], error["code"]) == ("prompt", "missing_required_parameter")
+
+
+def test_a_misspelt_field_is_told_what_it_may_have_meant(shared: Server) -> None:
+    error = refused(shared, "/v1/chat/completions", {**CHAT, "temprature": 1})
+    assert (error["param"], error["code"]) == ("temprature", "unsupported_parameter")
+    assert error["message"].endswith("did you mean temperature?")
+    nested = refused(shared, "/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usages": 1}})
+    assert nested["param"] == "stream_options.include_usages"
+    assert nested["message"].endswith("did you mean include_usage?")
+    for far in ("nonsense", "temperature" * 9, "x" * 100_000):
+        assert refused(shared, "/v1/chat/completions", {**CHAT, far: 1})["message"].endswith("leave it out")
