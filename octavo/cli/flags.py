@@ -47,21 +47,13 @@ FLAGS: dict[str, Flag] = {
     "revision": Flag("Model", "Branch, tag or commit of a Hub repository.", "NAME"),
     "download_dir": Flag("Model", "Folder for fetched models, instead of the cache folder.", "FOLDER"),
     "load_format": Flag("Model", "dummy: seeded random weights from a bare config.json."),
-    "dtype": Flag(
-        "Model", "auto: the checkpoint's own where the runtime has kernels for it, else float32; bfloat16 on a GPU."
-    ),
-    "quantization": Flag(
-        "Model", "Round all matrices and the activations they meet at load; int8, on a CPU.", "METHOD", short="-q"
-    ),
+    "dtype": Flag("Model", "auto: as stored where the runtime has kernels for it, else float32; bfloat16 on a GPU."),
+    "quantization": Flag("Model", "Round matrices, and activations they meet: int8, on a CPU.", "METHOD", short="-q"),
     "seed": Flag("Model", "Seed of sampling, and of dummy weights."),
     "trust_remote_code": Flag("Model", "Run code found in a repository: never. Refused when given."),
-    "max_model_len": Flag(
-        "Memory", "Tokens of prompt and answer together; default: the model's own, cut to what fits.", is_size=True
-    ),
+    "max_model_len": Flag("Memory", "Tokens of a request; default: the model's own, cut to what fits.", is_size=True),
     "kv_cache_memory_bytes": Flag("Memory", "Memory of the KV cache, such as 400MiB; default: planned.", is_size=True),
-    "num_gpu_blocks_override": Flag(
-        "Memory", "Blocks of the KV cache, on any device, instead of planning.", is_size=True
-    ),
+    "num_gpu_blocks_override": Flag("Memory", "Blocks of the KV cache, any device, instead of planning.", is_size=True),
     "block_size": Flag("Memory", "Tokens of one KV block."),
     "kv_cache_dtype": Flag(
         "Memory",
@@ -69,9 +61,7 @@ FLAGS: dict[str, Flag] = {
         "a GPU.",
     ),
     "enable_prefix_caching": Flag("Memory", "Keep the KV of finished prefixes and share it."),
-    "enable_copy_on_write": Flag(
-        "Memory", "Compute the prompt of n answers once; they share its KV and copy on write."
-    ),
+    "enable_copy_on_write": Flag("Memory", "Compute the prompt of n answers once; they share its KV, copy on write."),
     "swap_space": Flag(
         "Memory",
         "GiB of host memory that keep the KV of evicted prefixes and preempted requests, where copying it back is "
@@ -87,9 +77,7 @@ FLAGS: dict[str, Flag] = {
     "prefix_caching_hash_key": Flag("Memory", "Key of the prefix hash; default: random for each engine.", "TEXT"),
     "gpu_memory_utilization": Flag("Memory", "Share of a GPU's memory to use; read on a GPU only."),
     "max_num_seqs": Flag("Scheduler", "Requests that run at once.", is_size=True),
-    "max_num_batched_tokens": Flag(
-        "Scheduler", "Tokens computed in one step, prompts and answers together.", is_size=True
-    ),
+    "max_num_batched_tokens": Flag("Scheduler", "Tokens of one step, prompts and answers together.", is_size=True),
     "enable_chunked_prefill": Flag("Scheduler", "Cut long prompts to the step's budget; cannot be switched off."),
     "long_prefill_token_threshold": Flag("Scheduler", "Most tokens of one prompt in a step; 0: no cap.", is_size=True),
     "async_scheduling": Flag(
@@ -122,11 +110,9 @@ FLAGS: dict[str, Flag] = {
     ),
     "record_bytes": Flag("Scheduler", "Size of that recording; the oldest goes first.", is_size=True),
     "max_logprobs": Flag("Scheduler", "Most alternatives a request may ask for per token."),
-    "runtime": Flag(
-        "Execution", "native: compiled for the CPU; cuda: a GPU; reference: numpy, the definition of every op."
-    ),
+    "runtime": Flag("Execution", "native: compiled for the CPU; cuda: a GPU; reference: numpy, defines every op."),
     "num_threads": Flag(
-        "Execution", "Threads of the native runtime; default: the cores this process may use, or its cgroup's quota."
+        "Execution", "Threads of the native runtime; default: the cores, or the cgroup's quota of them."
     ),
     "enforce_eager": Flag("Execution", "No CUDA graphs; read on a GPU only."),
     "fuse_ops": Flag("Execution", "Norms and sums inside products, kernels that overlap; read on a GPU only."),
@@ -135,9 +121,7 @@ FLAGS: dict[str, Flag] = {
         "triton; cuda: C++ kernels where there is one, built with nvcc; auto: those where they are faster and nvcc is "
         "found. Read on a GPU only.",
     ),
-    "cuda_ops": Flag(
-        "Execution", "Norms and activations: triton, or cuda: C++ operators, built with nvcc; read on a GPU only."
-    ),
+    "cuda_ops": Flag("Execution", "Norms and activations: triton, or cuda: C++, built with nvcc; read on a GPU only."),
     "tensor_parallel_size": Flag("Execution", f"Devices that share each layer. {_LATER}", short="-tp"),
     "pipeline_parallel_size": Flag("Execution", f"Devices that share the layers. {_LATER}", short="-pp"),
 }

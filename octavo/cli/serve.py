@@ -68,9 +68,7 @@ class HttpFlags:
     """How the server listens and speaks."""
 
     panel: ClassVar[str] = "HTTP"
-    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 is every network.", metavar="ADDRESS")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0: every network.", metavar="ADDRESS")] = "127.0.0.1"
     port: Annotated[int, Option(help="Port to listen on; 0 takes a free one.", metavar="N", min=0, max=65535)] = 8000
     chat_template: Annotated[
         Path | None, Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE")
@@ -87,9 +85,7 @@ class HttpFlags:
     reasoning_parser: Annotated[
         str | None, Option(help="How the model writes what it thinks.", metavar="qwen3|deepseek_r1")
     ] = None
-    metrics_compat: Annotated[str, Option(help="vllm repeats every metric under vllm:.", metavar="octavo|vllm")] = (
-        "octavo"
-    )
+    metrics_compat: Annotated[str, Option(help="vllm: every metric as vllm:, too.", metavar="octavo|vllm")] = "octavo"
 
     def __post_init__(self) -> None:
         if self.metrics_compat not in ("octavo", "vllm"):

@@ -131,13 +131,10 @@ def _refuse_idle(config: EngineConfig, trace: TraceFlags, extra: set[str], calib
     generated = {f.name for f in fields(trace)} - {"trace", "limit"}
     with_model = {"model", "revision", "download_dir", "load_format", "dtype", "runtime", "num_threads"}
     with_model |= {"kv_cache_dtype", "kv_cache_memory_bytes", "disable_hybrid_kv_cache_manager"}
-    only_calibrates = calibrate and not validate
+    runs_model, only_calibrates = calibrate or validate, calibrate and not validate
+    has_priorities = "compare" in given or config.scheduling_policy == "priority"
     for names, is_idle, why in (
-        (
-            with_model,
-            not (calibrate or validate),
-            "--calibrate and --validate run a model; else --costs names the machine",
-        ),
+        (with_model, not runs_model, "--calibrate and --validate run a model; else --costs names the machine"),
         ({*generated, "trace", "limit", "compare", "output"}, only_calibrates, "--calibrate runs no trace"),
         ({"repeat"}, not validate, "it is of --validate"),
         ({"compare"}, validate, "--validate is of one --scheduling-policy"),
@@ -147,11 +144,7 @@ def _refuse_idle(config: EngineConfig, trace: TraceFlags, extra: set[str], calib
         ({"rate"}, trace.load is not None, "--load sets the rate"),
         ({"think_time"}, trace.turns == 1, "it is between --turns"),
         ({"tenant_skew"}, trace.num_tenants == 1, "it is between --num-tenants"),
-        (
-            {"priority_ageing"},
-            "compare" not in given and config.scheduling_policy != "priority",
-            "it is of policy priority",
-        ),
+        ({"priority_ageing"}, not has_priorities, "it is of policy priority"),
     ):
         if is_idle and (idle := given & names):
             flags = ", ".join(name.upper() if name == "model" else flag_name(name) for name in sorted(idle))

@@ -293,9 +293,7 @@ class AsyncEngine:
     async def _read(self) -> str:
         """Takes what the engine publishes until it is gone; says why it went."""
         try:
-            while (message := await self._process.channel.receive()) is not None:
-                if isinstance(message, StepOutputs):
-                    self._take(message)
+            await self._process.channel.deliver(self._take)
         except Exception as error:
             log.exception("reading the engine's outputs failed")
             self._process.kill()

@@ -7,10 +7,11 @@ its declared types). Length is bounded, kinds are a closed list, nothing is ever
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import select
 import socket
 import struct
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -59,6 +60,23 @@ def decode(kind: int, payload: bytes | bytearray | memoryview) -> Any:
         raise EngineDeadError(f"malformed {_KINDS[kind].__name__} on the engine channel: {error}") from error
 
 
+def _take_frames(received: bytearray) -> list[Any]:
+    """The messages of all whole frames, which are cut off."""
+    messages = []
+    offset = 0
+    while len(received) - offset >= _HEADER.size:
+        length, kind = _HEADER.unpack_from(received, offset)
+        if length > MAX_FRAME:
+            raise EngineDeadError(f"a frame of {length} bytes on the engine channel is over {MAX_FRAME}")
+        end = offset + _HEADER.size + length
+        if len(received) < end:
+            break
+        messages.append(decode(kind, received[offset + _HEADER.size : end]))
+        offset = end
+    del received[:offset]
+    return messages
+
+
 class EngineChannel:
     """The engine's end: never blocks on a slow front. Outputs that cannot be sent are merged until they can."""
 
@@ -79,7 +97,7 @@ class EngineChannel:
         while not self.closed:
             self._read_available()
             if self._received:
-                messages.extend(self._take_frames())
+                messages.extend(_take_frames(self._received))
             if messages or not wait or self.closed:
                 break
             writers = [self._sock] if self._unsent or self._held else []
@@ -120,21 +138,6 @@ class EngineChannel:
                 self._received += data
         except ConnectionError:
             self.closed = True
-
-    def _take_frames(self) -> list[Any]:
-        messages = []
-        offset = 0
-        while len(self._received) - offset >= _HEADER.size:
-            length, kind = _HEADER.unpack_from(self._received, offset)
-            if length > MAX_FRAME:
-                raise EngineDeadError(f"a frame of {length} bytes on the engine channel is over {MAX_FRAME}")
-            end = offset + _HEADER.size + length
-            if len(self._received) < end:
-                break
-            messages.append(decode(kind, self._received[offset + _HEADER.size : end]))
-            offset = end
-        del self._received[:offset]
-        return messages
 
     def _flush(self) -> None:
         try:
@@ -177,35 +180,73 @@ def merge_delta(earlier: RequestDelta, later: RequestDelta) -> None:
     earlier.alone = later.alone
 
 
-class FrontChannel:
-    """The front's end, on its event loop."""
+class FrontChannel(asyncio.Protocol):
+    """The front's end, on its event loop. Messages wait for receive(), or deliver() hands them on as they arrive."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    _transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self._messages: deque[Any] = deque()
+        self._take: Callable[[Any], None] = self._messages.append
+        self._news = asyncio.Event()
+        self._lost = asyncio.Event()
+        self._error: Exception | None = None
 
     @classmethod
     async def open(cls, sock: socket.socket) -> FrontChannel:
         """Wraps a connected socket."""
-        return cls(*await asyncio.open_unix_connection(sock=sock, limit=1 << 22))
+        return (await asyncio.get_running_loop().create_unix_connection(cls, sock=sock))[1]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The loop's."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """The loop's. What cannot be read, or taken, ends the channel."""
+        self._received += data
+        try:
+            for message in _take_frames(self._received):
+                self._take(message)
+        except Exception as error:  # told to whoever waits
+            self._error = error
+            self._transport.abort()
+        if self._messages or self._error:
+            self._news.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The loop's."""
+        self._lost.set()
+        self._news.set()
 
     def send(self, message: object) -> None:
         """Queues a message; the loop writes it."""
-        if not self._writer.is_closing():
-            self._writer.write(encode(message))
+        if not self._transport.is_closing():
+            self._transport.write(encode(message))
 
     async def receive(self) -> Any | None:
-        """The next message, or None when the engine is gone."""
+        """The next message, or None when the engine is gone. Raises what is wrong with what came."""
+        while not (self._messages or self._error or self._lost.is_set()):
+            self._news.clear()
+            await self._news.wait()
+        if self._messages:
+            return self._messages.popleft()
+        if self._error:
+            raise self._error
+        return None
+
+    async def deliver(self, take: Callable[[Any], None]) -> None:
+        """Hands every message to `take` where it arrives, until the engine is gone: no task is woken for it. Raises
+        what `take` raises."""
+        while self._messages:
+            take(self._messages.popleft())
+        self._take = take
         try:
-            length, kind = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
-            if length > MAX_FRAME:
-                raise EngineDeadError(f"a frame of {length} bytes on the engine channel is over {MAX_FRAME}")
-            return decode(kind, await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
+            await self.receive()
+        finally:
+            self._take = self._messages.append
 
     async def close(self) -> None:
         """Closes the socket; the engine process ends on it."""
-        self._writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
+        self._transport.close()
+        await self._lost.wait()

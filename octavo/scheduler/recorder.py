@@ -42,7 +42,7 @@ from octavo.request import FinishReason, Request
 from octavo.scheduler.forks import same_prefix
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import LeftOut, facts, freeze
-from octavo.step import ModelRunnerOutput, ScheduledRow, SchedulerOutput
+from octavo.step import NO_BLOCKS, ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 log = logging.getLogger("octavo.scheduler")
 FORMAT = "octavo-record-2"
@@ -162,7 +162,7 @@ class Describer(LeftOut):
         for item in output.scheduled:
             start, count = item.start, item.num_tokens
             order.append(item.row)
-            if count != 1 or not item.samples or any(item.new_block_ids) or ends.get(item.row) != start:
+            if count != 1 or not item.samples or item.new_block_ids is not NO_BLOCKS or ends.get(item.row) != start:
                 rows.append([item.row, start, count, item.samples, item.fork_of, *map(_runs, item.new_block_ids)])
             ends[item.row] = start + count
         if order != self._order:
@@ -317,15 +317,15 @@ class RecordingScheduler(Scheduler):
 def _result(output: SchedulerOutput, result: ModelRunnerOutput, deltas: list[RequestDelta]) -> dict[str, Any]:
     """What update() was given, as far as it is not the usual."""
     event: dict[str, Any] = {"n": output.step}
-    others, stopped = [], {}
-    for place, (item, tokens) in enumerate(zip(output.scheduled, result.token_ids, strict=True)):
-        if len(tokens) != item.samples:
-            others.append([place, len(tokens)])
+    counts, usual = [len(tokens) for tokens in result.token_ids], [item.samples for item in output.scheduled]
+    if counts != usual:
+        event["tokens"] = [[place, count] for place, count in enumerate(counts) if count != usual[place]]
+    stopped = {}
     for delta in deltas:
+        if delta.finish_reason is None:  # most: a cheaper question than the next
+            continue
         if delta.finish_reason == FinishReason.STOP and delta.cumulative_logprob is None:
             stopped[delta.request_id] = len(delta.token_ids)
-    if others:
-        event["tokens"] = others
     if stopped:
         places = enumerate(output.scheduled)
         event["stop"] = [[p, stopped[item.request_id]] for p, item in places if item.request_id in stopped]

@@ -32,12 +32,10 @@ def throughput(
     config: EngineConfig,
     dataset_name: Annotated[str, Option(help="Where prompts come from.", metavar="|".join(NAMES))] = "random",
     dataset_path: Annotated[
-        Path | None, Option(help="File of sharegpt (JSON) or custom (JSON lines).", metavar="FILE")
+        Path | None, Option(help="File: JSON of sharegpt, or custom lines.", metavar="FILE")
     ] = None,
     input_len: Annotated[int, Option(help="Tokens of each random prompt.", min=1, metavar="N")] = 128,
-    output_len: Annotated[
-        int | None, Option(help="Tokens of each answer; default: 128, or what the file says.", min=1)
-    ] = None,
+    output_len: Annotated[int | None, Option(help="Tokens of each answer; default: 128, or the file's.", min=1)] = None,
     num_prompts: Annotated[int, Option(help="Requests.", min=1, metavar="N")] = 32,
     n: Annotated[int, Option(help="Answers to each prompt.", min=1, metavar="N")] = 1,
     output_json: Annotated[Path | None, Option(help="File for the result.", metavar="FILE")] = None,
