@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-import msgspec
-
 from octavo.sampling_params import Pooling, SamplingParams
 from octavo.step import TokenLogprobs
+from octavo.structs import Struct, struct_field
 
 # ---------------------------------------------------------------- front -> engine
 
@@ -97,11 +96,11 @@ class EngineFailed:
     message: str
 
 
-class RequestDelta(msgspec.Struct, omit_defaults=True, gc=False):
+class RequestDelta(Struct, omit_defaults=True, gc=False):
     """What one step brought one request; between processes without what is as usual."""
 
     request_id: str
-    token_ids: list[int] = msgspec.field(default_factory=list)
+    token_ids: list[int] = struct_field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None  # the stop token id
@@ -116,7 +115,7 @@ class RequestDelta(msgspec.Struct, omit_defaults=True, gc=False):
     alone: bool = False  # told before the step: it runs alone, so if the engine dies now, it died of this request
 
 
-class StepRecord(msgspec.Struct, array_like=True, gc=False):
+class StepRecord(Struct, array_like=True, gc=False):
     """One step in numbers: the single source of metrics, the live page, traces and the lab. Times: engine's monotonic
     clock, seconds. Tokens unless said otherwise."""
 
@@ -157,7 +156,7 @@ class StepRecord(msgspec.Struct, array_like=True, gc=False):
     num_failed: int = 0  # requests whose step failed
 
 
-class StepOutputs(msgspec.Struct, array_like=True, gc=False):
+class StepOutputs(Struct, array_like=True, gc=False):
     """Everything the front hears from one step (or several, merged, when the front is slow)."""
 
     deltas: list[RequestDelta]

@@ -1,7 +1,6 @@
 """The contract between the counting half and the computing half: plain records, no tensors.
 
 `SchedulerOutput` goes down (scheduler -> executor -> worker), `ModelRunnerOutput` comes up. Nothing else passes.
-What is made once a row and step is a msgspec.Struct: a third of a dataclass's time, and no work for the collector.
 A Request owns one row of the worker from admission to finish or preemption; a step sends only what changed.
 """
 
@@ -9,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
 from octavo.sampling_params import Pooling, SamplingParams
+from octavo.structs import Struct, struct_field
 
 NO_BLOCKS: tuple[list[int], ...] = ((),)  # type: ignore[assignment]
 
@@ -44,7 +42,7 @@ class NewRow:
     pooling: Pooling | None = None  # nothing is sampled: the prompt becomes one vector
 
 
-class ScheduledRow(msgspec.Struct, gc=False):
+class ScheduledRow(Struct, gc=False):
     """One Request's share of a step: the next `num_tokens` positions after what is computed."""
 
     row: int
@@ -58,14 +56,14 @@ class ScheduledRow(msgspec.Struct, gc=False):
     fork_of: int = -1  # with num_tokens = 0: the row of this step whose last logits it samples from; it shares its KV
 
 
-class SchedulerOutput(msgspec.Struct, gc=False):
+class SchedulerOutput(Struct, gc=False):
     """One step, decided. Once published it always executes."""
 
     step: int
-    new_rows: list[NewRow] = msgspec.field(default_factory=list)
-    scheduled: list[ScheduledRow] = msgspec.field(default_factory=list)
+    new_rows: list[NewRow] = struct_field(default_factory=list)
+    scheduled: list[ScheduledRow] = struct_field(default_factory=list)
     # (from, to), in this order, before anything is computed; an id behind the pool's is a block in host memory
-    copy_blocks: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    copy_blocks: list[tuple[int, int]] = struct_field(default_factory=list)
     num_tokens: int = 0  # sum over `scheduled`
 
 
@@ -79,12 +77,12 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
 
-class ModelRunnerOutput(msgspec.Struct, gc=False):
+class ModelRunnerOutput(Struct, gc=False):
     """What a step produced; both lists run parallel to `SchedulerOutput.scheduled`."""
 
     token_ids: list[list[int]]  # new tokens per scheduled row; [] in mid-prefill
     logprobs: list[list[TokenLogprobs] | None]  # one entry per new token where asked for
     foreign_seconds: float = 0.0  # of the step, inside compiled code
     # by row: of the tokens behind the prompt positions that this step computed, where asked for
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = msgspec.field(default_factory=dict)
-    vectors: dict[int, bytes] = msgspec.field(default_factory=dict)  # by row, of prompts that are embedded: float32
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = struct_field(default_factory=dict)
+    vectors: dict[int, bytes] = struct_field(default_factory=dict)  # by row, of prompts that are embedded: float32

@@ -15,8 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from octavo import structs
 from octavo.config import EngineConfig
 from octavo.messages import EngineReady, StepRecord
 from octavo.models.hub import cache_folder
@@ -55,7 +54,7 @@ def write_black_box(
         "recording": ready.record,
         "progress": asdict(progress),
         "requests": [_facts(child) for child in islice(running, MAX_REQUESTS)],
-        "steps": [msgspec.structs.asdict(step) for step in steps],
+        "steps": [structs.asdict(step) for step in steps],
     }
     folder, keep = record_folder(config)
     path = folder / f"engine-{pid}-{now:%Y%m%dT%H%M%S}.black-box.json"

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from octavo import messages
 from octavo.config import EngineConfig
 from octavo.engine.rules import RuleBook
@@ -35,6 +33,7 @@ from octavo.scheduler.cost import StepWork
 from octavo.scheduler.recorder import RecordingScheduler
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import SchedulerOutput
+from octavo.structs import Struct
 from octavo.worker.worker import WorkerInfo
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ log = logging.getLogger("octavo.engine")
 OPENING_SECONDS = 0.0005  # between two looks at rules that are being made
 
 
-class _InFlight(msgspec.Struct, gc=False):
+class _InFlight(Struct, gc=False):
     output: SchedulerOutput
     record: StepRecord
     result: StepResult

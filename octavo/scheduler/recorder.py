@@ -34,8 +34,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from octavo.errors import ConfigError, RequestError
 from octavo.messages import RequestDelta
 from octavo.request import FinishReason, Request
@@ -43,6 +41,7 @@ from octavo.scheduler.forks import same_prefix
 from octavo.scheduler.scheduler import Scheduler
 from octavo.scheduler.snapshot import LeftOut, facts, freeze
 from octavo.step import NO_BLOCKS, ModelRunnerOutput, ScheduledRow, SchedulerOutput
+from octavo.structs import asdict
 
 log = logging.getLogger("octavo.scheduler")
 FORMAT = "octavo-record-2"
@@ -309,7 +308,7 @@ class RecordingScheduler(Scheduler):
         for request in self._requests.values():  # a later Request may be said to be like one that waits for its fork
             self.kv.digest_all(request)
         known = {"format": FORMAT, "settings": self._settings, "numbers": self._describer.numbers, "count": self._count}
-        flying = {step: [msgspec.structs.asdict(row) for row in rows] for step, rows in self._describer.flying.items()}
+        flying = {step: [asdict(row) for row in rows] for step, rows in self._describer.flying.items()}
         ring.write({"e": "state", **known, "flying": flying, "scheduler": freeze(self)})
         ring.flush()
 
