@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
+
+import torch
+
 pytest.importorskip("triton")
 
 import octavo.runtime.choose as choose_module
@@ -307,6 +310,29 @@ def test_the_next_step_is_launched_before_the_last_ones_tokens_are_here(files):
     assert runtime_of(core).num_replays >= 8
     while core.has_work:
         core.step()
+    core.close()
+
+
+@pytest.mark.gpu
+def test_a_step_in_which_nobody_samples_has_ended_when_its_result_is_there(files, monkeypatch):
+    core = make_core(files, max_model_len=512, max_num_batched_tokens=64, async_scheduling=False)
+    runtime, ended = runtime_of(core), []
+    launch = runtime.sample_later
+
+    def sample_later(sampling):
+        wait = launch(sampling)
+
+        def waited():
+            output = wait()
+            ended.append((len(output.token_ids), torch.cuda.current_stream().query()))
+            return output
+
+        return waited
+
+    monkeypatch.setattr(runtime, "sample_later", sample_later)
+    run(core, [[5] * 300], 2)
+    assert [count for count, _ in ended] == [0, 0, 0, 0, 1, 1]
+    assert all(is_over for _, is_over in ended), "or its time would be booked to the next step"
     core.close()
 
 

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+
+from octavo.runtime.cuda.kernels import blocks
+
+Pair = tuple[int, int]
 
 
 class HostBlocks:
     """`num_blocks` host blocks for every tensor of the pool; their ids begin at `first`.
 
     Copies are queued on the stream that the steps run on, so nothing needs an event: what a step saves was written by
-    the steps before it, and what it loads is there when it computes. The host waits for none of them.
+    the steps before it, and what it loads is there when it computes. The host waits for none of them. A block that is
+    saved is one that this very step gives to somebody else, so its copy could not run beside the step anyway.
     """
 
     def __init__(self, pools: list[torch.Tensor], num_blocks: int, first: int) -> None:
         self._pools, self._first = pools, first
-        pinned = pools[0].is_cuda if pools else False
-        self._host = [torch.empty((num_blocks, *p.shape[1:]), dtype=p.dtype, pin_memory=pinned) for p in pools]
+        self._device = pools[0].device if pools else torch.device("cpu")
+        self._host = [torch.empty((num_blocks, *p.shape[1:]), dtype=p.dtype, pin_memory=p.is_cuda) for p in pools]
+        words = [pool[0].numel() * pool.itemsize // blocks.WORD.itemsize for pool in pools]
+        places = [[p.data_ptr(), h.data_ptr(), n] for p, h, n in zip(pools, self._host, words, strict=True)]
+        self._tensors = torch.tensor(places, dtype=blocks.WORD).to(self._device)
+        self._most_words = max(words, default=0)
 
-    def copy(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copies whole blocks (from, to) in all layers, one pair after the other."""
-        for source, target in pairs:
-            for pool, host in zip(self._pools, self._host, strict=True):
-                self._block(pool, host, target).copy_(self._block(pool, host, source), non_blocking=True)
+    def copy(self, pairs: Iterable[Pair]) -> None:
+        """Copies whole blocks (from, to) in all layers, as if one pair after the other."""
+        for wave in waves(pairs if self._pools else ()):  # a program may have no KV
+            ids = torch.tensor([[self._id(source), self._id(target)] for source, target in wave], dtype=blocks.WORD)
+            on_device = ids.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else ids
+            blocks.copy_blocks(on_device, self._tensors, self._most_words)
 
-    def _block(self, pool: torch.Tensor, host: torch.Tensor, block: int) -> torch.Tensor:
-        return pool[block] if block < self._first else host[block - self._first]
+    def _id(self, block: int) -> int:
+        return block if block < self._first else self._first - block - 1
+
+
+def waves(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Cuts pairs, in their order, where one touches what another since the last cut wrote, or writes what it read."""
+    wave: list[Pair] = []
+    read: set[int] = set()
+    written: set[int] = set()
+    for source, target in pairs:
+        if source in written or target in written or target in read:
+            yield wave
+            wave, read, written = [], set(), set()
+        wave.append((source, target))
+        read.add(source)
+        written.add(target)
+    if wave:
+        yield wave

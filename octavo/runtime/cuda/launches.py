@@ -44,6 +44,11 @@ class KVPool:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [*self.keys, *self.values]
+
 
 class Arena:
     """The activation buffers: slots of the program's plan, viewed as each buffer's matrix."""

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 
 from octavo.errors import MemoryPlanError, StepError, UnsupportedError
@@ -189,7 +188,7 @@ class CudaRuntime:
         """
         try:
             self._make_pool(num_blocks, block_size, dtype)
-            self._blocks = HostBlocks([*self._kv.keys, *self._kv.values], num_host_blocks, num_blocks)
+            self._blocks = HostBlocks(self._kv.tensors, num_host_blocks, num_blocks)
             if self._device.type == "cuda":
                 for size in self._sizes():
                     for ending in (GREEDY, DRAWS):
@@ -205,7 +204,8 @@ class CudaRuntime:
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole KV blocks (from, to) in all layers, one pair after the other, without waiting."""
-        self._blocks.copy(pairs)
+        with torch.inference_mode(), quick_launches():
+            self._blocks.copy(pairs)
 
     def execute(self, inputs: StepInputs) -> None:
         """Takes the step. It is launched by sample(), so that inputs and sampling cross the bus in one piece."""
@@ -236,7 +236,7 @@ class CudaRuntime:
                 step = self._send(inputs, sampling)
                 self._launch(step, ending)
             if not len(inputs.logits_indices):
-                return _nothing
+                return partial(_nothing, self._results.fetch(self._sampler.tokens[:0]))
             logits = self._logits_on_device()
             if ending == LOGITS:
                 self._launch_adjusted(logits, step, sampling)
@@ -322,6 +322,7 @@ class CudaRuntime:
             sampling = adjusting(null_sampling(1, ending), self._loaded().vocab_size)
             step = self._send(self._null_step([1]), sampling)
             self._launch_adjusted(self._arena.view(self._loaded().logits)[:1], step, sampling)
+        HostBlocks(self._kv.tensors, 0, 1).copy([(0, 0)])
 
     def _warm_products(self) -> None:
         """cuBLAS chooses and loads a kernel for a shape when first asked: up to 20 ms in steps that are captured."""
@@ -451,7 +452,7 @@ def _output(
     return output
 
 
-def _nothing() -> SamplerOutput:
-    """The result of a step in which nobody samples."""
-    none = np.zeros(0, np.int32)
+def _nothing(wait: Callable[[], Int32]) -> SamplerOutput:
+    """The result of a step in which nobody samples: there when it has ended, so that its time is not the next one's."""
+    none = wait()
     return SamplerOutput.without_logprobs(none, none)
