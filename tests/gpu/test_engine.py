@@ -315,7 +315,7 @@ def test_the_next_step_is_launched_before_the_last_ones_tokens_are_here(files):
 
 @pytest.mark.gpu
 def test_a_step_in_which_nobody_samples_has_ended_when_its_result_is_there(files, monkeypatch):
-    core = make_core(files, max_model_len=512, max_num_batched_tokens=64, async_scheduling=False)
+    core = make_core(files, max_num_batched_tokens=64, async_scheduling=False)
     runtime, ended = runtime_of(core), []
     launch = runtime.sample_later
 
@@ -330,8 +330,8 @@ def test_a_step_in_which_nobody_samples_has_ended_when_its_result_is_there(files
         return waited
 
     monkeypatch.setattr(runtime, "sample_later", sample_later)
-    run(core, [[5] * 300], 2)
-    assert [count for count, _ in ended] == [0, 0, 0, 0, 1, 1]
+    run(core, [[5] * 220], 2)
+    assert [count for count, _ in ended] == [0, 0, 0, 1, 1]
     assert all(is_over for _, is_over in ended), "or its time would be booked to the next step"
     core.close()
 
