@@ -252,10 +252,9 @@ __device__ __forceinline__ void attend(Running<D>& run, Tile<D, kBytes>& tile, c
   tile.mix(run.mixed, transposed(packed<kHalf>(p[0], p[1])), transposed(packed<kHalf>(p[2], p[3])));
 }
 
-// What warps leave for each other: dynamic memory of so many floats.
+// What warps leave for each other, beside dynamic memory: mixed, [warps, group, D] floats.
 template <int D, int kWarps>
 struct Shared {
-  float* mixed;  // [warps, group, D]
   float best[kWarps][kHeads];
   float total[kWarps][kHeads];
   int is_last;
@@ -294,9 +293,8 @@ __device__ void merge_if_last(const Decode& d, Shared<D, kWarps>& shared, int in
 
 template <int D, int kBytes, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps / (D <= 128 ? 1 : 2)) decode_attention(const Decode d) {
-  extern __shared__ float dynamic[];
+  extern __shared__ float left[];
   __shared__ Shared<D, kWarps> shared;
-  shared.mixed = dynamic;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -345,7 +343,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps / (D <= 128 ? 1 : 2))
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
       if (2 * t + h < group) {
-        float* row = shared.mixed + (warp * group + 2 * t + h) * D;
+        float* row = left + (warp * group + 2 * t + h) * D;
         row[Tile<D, kBytes>::dimension(i, h, g)] = run.mixed[i][h];
         row[Tile<D, kBytes>::dimension(i, h + 2, g)] = run.mixed[i][h + 2];
       }
@@ -362,7 +360,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps / (D <= 128 ? 1 : 2))
     for (int w = 0; w < kWarps; ++w) {
       const float weight = exp2f(shared.best[w][h] - shift);
       total += shared.total[w][h] * weight;
-      mixed += shared.mixed[(w * group + h) * D + i % D] * weight;
+      mixed += left[(w * group + h) * D + i % D] * weight;
     }
     mixed *= d.v_scale / (total > 0.0f ? total : 1.0f);
     if (parts == 1) {
