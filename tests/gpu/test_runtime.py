@@ -76,6 +76,20 @@ def test_linear_at_every_number_of_rows(device, dtype, num_rows, activation, bia
     compare(device, program, [[Piece(0, 0, num_rows)]], dtype=dtype)
 
 
+def test_products_of_sampled_rows_alone_have_sizes_that_start_up_knows(device, monkeypatch):
+    sizes, mm = set(), torch.mm
+
+    def spy(x, weight, *, out):
+        sizes.add(len(x))
+        return mm(x, weight, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    prompts = [Piece(0, 0, 5), Piece(1, 0, 2), Piece(2, 0, 3)]
+    compare(device, decoder_program(), [prompts], use_graphs=False, logits="last")
+    assert {4, 10} <= sizes
+    assert 3 not in sizes, "three logits are computed as four"
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_embedding_norm_and_add(device, kind):
     def body(build, x):

@@ -27,6 +27,7 @@ from octavo.program.program import Program
 from octavo.runtime.cuda import operators
 from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.fusion import Fusion, find_fusion
+from octavo.runtime.cuda.graphs import bucket_of
 from octavo.runtime.cuda.kernels import attention, linear, rope, rows
 from octavo.runtime.cuda.packing import rope_tables
 from octavo.runtime.cuda.staging import DeviceStep
@@ -102,7 +103,7 @@ class Launches:
         if uses_cpp:
             operators.load()
         self._uses_cpp = uses_cpp
-        self._row_tokens, self._backend = row_tokens, backend
+        self._row_tokens, self._backend, self._max_decodes = row_tokens, backend, max_decodes
         self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
         self._device = arena.view(program.logits).device
         self._fusion = find_fusion(program) if fuses else Fusion()
@@ -200,6 +201,7 @@ class Launches:
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
         transposed = weight.t()
         count = (lambda step: step.num_sampled) if node.out is self._program.logits else _row_count(node.out)
+        most = 0 if node.out.rows is Rows.TOKENS else min(self._max_decodes, out.shape[0])
         arena, num_in_rows, chained = self._arena, weight.shape[0], self._chained
         gated = node.activation.endswith("_mul")
         is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
@@ -210,6 +212,8 @@ class Launches:
 
         def launch(step: DeviceStep) -> None:
             num_rows = count(step)
+            if 0 < num_rows < most:  # as captured decodes, whose kernel is loaded: loading another waits for the device
+                num_rows = bucket_of(num_rows, most)
             if not num_rows or of_many(step, num_rows):
                 return
             if num_rows <= linear.MAX_FEW_ROWS:
