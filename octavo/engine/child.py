@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from octavo.config import EngineConfig
-from octavo.engine.channel import FrontChannel, StartEngine
+from octavo.engine.channel import StartEngine
+from octavo.engine.front_channel import FrontChannel
 from octavo.models.spec import ModelFiles
 
 END_SECONDS = 5.0

@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from octavo.engine.channel import MAX_FRAME, EngineChannel, FrontChannel, decode, encode, merge_delta
+from octavo.engine.channel import MAX_FRAME, EngineChannel, decode, encode, merge_delta
+from octavo.engine.front_channel import FrontChannel
 from octavo.errors import EngineDeadError
 from octavo.messages import AbortRequests, AddRequest, RequestDelta, StepOutputs, StepRecord
 from octavo.sampling_params import SamplingParams
