@@ -163,6 +163,9 @@ def sections() -> Iterator[str]:
     """What is generated of the page."""
     saved = json.loads((RESULTS / "cpu-smollm2.json").read_text(encoding="utf-8"))
     yield f"## Octavo\n\nMedian (range).\n\n{ours(saved)}\n\n{commands(saved)}"
+    xeon = json.loads((RESULTS / "cpu-xeon-amx.json").read_text(encoding="utf-8"))
+    note = "Two of 16 cores; others may have used the machine."
+    yield f"## Octavo on a Xeon with AMX\n\n{note}\n\n{ours(xeon)}\n\n{commands(xeon)}"
     yield f"## Beside others\n\n![The same as bars](benchmarks-cpu.svg)\n\n{beside(saved)}"
     for name, heading, shown in (
         ("levels", "Instruction levels: SmolLM2, whole steps", whole_steps),

@@ -48,10 +48,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "no overlap": {"async_scheduling": False},
     "one request at a time": {"max_num_seqs": 1},
     "preemption": {"num_gpu_blocks_override": 40, "enable_prefix_caching": False},
+    "host memory": {"num_gpu_blocks_override": 40, "swap_space": 1.0},
     "chunks": {"max_num_batched_tokens": 64},
     "unfused": {"fuse_ops": False},
 }
-EVENTS = {"preemption": "num_preempted", "chunks": "num_chunked"}
+EVENTS = {"preemption": "num_preempted", "host memory": "num_loaded_blocks", "chunks": "num_chunked"}
 
 
 def check_model(model: str, report: Report, guarded: Callable[[str, Callable[[], None]], None]) -> None:
@@ -94,6 +95,7 @@ def generate(model: str, texts: list[str], **settings: Any) -> tuple[list[list[i
     from octavo import LLM, SamplingParams
 
     llm = LLM(model, **{**SETTINGS, **settings})
+    llm.core.copies, llm.core.scheduler.kv.host.saves = None, True  # whatever copying costs
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     outputs = llm.generate(texts, params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs], llm.core

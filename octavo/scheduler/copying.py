@@ -30,6 +30,7 @@ class CopyChoice:
         self._pace = 1.0  # seconds of steps without copies over what the model says: the moving average
         self._num_copied = 1 / WEIGHT  # of steps with copies, as moving sums: blocks, and seconds more than without
         self._seconds = cost.per_copy * self._num_copied
+        self._least = cost.per_copy  # what a copy takes with nothing beside it
         self._num_without = 0  # steps since the last copy
 
     @property
@@ -40,7 +41,7 @@ class CopyChoice:
     @property
     def copying(self) -> float:
         """Seconds to copy it out and back."""
-        return 2 * self._num_groups * max(self._seconds, 0.0) / self._num_copied
+        return 2 * self._num_groups * max(self._seconds / self._num_copied, self._least)
 
     @property
     def saves(self) -> bool:
