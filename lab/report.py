@@ -204,6 +204,42 @@ def readme_numbers(saved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def gpu_numbers() -> dict[str, Any]:
+    """What one card does, a line a shape, in the form of tools/readme_numbers.py; from two committed results."""
+    shapes = json.loads((RESULTS / "gpu-shapes-h100.json").read_text(encoding="utf-8"))
+    checks = json.loads((RESULTS / "gpu-check-h100.json").read_text(encoding="utf-8"))
+    prompts = {
+        row["name"].split()[0]: f"{row['in_tok_s']:,.0f}"
+        for run in checks["runs"]
+        for row in run["results"]
+        if row["name"].endswith("G4 prefill")
+    }
+    rows = []
+    for key, label in (
+        ("qwen3-0.6b", ""),
+        ("llama-3.2-1b", ""),
+        ("llama-2-7b", ""),
+        ("fp8", "llama-2-7b, fp8 KV"),
+        ("llama-3-8b", ""),
+    ):
+        found = {row["name"].split()[1]: row for row in shapes[key] if "teacher" not in row["name"]}
+        cells = [f"{found[name]['out_tok_s']:,.0f}" for name in ("G2", "G1")]
+        rows.append([label or key, *cells, prompts.get(key, ""), f"{found['start-up']['first_token_s']:.1f}"])
+    return {
+        "what": "One H100, bfloat16, random weights",
+        "date": shapes["date"],
+        "machine": shapes["machine"],
+        "command": "python tools/gpu_check.py SHAPE (docs/kernels.md)",
+        "columns": [
+            "one request, 128 in / 128 out, tok/s",
+            "256 requests, 100 to 1,024 in / out, out tok/s",
+            "16 prompts of 2,048, tok/s",
+            "new process to first token, s",
+        ],
+        "rows": rows,
+    }
+
+
 def main() -> int:
     """Writes page, plot and README's input."""
     argparse.ArgumentParser(prog="python -m lab.report", description=__doc__).parse_args()
@@ -214,8 +250,8 @@ def main() -> int:
     PAGE.write_text("\n\n".join([before + START, *sections(), END]) + after, encoding="utf-8")
     saved = json.loads((RESULTS / "cpu-smollm2.json").read_text(encoding="utf-8"))
     PLOT.write_text(plot(saved), encoding="utf-8")
-    out = json.dumps(readme_numbers(saved), indent=1) + "\n"
-    (DOCS / "results" / "cpu.json").write_text(out, encoding="utf-8")
+    for name, numbers in (("cpu", readme_numbers(saved)), ("gpu", gpu_numbers())):
+        (DOCS / "results" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
