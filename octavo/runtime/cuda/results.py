@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from octavo.runtime.base import Int32
+from octavo.runtime.base import Int32, SamplerOutput, SamplingInputs
 
 
 class Results:
@@ -33,3 +33,23 @@ class Results:
             return values
 
         return wait
+
+
+def output_of(
+    wait: Callable[[], Int32],
+    sampling: SamplingInputs,
+    fill: Callable[[SamplerOutput], None] | None,
+    states: torch.Tensor | None,
+) -> SamplerOutput:
+    """Waits for the tokens; `fill` adds the log probabilities, which were copied before them, as `states` were."""
+    output = SamplerOutput.without_logprobs(wait(), sampling.num_logprobs)
+    if fill is not None:
+        fill(output)
+    output.states = None if states is None else states.numpy().copy()
+    return output
+
+
+def output_of_nobody(wait: Callable[[], Int32]) -> SamplerOutput:
+    """The result of a step in which nobody samples: there when it has ended, so that its time is not the next one's."""
+    none = wait()
+    return SamplerOutput.without_logprobs(none, none)

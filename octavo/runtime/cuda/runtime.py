@@ -13,7 +13,7 @@ from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention, Experts, Linear, Rows
 from octavo.program.profile import Profile
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, Int32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.base import Float32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.graphs import (
     DRAWS,
@@ -33,7 +33,7 @@ from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_exp
 from octavo.runtime.cuda.launching import compile_kernels, quick_launches
 from octavo.runtime.cuda.null_steps import adjusting, null_sampling, null_step
 from octavo.runtime.cuda.packing import pack, packed_bytes
-from octavo.runtime.cuda.results import Results
+from octavo.runtime.cuda.results import Results, output_of, output_of_nobody
 from octavo.runtime.cuda.sampler import Sampler
 from octavo.runtime.cuda.staging import DeviceStep, Staging, padded_views, send_padded, send_step
 
@@ -236,14 +236,14 @@ class CudaRuntime:
                 step = self._send(inputs, sampling)
                 self._launch(step, ending)
             if not len(inputs.logits_indices):
-                return partial(_nothing, self._results.fetch(self._sampler.tokens[:0]))
+                return partial(output_of_nobody, self._results.fetch(self._sampler.tokens[:0]))
             logits = self._logits_on_device()
             if ending == LOGITS:
                 self._launch_adjusted(logits, step, sampling)
             fill = self._sampler.logprobs(logits, sampling) if (sampling.num_logprobs >= 0).any() else None
             states = self._states(inputs) if inputs.num_states else None
             wait = self._results.fetch(self._sampler.tokens[: self._num_logits])
-        return partial(_output, wait, sampling, fill, states)
+        return partial(output_of, wait, sampling, fill, states)
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
@@ -436,23 +436,3 @@ def _ending(sampling: SamplingInputs) -> str:
     if len(sampling.bias_ids) or len(sampling.seen_ids) or sampling.masks is not None:
         return LOGITS
     return DRAWS if (sampling.temperature > 0).any() else GREEDY
-
-
-def _output(
-    wait: Callable[[], Int32],
-    sampling: SamplingInputs,
-    fill: Callable[[SamplerOutput], None] | None,
-    states: torch.Tensor | None,
-) -> SamplerOutput:
-    """Waits for the tokens; `fill` adds the log probabilities, which were copied before them, as `states` were."""
-    output = SamplerOutput.without_logprobs(wait(), sampling.num_logprobs)
-    if fill is not None:
-        fill(output)
-    output.states = None if states is None else states.numpy().copy()
-    return output
-
-
-def _nothing(wait: Callable[[], Int32]) -> SamplerOutput:
-    """The result of a step in which nobody samples: there when it has ended, so that its time is not the next one's."""
-    none = wait()
-    return SamplerOutput.without_logprobs(none, none)
