@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from octavo.sampling_params import Pooling, SamplingParams
 from octavo.structs import Struct, struct_field
 
-NO_BLOCKS: tuple[list[int], ...] = ((),)  # type: ignore[assignment]
+Blocks = tuple[list[int], ...]  # block ids, by KV group
+NO_BLOCKS: Blocks = ((),)  # type: ignore[assignment]
 
 
 def most_blocks(num_tokens: int, block_size: int, windows: tuple[int, ...], step_tokens: int) -> int:
@@ -31,7 +32,7 @@ class NewRow:
     epoch: int
     token_ids: list[int]  # everything known so far: the prompt, and what was generated before a preemption
     num_prompt_tokens: int
-    block_ids: tuple[list[int], ...]  # per KV group, all blocks allocated so far (cached ones first)
+    block_ids: Blocks  # all that are allocated so far (cached ones first)
     num_computed_tokens: int  # KV already there (prefix hits)
     params: SamplingParams
     stop_ids: frozenset[int]  # banned while fewer than params.min_tokens tokens were generated
@@ -51,8 +52,8 @@ class ScheduledRow(Struct, gc=False):
     start: int  # first position computed in this step (= num_computed_tokens before it)
     num_tokens: int
     samples: bool  # True when the last position is the Request's last token, so a new token comes out
-    # per KV group, appended to the row's table; empty for a row that is new in this step (NewRow carries them all)
-    new_block_ids: tuple[list[int], ...] = NO_BLOCKS
+    # appended to the row's table; empty for a row that is new in this step (NewRow carries them all)
+    new_block_ids: Blocks = NO_BLOCKS
     fork_of: int = -1  # with num_tokens = 0: the row of this step whose last logits it samples from; it shares its KV
 
 

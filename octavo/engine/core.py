@@ -27,6 +27,7 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import AddRequest, RequestDelta, StepOutputs, StepRecord, ToEngine
 from octavo.observe.step_log import StepLog
 from octavo.request import FinishReason, Request, answer_ids
+from octavo.scheduler.budget import Limits
 from octavo.scheduler.choose import make_policy
 from octavo.scheduler.copying import CopyChoice
 from octavo.scheduler.cost import StepWork
@@ -100,15 +101,17 @@ class EngineCore:
         kind = Scheduler if config.record == "off" else RecordingScheduler
         self.scheduler = kind(
             kv,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=info.spec.max_model_len,
-            long_prefill_token_threshold=config.long_prefill_token_threshold,
-            max_run_ahead=self._depth - 1,
-            admission_headroom=config.admission_headroom,
+            Limits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=info.spec.max_model_len,
+                long_prefill_token_threshold=config.long_prefill_token_threshold,
+                max_run_ahead=self._depth - 1,
+                admission_headroom=config.admission_headroom,
+                max_num_queued_reqs=default_queue if config.max_num_queued_reqs is None else config.max_num_queued_reqs,
+                max_num_queued_tokens=config.max_num_queued_tokens,
+            ),
             policy=make_policy(config),
-            max_num_queued_reqs=default_queue if config.max_num_queued_reqs is None else config.max_num_queued_reqs,
-            max_num_queued_tokens=config.max_num_queued_tokens,
             clock=clock,
         )
 

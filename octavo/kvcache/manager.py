@@ -13,10 +13,10 @@ from octavo.kvcache.block_pool import BlockPool
 from octavo.kvcache.eviction import Eviction
 from octavo.kvcache.host import HostTier
 from octavo.request import Request
-from octavo.step import most_blocks
+from octavo.step import Blocks, most_blocks
 
 GONE = -1  # in a table: a block that no token to come sees; it was given back
-Hits = tuple[list[int], ...]  # per KV group, the blocks of a known prefix; GONE where nothing will be read
+Hits = Blocks  # per KV group, the blocks of a known prefix; GONE where nothing will be read
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class _Table:
     """One Request's blocks. The digests outlive a preemption: each full block is hashed once."""
 
     root: bytes
-    block_ids: tuple[list[int], ...]  # per KV group: position p lies in [p // block_size]
+    block_ids: Blocks  # position p lies in [p // block_size]
     num_gone: list[int]  # per KV group: leading blocks that are GONE
     digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as needed yet
     num_loaded: int = 0  # blocks that came from the host when it was last admitted
@@ -90,7 +90,7 @@ class KVCacheManager:
         """Blocks that a Request of so many tokens holds at most."""
         return most_blocks(num_tokens, self.block_size, self._windows, self._step_tokens)
 
-    def block_ids(self, request: Request) -> tuple[list[int], ...]:
+    def block_ids(self, request: Request) -> Blocks:
         """The Request's table (a copy), per KV group. In the place of a block that is gone stands one that is not: a
         kernel may touch it, though it counts nowhere."""
         table = self._tables[request.request_id]
@@ -131,9 +131,7 @@ class KVCacheManager:
                 blocks[:gone] = [GONE] * gone
         return tuple(blocks[:num_blocks] for blocks in found)
 
-    def try_allocate(
-        self, request: Request, num_tokens: int, hits: Hits = (), spare: int = 0
-    ) -> tuple[list[int], ...] | None:
+    def try_allocate(self, request: Request, num_tokens: int, hits: Hits = (), spare: int = 0) -> Blocks | None:
         """Makes the tables long enough for positions 0 to `num_tokens` (those of windows for the next step only),
         beginning with `hits` when they are empty.
 
@@ -197,9 +195,9 @@ class KVCacheManager:
             host.load(source, blocks[0], key)
             pool.hash(blocks, [key])
 
-    def _take_borrowed(self, table: _Table, keeps: list[bool]) -> tuple[list[int], ...]:
+    def _take_borrowed(self, table: _Table, keeps: list[bool]) -> Blocks:
         """Blocks for what was borrowed, per KV group: itself, or a new one that it is to be copied to."""
-        added: tuple[list[int], ...] = tuple([] for _ in table.block_ids)
+        added: Blocks = tuple([] for _ in table.block_ids)
         for blocks, borrowed, keep in zip(added, table.borrowed, keeps, strict=False):
             if keep:
                 blocks.append(borrowed)

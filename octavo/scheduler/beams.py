@@ -97,23 +97,20 @@ class Beams:
         search, wanted = self._searches.get(request.request_id), request.params.logprobs
         return search.num_candidates if search is not None else -1 if wanted is None else wanted
 
-    def is_told(self, request: Request, logprobs: TokenLogprobs) -> bool:
-        """Takes a beam's likeliest next tokens; True when it was the last of its round."""
-        return self._searches[request.request_id].is_told(request, logprobs)
-
-    def advance(self, request: Request, kv: KVCacheManager) -> int | None:
-        """Ends a round: how many beams were forked, or None when the search is over."""
+    def grow(
+        self, request: Request, logprobs: list[TokenLogprobs] | None, kv: KVCacheManager
+    ) -> tuple[list[RequestDelta] | None, int]:
+        """Takes a beam's likeliest next tokens; after the last of its round all move on. Returns the n best answers
+        when the search is over (else None), and how many beams were forked."""
+        assert logprobs is not None, "beams are told the likeliest tokens"
         search = self._searches[request.request_id]
+        if not search.is_told(request, logprobs[0]):
+            return None, 0
         chosen = search.judge.choose(search.living)
         forked = [] if chosen is None else search.rearrange(chosen, kv)
         if self.on_round is not None:
             self.on_round(search.members[0], None if chosen is None else [c.parent for c in chosen], forked)
-        return None if chosen is None else len(forked)
-
-    def answers(self, request: Request) -> list[RequestDelta]:
-        """The n best answers of a search that is over."""
-        search = self._searches[request.request_id]
-        return search.judge.answers(search.members[0])
+        return search.judge.answers(search.members[0]) if chosen is None else None, len(forked)
 
     def forget_round(self, request: Request) -> None:
         """A member lost its row: all of them will tell again."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from octavo.messages import RequestDelta
 from octavo.request import FinishReason, Request
-from octavo.step import NewRow, TokenLogprobs
+from octavo.step import Blocks, NewRow, TokenLogprobs
 
 
-def new_row(request: Request, block_ids: tuple[list[int], ...], num_logprobs: int) -> NewRow:
+def new_row(request: Request, block_ids: Blocks, num_logprobs: int) -> NewRow:
     """The whole state of its row, as it is now."""
     wanted = request.params.prompt_logprobs if request.reads_prompt else None
     return NewRow(

@@ -85,6 +85,12 @@ class Door:
                 yield request_id
 
 
+def too_late(request: Request) -> str:
+    """Why a Request ends whose deadline has passed."""
+    allowed = (request.deadline or 0.0) - request.arrival_time
+    return f"the request's timeout of {allowed:g} s has passed: allow more, or ask for fewer tokens"
+
+
 def refuse_impossible(request: Request, kv: KVCacheManager, max_model_len: int, max_num_seqs: int) -> None:
     """Refuses what an empty pool could not finish, or no step begin: whatever is let in ends.
 

@@ -91,7 +91,9 @@ class FairPolicy(FcfsPolicy):
     def peers(self, request: Request) -> object:
         return request.tenant
 
-    def charge(self, request: Request, num_prompt: int, num_output: int) -> None:
+    def charge(self, request: Request, start: int, end: int) -> None:
+        prompt_end = request.num_prompt_tokens
+        num_prompt, num_output = max(min(end, prompt_end) - start, 0), max(end - max(start, prompt_end), 0)
         weighted = PROMPT_WEIGHT * num_prompt + OUTPUT_WEIGHT * num_output
         self._counters[request.tenant] += weighted / request.weight
 

@@ -59,11 +59,19 @@ class Policy(Protocol):
         """Most prompt tokens of the next step, all Requests together; at least 1."""
         ...
 
-    def charge(self, request: Request, num_prompt: int, num_output: int) -> None:
-        """A step computes this many tokens of the Request for the first time."""
+    def charge(self, request: Request, start: int, end: int) -> None:
+        """A step computes the positions from `start` up to `end` (perhaps none) for the first time."""
         ...
 
     def __len__(self) -> int: ...
+
+
+def victim(policy: Policy, running: list[Request]) -> Request | None:
+    """Who of these, in the policy's order, loses its blocks: of those that it likes least, whoever costs the least to
+    bring back. Each preemption doubles that, so that it is not always the same one."""
+    least = policy.peers(running[-1]) if running else None
+    peers = [request for request in reversed(running) if policy.peers(request) == least]
+    return min(peers, key=lambda r: r.num_computed_tokens << min(r.num_preemptions, 16), default=None)
 
 
 class FcfsPolicy:
@@ -102,7 +110,7 @@ class FcfsPolicy:
     def prefill_cap(self, running: Iterable[Request]) -> int:
         return NO_CAP
 
-    def charge(self, request: Request, num_prompt: int, num_output: int) -> None:
+    def charge(self, request: Request, start: int, end: int) -> None:
         """Nobody pays."""
 
     def __len__(self) -> int:

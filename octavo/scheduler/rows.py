@@ -9,6 +9,7 @@ import heapq
 
 from octavo.kvcache.manager import KVCacheManager
 from octavo.request import Request, RequestStatus
+from octavo.scheduler.policies import Policy
 
 NEVER = 1 << 30  # a position that no Request reaches
 
@@ -33,6 +34,14 @@ class Rows:
     def num_free(self) -> int:
         """Rows that nobody has."""
         return len(self._free)
+
+    def ranked(self, policy: Policy) -> list[Request]:
+        """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
+        oldest, which nobody preempts."""
+        order = list(self.running.values())
+        if len(order) > 2 and self._kv.pool.num_available < len(order) * self._kv.step_blocks:
+            order[1:] = policy.ranked(order[1:])
+        return order
 
     def try_allocate(self, members: list[Request]) -> list[int] | None:
         """Look up, count, allocate: blocks of all known tokens, for all of these Requests or, where blocks or rows are
@@ -66,8 +75,15 @@ class Rows:
             request.plain_from = NEVER
         self.running[request.request_id] = request
 
+    def fork(self, parent: Request, child: Request, now: float) -> None:
+        """Gives a Request the KV of another one, and a row: it runs."""
+        self._kv.fork(parent, child, parent.num_computed_tokens)
+        child.num_cached_tokens = parent.num_cached_tokens
+        self.start(child, parent.num_computed_tokens, now)
+
     def release(self, request: Request) -> None:
         """Takes row and blocks, and raises the epoch: results in flight are stale from here on."""
+        request.status = RequestStatus.PREEMPTED
         if request.num_tokens - 1 > request.plain_from:  # its answer's blocks, which update() left for one batch
             self._kv.hash_full(request, request.num_tokens - 1)
         self._kv.free(request)

@@ -17,19 +17,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.errors import ConfigError, InvalidValueError, TimeLimitError
+from octavo.errors import InvalidValueError, TimeLimitError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import FinishReason, Request, RequestStatus
 from octavo.scheduler.beams import Beams
-from octavo.scheduler.budget import Budget
+from octavo.scheduler.budget import Budget, Limits
 from octavo.scheduler.counts import Counts
 from octavo.scheduler.deltas import append, last_deltas, new_row
-from octavo.scheduler.door import Door, refuse_impossible
+from octavo.scheduler.door import Door, refuse_impossible, too_late
 from octavo.scheduler.forks import Forks
-from octavo.scheduler.policies import FcfsPolicy, Policy
+from octavo.scheduler.policies import FcfsPolicy, Policy, victim
 from octavo.scheduler.rows import Rows
-from octavo.step import NO_BLOCKS, ModelRunnerOutput, ScheduledRow, SchedulerOutput, TokenLogprobs
+from octavo.step import NO_BLOCKS, Blocks, ModelRunnerOutput, ScheduledRow, SchedulerOutput
 
 
 @dataclass(slots=True)
@@ -45,51 +45,27 @@ class Scheduler:
 
     Args:
         kv: the block tables; owned by the scheduler from now on.
-        max_num_seqs: rows, so the most Requests that run at once.
-        max_num_batched_tokens: the token budget of one step, prompts and single tokens alike.
-        max_model_len: most tokens of a Request, prompt and generated.
-        long_prefill_token_threshold: most tokens of one Request in a step; 0 for no cap.
-        max_run_ahead: most tokens of a Request that may be pending when its next one is scheduled; 0 for none.
-        admission_headroom: blocks per running Request that an admission leaves free, so that those that run find the
-            blocks of their next tokens and nobody is preempted for them a moment later.
+        limits: of Requests and tokens, running and waiting.
         policy: the queue's order, and who yields; first come, first served by default.
-        max_num_queued_reqs, max_num_queued_tokens: Requests, and prompt tokens, that may wait; 0 for no bound.
         clock: seconds, the clock of Request.arrival_time.
-
-    Raises:
-        ConfigError: a limit below 1.
     """
 
     def __init__(
         self,
         kv: KVCacheManager,
+        limits: Limits,
         *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        long_prefill_token_threshold: int = 0,
-        max_run_ahead: int = 0,
-        admission_headroom: float = 0.0,
         policy: Policy | None = None,
-        max_num_queued_reqs: int = 0,
-        max_num_queued_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        for name, value in (
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("max_model_len", max_model_len),
-        ):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
         self.kv = kv
-        self.max_model_len = max_model_len
-        self._budget = Budget(max_num_batched_tokens, long_prefill_token_threshold, max_run_ahead)
-        self._rows = Rows(kv, max_num_seqs, admission_headroom)
+        self.max_model_len = limits.max_model_len
+        self._budget = Budget(limits)
+        self._rows = Rows(kv, limits.max_num_seqs, limits.admission_headroom)
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self.policy: Policy = policy if policy is not None else FcfsPolicy()
-        self.door = Door(max_num_queued_reqs, max_num_queued_tokens)
+        self.door = Door(limits.max_num_queued_reqs, limits.max_num_queued_tokens)
         self._now = clock()  # read once per call: what a recorded run needs to be replayed
         self.preempted: list[tuple[Request, Request]] = []  # by the last schedule(): who, and for whom
         self._beams = Beams()
@@ -168,9 +144,7 @@ class Scheduler:
         deltas = []
         for request_id in self.door.expired(self._clock()):
             request = self._requests[request_id]
-            allowed = (request.deadline or 0.0) - request.arrival_time
-            error = f"the request's timeout of {allowed:g} s has passed: allow more, or ask for fewer tokens"
-            deltas += self._give_up(request, FinishReason.ERROR, error, TimeLimitError.__name__)
+            deltas += self._give_up(request, FinishReason.ERROR, too_late(request), TimeLimitError.__name__)
         return deltas
 
     def finish(self, request_id: str, num_kept: int) -> None:
@@ -216,7 +190,7 @@ class Scheduler:
         request = next(iter(self.suspects.values()))
         if request.status is RequestStatus.RUNNING:
             share = self._budget.share(request, output.num_tokens)
-            order = [request, *(other for other in self._visit_order() if other is not request)]
+            order = [request, *(other for other in self._rows.ranked(self.policy) if other is not request)]
             if (blocks := self._allocate(output, request, request.num_computed_tokens + share, order)) is not None:
                 self._schedule_row(output, step, request, share, blocks)
         elif not self._try_admit(output, step, self._beams.leader(request)):
@@ -227,7 +201,7 @@ class Scheduler:
 
         One that would run ahead takes no blocks from anybody: it waits until its token is here.
         """
-        order = self._visit_order()
+        order = self._rows.ranked(self.policy)
         charge = self.policy.charge if self.policy.charges else None
         scheduled, requests = output.scheduled, step.requests
         kv_read = 0
@@ -248,7 +222,7 @@ class Scheduler:
                 output.num_tokens += 1
                 kv_read += end
                 if charge is not None:
-                    charge(request, 0, 1)
+                    charge(request, start, end)
                 continue
             share = self._budget.share(request, output.num_tokens)
             if not share or request.status is not RequestStatus.RUNNING:  # preempted with another of its beams
@@ -257,43 +231,23 @@ class Scheduler:
                 self._schedule_row(output, step, request, share, blocks)
         self._counts.num_kv_read += kv_read
 
-    def _allocate(
-        self, output: SchedulerOutput, request: Request, end: int, order: list[Request]
-    ) -> tuple[list[int], ...] | None:
+    def _allocate(self, output: SchedulerOutput, request: Request, end: int, order: list[Request]) -> Blocks | None:
         """Blocks for a running Request up to position `end`, at the cost of those behind it in `order`; None where it
         has to wait, or went itself."""
         while (blocks := self.kv.try_allocate(request, end)) is None and not request.num_pending:
-            victim = self._victim(request, output, order)
-            if victim is None:
+            behind = order[order.index(request) + (request is order[0]) :]
+            running = [r for r in behind if r.status is RequestStatus.RUNNING]
+            loser = victim(self.policy, [r for r in running if not self._beams.keep(r, output, order)])
+            if loser is None:
                 return None
-            self._preempt(self._beams.leader(victim), request)
+            self._preempt(self._beams.leader(loser), request)
             if request.status is not RequestStatus.RUNNING:
                 return None
         return blocks
 
-    def _victim(self, request: Request, output: SchedulerOutput, order: list[Request]) -> Request | None:
-        """Who loses its blocks for `request`, perhaps itself: of those that its policy likes least, whoever costs the
-        least to bring back. Each preemption doubles that, so that it is not always the same one."""
-        behind = order[order.index(request) + (request is order[0]) :]
-        running = [r for r in behind if r.status is RequestStatus.RUNNING and not self._beams.keep(r, output, order)]
-        if not running:
-            return None
-        least = self.policy.peers(running[-1])
-        cheapest = [r for r in running if self.policy.peers(r) == least]
-        return min(reversed(cheapest), key=lambda r: r.num_computed_tokens << min(r.num_preemptions, 16))
-
-    def _visit_order(self) -> list[Request]:
-        """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
-        oldest, which nobody preempts."""
-        order = list(self._rows.running.values())
-        if len(order) > 2 and self.kv.pool.num_available < len(order) * self.kv.step_blocks:
-            order[1:] = self.policy.ranked(order[1:])
-        return order
-
     def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
         """Forks what can be forked, then admits the queue's first, again and again, until something is used up."""
-        if self._ready:
-            self._fork(output, step, self._rows.num_free)
+        self._fork(output, step, self._rows.num_free)
         while (request := self.policy.first(self._now)) is not None and self._try_admit(output, step, request):
             self.policy.remove(request)
             self._fork(output, step, self._rows.num_free)
@@ -307,13 +261,10 @@ class Scheduler:
         for parent in ready:
             children = self._forks.take(parent)
             for child in children[:limit]:
-                num_tokens = parent.num_computed_tokens
-                self.kv.fork(parent, child, num_tokens)
-                child.num_cached_tokens = parent.num_cached_tokens
+                self._rows.fork(parent, child, self._now)
                 self.door.admitted(child, self._now)
-                self._rows.start(child, num_tokens, self._now)
                 self._send_row(output, child)
-                self._schedule_row(output, step, child, 0, ())
+                self._schedule_row(output, step, child, 0)
                 output.scheduled[-1].fork_of = parent.row
             self._counts.num_forked += len(children[:limit])
             for child in children[limit:]:
@@ -337,11 +288,11 @@ class Scheduler:
             self._send_row(output, member)
             share = self._budget.share(member, output.num_tokens)
             if share and alone in (None, member):
-                self._schedule_row(output, step, member, share, ())
+                self._schedule_row(output, step, member, share)
         return True
 
     def _schedule_row(
-        self, output: SchedulerOutput, step: _Step, request: Request, share: int, blocks: tuple[list[int], ...]
+        self, output: SchedulerOutput, step: _Step, request: Request, share: int, blocks: Blocks = NO_BLOCKS
     ) -> None:
         """Puts a running Request's share, with the blocks it needed, into the step."""
         start = request.num_computed_tokens
@@ -365,11 +316,7 @@ class Scheduler:
         self._counts.scheduled(request, start, share, samples=samples)
         self._budget.take(request, share, samples)
         if self.policy.charges:
-            fresh = max(start, request.num_lost_tokens)
-            prompt_end = min(max(fresh, num_prompt), end)
-            self.policy.charge(
-                self._beams.leader(request), max(prompt_end - fresh, 0), max(end - max(fresh, num_prompt), 0)
-            )
+            self.policy.charge(self._beams.leader(request), max(start, request.num_lost_tokens), end)
 
     def _send_row(self, output: SchedulerOutput, request: Request) -> None:
         """Sends the whole state of a row, as it is before this step."""
@@ -409,7 +356,11 @@ class Scheduler:
                 request.retry_alone = False
                 del self.suspects[request.request_id]
             if request in self._beams:
-                deltas += self._grow(request, logprobs)
+                answers, num_forked = self._beams.grow(request, logprobs, self.kv)
+                self._counts.num_forked += num_forked
+                if answers is not None:
+                    deltas += answers
+                    self._end(self._beams.leader(request))
             else:
                 deltas.append(append(request, tokens, logprobs, result.vectors.get(item.row)))
                 if deltas[-1].finish_reason is not None:
@@ -425,7 +376,6 @@ class Scheduler:
         step = self._in_flight.pop(output.step)
         self.kv.unhash(step.hashed)
         deltas: list[RequestDelta] = []
-        suspects: dict[str, Request] = {}
         for request, item in zip(step.requests, output.scheduled, strict=True):
             if request.epoch != item.epoch:
                 continue
@@ -435,11 +385,9 @@ class Scheduler:
             request.num_computed_tokens = item.start
             for member in self._beams.members(request):
                 self._release(member)
-                member.status = RequestStatus.PREEMPTED
                 if member.token_ids:
                     member.retry_alone = True
-                    suspects[member.request_id] = member
-        self.suspects |= suspects
+                    self.suspects[member.request_id] = member
         return deltas
 
     # -------------------------------------------------------------------------------------------- ends and counts
@@ -452,7 +400,6 @@ class Scheduler:
         for member in self._beams.members(request):
             self._counts.num_preempted_tokens += member.num_computed_tokens
             self._release(member)
-            member.status = RequestStatus.PREEMPTED
         self.policy.put_back(request)
 
     def _release(self, request: Request) -> None:
@@ -484,21 +431,6 @@ class Scheduler:
         """Ends a Request before its time: the last delta of each of its answers."""
         self._end(request)
         return last_deltas(request, reason, error, kind)
-
-    # ---------------------------------------------------------------------------------------------------- beams
-
-    def _grow(self, request: Request, logprobs: list[TokenLogprobs] | None) -> list[RequestDelta]:
-        """Takes what a beam told; at the end of a round all of them move on, or the search ends."""
-        assert logprobs is not None, "beams are told the likeliest tokens"
-        first, deltas = self._beams.leader(request), []
-        if self._beams.is_told(request, logprobs[0]):
-            num_forked = self._beams.advance(request, self.kv)
-            if num_forked is None:
-                deltas = self._beams.answers(request)
-                self._end(first)
-            else:
-                self._counts.num_forked += num_forked
-        return deltas
 
     def fill(self, record: StepRecord, output: SchedulerOutput) -> None:
         """Writes the counts of schedule() into the step's record; preemptions since the last record included."""

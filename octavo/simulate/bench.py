@@ -14,6 +14,7 @@ from octavo.messages import StepRecord
 from octavo.observe.step_log import StepLog
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.budget import Limits
 from octavo.scheduler.choose import make_policy
 from octavo.scheduler.cost import CostModel
 from octavo.scheduler.recorder import RecordingScheduler, Ring
@@ -52,9 +53,11 @@ class SchedulerBench:
         self._folder = tempfile.TemporaryDirectory()
         self._scheduler = kind(
             kv,
-            max_num_seqs=running,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=MAX_MODEL_LEN,
+            Limits(
+                max_num_seqs=running,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=MAX_MODEL_LEN,
+            ),
             policy=make_policy(config, TYPICAL_COST),
         )
         if isinstance(self._scheduler, RecordingScheduler):

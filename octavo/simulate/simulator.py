@@ -14,6 +14,7 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import StepRecord
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.budget import Limits
 from octavo.scheduler.choose import make_policy
 from octavo.scheduler.copying import CopyChoice
 from octavo.scheduler.cost import CostModel, StepWork
@@ -66,14 +67,16 @@ def simulate(
     kv.host.saves = copies.saves
     scheduler = Scheduler(
         kv,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=machine.max_model_len,
-        long_prefill_token_threshold=config.long_prefill_token_threshold,
-        admission_headroom=config.admission_headroom,
+        Limits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=machine.max_model_len,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+            admission_headroom=config.admission_headroom,
+            max_num_queued_reqs=config.max_num_queued_reqs or 0,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+        ),
         policy=make_policy(config, machine.cost),
-        max_num_queued_reqs=config.max_num_queued_reqs or 0,
-        max_num_queued_tokens=config.max_num_queued_tokens,
         clock=lambda: now,
     )
     outcome = Outcome([Seen(arrival) for arrival in trace], [])

@@ -20,6 +20,7 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import AddRequest
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.budget import Limits
 from octavo.scheduler.recorder import RecordingScheduler, Ring
 from octavo.simulate.outcome import Outcome
 from octavo.simulate.real import run_real
@@ -88,7 +89,7 @@ def test_what_a_copy_takes_is_told_or_asked_for(tmp_path, capfd) -> None:
 
 def test_a_fork_of_a_fork_has_the_prompt_of_the_first(tmp_path) -> None:
     """`b` was forked from `a`, so nobody told the digests of its prompt; `c` is told to be like `b`, and hits them."""
-    scheduler = RecordingScheduler(KVCacheManager(64, 4), max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64)
+    scheduler = RecordingScheduler(KVCacheManager(64, 4), Limits(4, 64, 64))
     scheduler.record(Ring(tmp_path / "r", 1 << 20), {"block_size": 4})
 
     def add(name: str, fork_of: str | None = None) -> None:
@@ -313,8 +314,8 @@ def test_a_disk_that_fails_leaves_no_file_open(tmp_path, monkeypatch) -> None:
 def two_in_flight(path: Path) -> None:
     """Three steps of 10 s, each launched while the one before it runs; then nothing to do, then one of 5 s."""
     now = 0.0
-    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 32}
-    scheduler = RecordingScheduler(KVCacheManager(8, 4), max_run_ahead=1, clock=lambda: now, **limits)
+    limits = Limits(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32, max_run_ahead=1)
+    scheduler = RecordingScheduler(KVCacheManager(8, 4), limits, clock=lambda: now)
     scheduler.record(Ring(path, 1 << 20), {"block_size": 4})
 
     def add(name: str, max_tokens: int) -> None:

@@ -16,6 +16,7 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import StepRecord
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
+from octavo.scheduler.budget import Limits
 from octavo.scheduler.recorder import RecordingScheduler, Ring
 from octavo.scheduler.scheduler import Scheduler
 from octavo.simulate.replay import Replay
@@ -61,9 +62,8 @@ class Walk:
             num_blocks, self.block_size, windows, budget, draw.random() < 0.6, b"key", num_host_blocks=num_host_blocks
         )
         self.scheduler = (RecordingScheduler if recording else Scheduler)(
-            self.kv, max_num_seqs=self.rows, max_num_batched_tokens=budget, max_model_len=40,
-            max_run_ahead=draw.randrange(2),
-        )  # fmt: skip
+            self.kv, Limits(self.rows, budget, 40, max_run_ahead=draw.randrange(2))
+        )
         if recording is not None and isinstance(self.scheduler, RecordingScheduler):
             self.scheduler.record(Ring(recording, ring), {"block_size": self.block_size})
         self.executor = FakeExecutor(num_blocks, self.block_size, windows, num_host_blocks)
@@ -204,7 +204,7 @@ def test_a_flipped_round_of_beams_is_the_first_divergence(tmp_path) -> None:
 def test_a_beam_that_always_fails_ends_the_whole_search_and_nobody_else() -> None:
     walk = Walk(1)
     walk.kv = KVCacheManager(64, 4, hash_key=b"key")
-    walk.scheduler = Scheduler(walk.kv, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=40)
+    walk.scheduler = Scheduler(walk.kv, Limits(8, 32, 40))
     walk.executor, walk.depth = FakeExecutor(64, 4), 1
     walk.scheduler.add(beam_request("b", [1, 2, 3], 3, 8, frozenset()))
     walk.scheduler.add(make_request("p", [1, 2], 8))
@@ -222,6 +222,6 @@ def test_a_beam_that_always_fails_ends_the_whole_search_and_nobody_else() -> Non
 
 @pytest.mark.parametrize(("width", "error"), [(9, InvalidValueError), (8, ContextLengthError)])
 def test_beams_that_could_not_end_are_refused_at_the_door(width: int, error: type[Exception]) -> None:
-    scheduler = Scheduler(KVCacheManager(20, 4), max_num_seqs=8, max_num_batched_tokens=32, max_model_len=64)
+    scheduler = Scheduler(KVCacheManager(20, 4), Limits(8, 32, 64))
     with pytest.raises(error, match=f"{width} beams"):
         scheduler.add(beam_request("b", [1] * 5, width, 8, frozenset()))

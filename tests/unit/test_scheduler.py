@@ -9,6 +9,7 @@ from octavo.errors import ConfigError, ContextLengthError, InvalidValueError
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import Request, RequestStatus
+from octavo.scheduler.budget import Limits
 from octavo.scheduler.policies import Policy
 from octavo.scheduler.scheduler import Scheduler
 from octavo.step import ModelRunnerOutput, SchedulerOutput
@@ -40,15 +41,17 @@ class Engine:
         self.now = 0.0
         self.scheduler = Scheduler(
             self.kv,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            long_prefill_token_threshold=long_prefill_token_threshold,
-            max_run_ahead=max_run_ahead,
-            admission_headroom=admission_headroom,
+            Limits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=max_model_len,
+                long_prefill_token_threshold=long_prefill_token_threshold,
+                max_run_ahead=max_run_ahead,
+                admission_headroom=admission_headroom,
+                max_num_queued_reqs=max_num_queued_reqs,
+                max_num_queued_tokens=max_num_queued_tokens,
+            ),
             policy=policy,
-            max_num_queued_reqs=max_num_queued_reqs,
-            max_num_queued_tokens=max_num_queued_tokens,
             clock=lambda: self.now,
         )
         self.executor = FakeExecutor(num_blocks, block_size, windows)

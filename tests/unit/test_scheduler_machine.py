@@ -30,6 +30,7 @@ from octavo.kvcache.eviction import EVICTIONS
 from octavo.kvcache.manager import GONE, KVCacheManager
 from octavo.messages import RequestDelta, StepRecord
 from octavo.request import Request, RequestStatus
+from octavo.scheduler.budget import Limits
 from octavo.scheduler.cost import CostModel
 from octavo.scheduler.fair import FairPolicy
 from octavo.scheduler.policies import FcfsPolicy, Policy, PriorityPolicy
@@ -112,14 +113,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.recording = (Path(tempfile.mkdtemp()) / "walk.jsonl") if record_bytes else None
         self.scheduler = (RecordingScheduler if self.recording else Scheduler)(
             self.kv,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=self.budget,
-            max_model_len=max_model_len,
-            long_prefill_token_threshold=threshold,
-            max_run_ahead=depth - 1 if runs_ahead else 0,
+            Limits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=self.budget,
+                max_model_len=max_model_len,
+                long_prefill_token_threshold=threshold,
+                max_run_ahead=depth - 1 if runs_ahead else 0,
+                admission_headroom=headroom,
+                max_num_queued_reqs=max_queued,
+            ),
             policy=POLICIES[policy](),
-            admission_headroom=headroom,
-            max_num_queued_reqs=max_queued,
             clock=lambda: self.now,
         )
         self.max_queued = max_queued
