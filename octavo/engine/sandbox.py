@@ -124,7 +124,8 @@ def serve(answer: Callable[[Any], Any], *, max_bytes: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the server's to handle
         signal.signal(number, signal.SIG_IGN)
     for limit, most in ((resource.RLIMIT_AS, max_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (most, most))
+        with contextlib.suppress(ValueError):  # macOS limits no address space: there the seconds must do
+            resource.setrlimit(limit, (most, most))
     for line in sys.stdin.buffer:
         number, question = json.loads(line)
         try:

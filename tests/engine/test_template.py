@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -73,6 +76,20 @@ def test_what_a_template_may_not_do_ends_its_request_alone(source: str, word: st
         assert await renderer.render(ChatTemplate("fine", None), MESSAGES, {}) == "fine"
 
     with_renderer(use)
+
+
+def test_a_system_that_limits_no_address_space_renders_all_the_same() -> None:
+    """macOS: setrlimit() of it is an error."""
+    code = (
+        "import resource\n"
+        "def refuse(limit, most): raise ValueError('current limit exceeds maximum limit')\n"
+        "resource.setrlimit = refuse\n"
+        "from octavo.engine import sandbox, template\n"
+        "sandbox.serve(template._render, max_bytes=template.MAX_BYTES)\n"
+    )
+    question = json.dumps([7, ["{{ messages[0].content }}!", [{"role": "user", "content": "Hi"}], {}]]) + "\n"
+    done = subprocess.run([sys.executable, "-c", code], input=question, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == {"number": 7, "answer": "Hi!"}, done.stderr
 
 
 def test_one_call_that_takes_for_ever_is_killed() -> None:
