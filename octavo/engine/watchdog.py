@@ -3,7 +3,8 @@
 Silence alone proves nothing: a long prompt on a busy laptop is silent too, and whoever kills that makes it worse. So an
 engine with work is called stalled only when it has been silent for many times the longest step to be expected *and*
 either its process has used no CPU time for seconds (a deadlock, a stopped process), or it has used far more than any
-step could take (an endless loop).
+step could take (an endless loop). Where the system tells no CPU time (macOS), a silent engine passes for one that
+computes.
 """
 
 from __future__ import annotations
@@ -104,10 +105,12 @@ class Watchdog:
                 self._cpu_at_step = cpu_seconds
         if now - self._last < self.limit:
             return False
-        if cpu_seconds is None or now - self._moved >= MIN_SLEEP:
+        if cpu_seconds is not None and now - self._moved >= MIN_SLEEP:
             return True
         if not self._slowest and now - self._last < FIRST_SPIN:
             return False
+        if cpu_seconds is None:
+            return now - self._last >= TIMES_SPUN * self.limit
         return cpu_seconds - self._cpu_at_step > TIMES_SPUN * self.limit * self._num_threads
 
 
