@@ -322,9 +322,10 @@ class AsyncEngine:
             log.error("%s; starting another one in %g s", reason, delay)
             await asyncio.sleep(delay)
             await self._process.end()
-            self._process = EngineProcess()
+            process = EngineProcess()
             try:
-                await self._process.load(self.config, self._files)
+                await process.load(self.config, self._files)
+                self._process = process  # now that it has a channel: somebody may be leaving
                 self.ready = await self._await_ready()
             except OctavoError as error:
                 reason = self.restarting = str(error)

@@ -13,6 +13,7 @@ from gate import Gate
 
 from octavo import RequestOutputKind, SamplingParams
 from octavo.engine import watchdog
+from octavo.engine.child import EngineProcess
 from octavo.errors import EngineDeadError, EngineLoadingError, StepError
 from octavo.simulate.replay import Replay
 
@@ -99,9 +100,21 @@ def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch, gate):
     monkeypatch.setattr(watchdog, "BACK_OFF", (0.0, 0.1))
     monkeypatch.setattr(watchdog, "MIN_SILENCE", 600.0)  # who waits at the gate is not stalled
 
+    leaving, ends = [], []  # who leaves while the next process has no channel yet, and how that ended
+    load = EngineProcess.load
+
+    async def load_while_one_leaves(process, *what):
+        if leaving:
+            leaving[0].cancel()
+            ends.extend(await asyncio.gather(leaving.pop(), return_exceptions=True))
+        await load(process, *what)
+
+    monkeypatch.setattr(EngineProcess, "load", load_while_one_leaves)
+
     async def use(engine):
         streams = Streams(engine)
         running = await gate.start(streams)
+        leaving.append(asyncio.create_task(anext(engine.generate([8], sampling(1), "leaves"))))
         first = engine._process.pid
         under_way = []
         for length in (20, 50):
@@ -113,6 +126,7 @@ def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch, gate):
             with pytest.raises(EngineLoadingError, match="signal 9"):
                 await anext(engine.generate([1], sampling(1), "meanwhile"))
             assert engine.progress().stage == "restarting"
+        assert [type(end) for end in ends] == [asyncio.CancelledError]
         gate.open()
         assert await running == ["length"] * NUM_STREAMS
         assert engine._process.pid != first
