@@ -47,6 +47,7 @@ class Frontend:
         self.max_model_len = max_model_len
         self._max_logprobs = config.max_logprobs
         self._max_num_seqs = config.max_num_seqs
+        self._shares_prompts = config.enable_copy_on_write
         self._children: dict[str, Child] = {}
         self._seeds = random.Random(config.seed)
 
@@ -142,7 +143,7 @@ class Frontend:
                 engine_id = request_id if params.use_beam_search else child_id
                 fork_of = requests[0].request_id if requests else None
                 seed = base_seed + index
-                if requests:  # the prompt is the same: one tells of it
+                if requests and self._shares_prompts:  # the first one tells of it
                     told = replace(told, prompt_logprobs=None)
                 add = AddRequest(engine_id, ids, told, max_tokens, seed, fork_of=fork_of, **how)
                 add.grammar, add.bad_ids, add.think_ids = grammar, bad_ids, think_ids

@@ -111,6 +111,13 @@ def test_a_stop_token_counts_but_has_no_text(front):
     assert (answer.text, answer.token_ids, answer.stop_reason) == ("hi", ids("hi!"), ids("!")[0])
 
 
+def test_answers_that_share_no_prefill_all_tell_of_the_prompt(front):
+    """Whichever comes first: a stream that echoes the prompt begins with it."""
+    alone = EngineConfig(max_logprobs=5, enable_copy_on_write=False)
+    for this, expected in ((front, [1, None]), (Frontend(front.tokenizer, Spec(), alone, max_model_len=32), [1, 1])):
+        assert [request.params.prompt_logprobs for request in add(this, n=2, prompt_logprobs=1)[1]] == expected
+
+
 def test_logprobs_put_the_sampled_token_first(front):
     add(front, logprobs=2)
     out, _ = outputs(front, RequestDelta("r", [7], [TokenLogprobs(-3.0, 5, [1, 2], [-0.1, -0.2])]))
