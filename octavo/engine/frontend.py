@@ -332,10 +332,11 @@ class Frontend:
 
     def _cut(self, output: CompletionOutput, num_kept: int) -> None:
         """Drops the tokens behind a stop string."""
-        if output.logprobs is not None and output.cumulative_logprob is not None:
-            dropped = zip(output.token_ids[num_kept:], output.logprobs[num_kept:], strict=True)
-            output.cumulative_logprob -= sum(entries[token].logprob for token, entries in dropped)
-            del output.logprobs[num_kept:]
+        dropped = output.token_ids[num_kept:]
+        if dropped and output.logprobs is not None and output.cumulative_logprob is not None:
+            entries = output.logprobs[-len(dropped) :]  # a stream has handed out those before
+            output.cumulative_logprob -= sum(e[token].logprob for token, e in zip(dropped, entries, strict=True))
+            del output.logprobs[-len(dropped) :]
         del output.token_ids[num_kept:]
 
     def _add_logprobs(self, output: CompletionOutput, ids: list[int], logprobs: list[TokenLogprobs]) -> None:

@@ -88,15 +88,16 @@ class Update:
 
 
 def take_new(child: Child, num_tokens: int) -> CompletionOutput:
-    """What came behind the first `num_tokens`, and the text since the last time: it is handed out once, not kept."""
+    """What came behind the first `num_tokens`; text and log probabilities are handed out, not kept."""
     full = child.output
     text, full.text = full.text, ""
+    logprobs, full.logprobs = full.logprobs, None if full.logprobs is None else []
     return CompletionOutput(
         full.index,
         text,
         full.token_ids[num_tokens:],
         full.cumulative_logprob,
-        None if full.logprobs is None else full.logprobs[num_tokens:],
+        logprobs,
         full.finish_reason,
         full.stop_reason,
     )

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from octavo.errors import InvalidValueError
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.server.answer import DONE, Answer, merge
@@ -20,6 +21,8 @@ from octavo.server.front import Caller, Front
 from octavo.server.logprobs import LogprobsWriter
 from octavo.server.protocol import ChatRequest, CompletionRequest, StreamOptions
 from octavo.server.tools import Message
+
+MAX_LOGPROBS = 1 << 22  # numbers in an answer in one piece: 280 bytes each until it is written
 
 
 class Generation(ABC):
@@ -62,6 +65,13 @@ class Generation(ABC):
         self._head = {"id": id, "created": int(time.time()), "model": front.model(body.model)}
         self.writers: list[LogprobsWriter] | None = None  # by choice
         if params.logprobs is not None and body.logprobs is not None and body.logprobs is not False:
+            most = self.num_choices * (params.max_tokens or 0) * (params.logprobs + 1)
+            if not body.stream and most > MAX_LOGPROBS:
+                raise InvalidValueError(
+                    f"this answer may have {most} log probabilities; one in a piece has at most {MAX_LOGPROBS}: stream "
+                    "it, or ask for fewer, for fewer answers, or a smaller max_tokens",
+                    param="logprobs",
+                )
             tokenizer = front.engine.tokenizer
             as_ids = bool(body.return_tokens_as_token_ids)
             unseen = tokenizer.special_ids if tokenizer and params.skip_special_tokens else frozenset()

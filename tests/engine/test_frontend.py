@@ -118,6 +118,21 @@ def test_answers_that_share_no_prefill_all_tell_of_the_prompt(front):
         assert [request.params.prompt_logprobs for request in add(this, n=2, prompt_logprobs=1)[1]] == expected
 
 
+def told(*logprobs):
+    return [TokenLogprobs(logprob, 1, [], []) for logprob in logprobs]
+
+
+def test_a_stream_keeps_no_logprobs_and_cuts_those_behind_a_stop_string(front):
+    group, _ = add(front, stop="lo", logprobs=0, output_kind=RequestOutputKind.DELTA)
+    first, _ = outputs(front, RequestDelta("r", ids("he"), told(-1, -2)))
+    second, finishes = outputs(front, RequestDelta("r", ids("lox"), told(-4, -8, -16)))
+    assert finishes == [FinishRequest("r", 4)]
+    assert [[e[t].logprob for t, e in zip(o[0].outputs[0].token_ids, o[0].outputs[0].logprobs, strict=True)]
+            for o in (first, second)] == [[-1, -2], [-4, -8]]  # fmt: skip
+    assert second[0].outputs[0].cumulative_logprob == -15
+    assert group.children[0].output.logprobs == []
+
+
 def test_logprobs_put_the_sampled_token_first(front):
     add(front, logprobs=2)
     out, _ = outputs(front, RequestDelta("r", [7], [TokenLogprobs(-3.0, 5, [1, 2], [-0.1, -0.2])]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from live_server import Server
 
+from octavo.server import generation
 from octavo.server.protocol import UNBUILT_CHAT, UNBUILT_SAMPLING, ChatRequest, CompletionRequest, Message
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -197,3 +198,13 @@ def test_a_misspelt_field_is_told_what_it_may_have_meant(shared: Server) -> None
     assert nested["message"].endswith("did you mean include_usage?")
     for far in ("nonsense", "temperature" * 9, "x" * 100_000):
         assert refused(shared, "/v1/chat/completions", {**CHAT, far: 1})["message"].endswith("leave it out")
+
+
+def test_an_answer_in_one_piece_has_a_bound_of_log_probabilities(shared: Server, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "MAX_LOGPROBS", 2 * 3 * 7 * (5 + 1))
+    body = {"prompt": ["ab", "c"], "n": 3, "max_tokens": 7, "logprobs": 5}
+    assert shared.http.post("/v1/completions", json=body).status_code == 200
+    assert shared.http.post("/v1/completions", json={**body, "max_tokens": 8, "stream": True}).status_code == 200
+    error = refused(shared, "/v1/completions", {**body, "max_tokens": 8})
+    assert (error["param"], error["code"]) == ("logprobs", "invalid_value")
+    assert "may have 288 log probabilities" in error["message"]
