@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from octavo import cgroup
@@ -17,6 +18,8 @@ DEFAULT_MODEL = "smollm2"
 BLOCK_SIZE = 16
 DEFAULT_QUEUE = 1024  # requests that may wait behind a server
 PROMPT_ROWS = 64  # prompt positions of a step that something is told of
+ON_CPU, ON_GPU = (64, 512), (256, 8192)  # max_num_seqs and max_num_batched_tokens where they are not given
+GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # one of them is there where a card is; the second is WSL's
 
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -51,8 +54,8 @@ class EngineConfig:
     num_threads: int | None = None  # of the native runtime; default: the cores this process may use
 
     max_model_len: int | None = None  # default: the model's own, cut to what fits
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 0  # 0: as ON_CPU or ON_GPU says
+    max_num_batched_tokens: int = 0
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0  # 0: no cap on one request's share of a step
     enable_prefix_caching: bool = True
@@ -94,9 +97,13 @@ class EngineConfig:
                 _one_of(f.name, getattr(self, f.name), get_args(_HINTS[f.name]))
             else:
                 _of_type(f.name, getattr(self, f.name), str(f.type))
+        num_seqs, num_tokens = ON_GPU if _has_gpu(self.runtime) else ON_CPU
+        num_tokens = self.max_num_batched_tokens or num_tokens
+        object.__setattr__(self, "max_num_batched_tokens", num_tokens)  # once, before anybody sees it
+        object.__setattr__(self, "max_num_seqs", self.max_num_seqs or min(num_seqs, num_tokens))
         _range("max_model_len", self.max_model_len, 1, 1 << 24)
-        _range("max_num_seqs", self.max_num_seqs, 1, 4096)
         _range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        _range("max_num_seqs", self.max_num_seqs, 1, 4096)
         _range("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 1 << 20)
         _range("block_size", self.block_size, 1, 256)
         _range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
@@ -162,6 +169,12 @@ class EngineConfig:
             return self.num_threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(cores, cgroup.whole_cpus() or cores)
+
+
+def _has_gpu(runtime: str) -> bool:
+    """Whether `runtime` will be a GPU's, told without torch, whose import takes seconds."""
+    is_there = runtime == "auto" and any(map(os.path.exists, GPU_FILES))
+    return runtime == "cuda" or (is_there and all(map(find_spec, ("torch", "triton"))))
 
 
 _HINTS = get_type_hints(EngineConfig)

@@ -76,8 +76,8 @@ FLAGS: dict[str, Flag] = {
     ),
     "prefix_caching_hash_key": Flag("Memory", "Key of the prefix hash; default: random for each engine.", "TEXT"),
     "gpu_memory_utilization": Flag("Memory", "Share of a GPU's memory to use; read on a GPU only."),
-    "max_num_seqs": Flag("Scheduler", "Requests that run at once.", is_size=True),
-    "max_num_batched_tokens": Flag("Scheduler", "Tokens of one step, prompts and answers together.", is_size=True),
+    "max_num_seqs": Flag("Scheduler", "Requests that run at once; 0: 64, on a GPU 256.", is_size=True),
+    "max_num_batched_tokens": Flag("Scheduler", "Tokens of a step, all together; 0: 512, on a GPU 8192.", is_size=True),
     "enable_chunked_prefill": Flag("Scheduler", "Cut long prompts to the step's budget; cannot be switched off."),
     "long_prefill_token_threshold": Flag("Scheduler", "Most tokens of one prompt in a step; 0: no cap.", is_size=True),
     "async_scheduling": Flag(

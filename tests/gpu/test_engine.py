@@ -60,7 +60,8 @@ def naive(files):
 
 
 def make_core(files, **settings):
-    settings = {"num_gpu_blocks_override": 64, "max_num_batched_tokens": 512, "dtype": "float32", **settings}
+    limits = {"num_gpu_blocks_override": 64, "max_num_seqs": 64, "max_num_batched_tokens": 512}
+    settings = {**limits, "dtype": "float32", **settings}
     settings = {"runtime": "cuda", "admission_headroom": 0.0, **settings}
     config = EngineConfig(model="tiny", load_format="dummy", **settings)
     executor = LocalExecutor(config, files)

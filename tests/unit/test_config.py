@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 
+from octavo import config
 from octavo.config import EngineConfig, EvictionPolicy
 from octavo.errors import ConfigError, UnsupportedError
 from octavo.kvcache.eviction import EVICTIONS
@@ -19,7 +20,7 @@ from octavo.kvcache.eviction import EVICTIONS
         ("scheduling_policy", "random"),
         ("kv_cache_dtype", "fp9"),
         ("max_model_len", 0),
-        ("max_num_seqs", 0),
+        ("max_num_seqs", -1),
         ("max_num_seqs", 600),  # above max_num_batched_tokens
         ("max_num_batched_tokens", -1),
         ("block_size", 257),
@@ -61,6 +62,24 @@ def test_every_choice_is_there_and_is_checked():
     for name in ("load_format", "runtime", "prefix_eviction_policy", "cuda_ops"):
         with pytest.raises(ConfigError, match=f"{name} must be one of"):
             EngineConfig(**{name: ["auto"]})
+
+
+def test_a_gpu_takes_more_at_once_unless_told_otherwise(monkeypatch, tmp_path):
+    def limits(**given):
+        made = EngineConfig(**given)
+        return made.max_num_seqs, made.max_num_batched_tokens
+
+    monkeypatch.setattr(config, "find_spec", lambda name: name)
+    monkeypatch.setattr(config, "GPU_FILES", (tmp_path / "absent", tmp_path / "card"))
+    assert limits() == (64, 512)
+    (tmp_path / "card").touch()
+    assert limits() == limits(runtime="cuda") == (256, 8192)
+    assert limits(runtime="native") == (64, 512)
+    assert limits(max_num_seqs=7) == (7, 8192)
+    assert limits(max_num_batched_tokens=100) == (100, 100)
+    assert dataclasses.replace(EngineConfig(), runtime="native").max_num_seqs == 256, "what is resolved stays"
+    monkeypatch.setattr(config, "find_spec", {"torch": None}.get)
+    assert limits() == (64, 512)
 
 
 def test_frozen():
