@@ -116,8 +116,8 @@ class RequestDelta(Struct, omit_defaults=True, gc=False):
 
 
 class StepRecord(Struct, array_like=True, gc=False):
-    """One step in numbers: the single source of metrics, the live page, traces and the lab. Times: engine's monotonic
-    clock, seconds. Tokens unless said otherwise."""
+    """One step in numbers: the single source of metrics, black boxes, cost models and the lab. Times: the
+    engine's monotonic clock, seconds. Tokens unless said otherwise."""
 
     step: int
     time: float  # at the start of schedule()
