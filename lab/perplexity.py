@@ -25,6 +25,7 @@ from rich.table import Table
 from lab.arithmetic import ARITHMETICS, REQUANTIZABLE, RequantizedWeights, SimulatedRuntime, SimulatedWeights
 from lab.divergence import Scores, perplexity_difference
 from lab.machine import describe_machine
+from lab.teacher import one_request
 from lab.text import TEXTS, load_text
 from octavo.errors import OctavoError
 from octavo.models.decoder import record
@@ -82,7 +83,7 @@ def _runtime_for(dtype: str, runtime: str, threads: int, weights: WeightSource) 
 def slice_inputs(window: Int32, start: int) -> StepInputs:
     """Tokens start .. start + SLICE - 1 of a window as a step of one request whose KV lies in blocks 0, 1, 2, ..."""
     tokens = window[start : start + SLICE]
-    return StepInputs.one_request(tokens, start=start, first_logits=start, block_size=BLOCK_SIZE)
+    return one_request(tokens, start=start, first_logits=start, block_size=BLOCK_SIZE)
 
 
 def windows_of(text: str, tokenizer: Tokenizer, num_tokens: int, window: int) -> list[Int32]:

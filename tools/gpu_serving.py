@@ -61,13 +61,14 @@ def _teacher_forced(llm: Any, prompt: list[int], tokens: Sequence[int]) -> Itera
     """(logits, token that was chosen) in pieces of as many rows as a step may sample."""
     import torch
 
-    from octavo.runtime.base import SamplingInputs, StepInputs
+    from lab.teacher import one_request
+    from octavo.runtime.base import SamplingInputs
 
     runtime, most_rows = llm._executor.worker.runtime, llm.config.max_num_seqs
     ids = np.array([*prompt, *tokens[:-1]], np.int32)
     for first in range(len(prompt) - 1, len(ids), most_rows):
         end = min(first + most_rows, len(ids))
-        runtime.execute(StepInputs.one_request(ids[:end], first_logits=first, block_size=llm.config.block_size))
+        runtime.execute(one_request(ids[:end], first_logits=first, block_size=llm.config.block_size))
         runtime.sample(SamplingInputs.greedy(end - first))
         logits = runtime._logits_on_device().float()
         yield logits, torch.tensor(tokens[first - len(prompt) + 1 : end - len(prompt) + 1], device=logits.device)

@@ -6,7 +6,7 @@ It receives host arrays and returns host arrays; it knows nothing of requests. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -85,23 +85,6 @@ class StepInputs:
     block_tables: Int32  # [G, B, max blocks per request]
     logits_indices: Int32  # [R]: which of the T tokens
     num_states: int = 0  # of the last of these: only their final states are wanted, no logits
-
-    @classmethod
-    def one_request(
-        cls, token_ids: Sequence[int] | Int32, *, start: int = 0, first_logits: int, block_size: int = 16
-    ) -> StepInputs:
-        """Positions `start` on of one request whose KV lies in blocks 0, 1, 2, ...; logits from `first_logits` on."""
-        end = start + len(token_ids)
-        positions = np.arange(start, end, dtype=np.int32)
-        return cls(
-            token_ids=np.asarray(token_ids, np.int32),
-            positions=positions,
-            slots=positions.astype(np.int64)[None],
-            query_start_loc=np.array([0, end - start], np.int32),
-            seq_lens=np.array([end], np.int32),
-            block_tables=np.arange(-(-end // block_size), dtype=np.int32)[None, None],
-            logits_indices=np.arange(first_logits - start, end - start, dtype=np.int32),
-        )
 
 
 @dataclass(slots=True)

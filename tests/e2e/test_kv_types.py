@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lab.teacher import one_request
 from octavo.models.decoder import record
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
-from octavo.runtime.base import Float32, SamplingInputs, StepInputs
+from octavo.runtime.base import Float32, SamplingInputs
 from octavo.runtime.native import NativeRuntime
 from octavo.text.tokenizer import load_tokenizer
 
@@ -36,7 +37,7 @@ def logits() -> dict[str, Float32]:
         runtime = NativeRuntime(2)
         runtime.load(program, weights, dtype="float32", max_num_tokens=512, max_num_logits=len(ids), max_num_requests=1)
         runtime.allocate_kv(32, 16, kv)
-        runtime.execute(StepInputs.one_request(ids, first_logits=0))
+        runtime.execute(one_request(ids, first_logits=0))
         runtime.sample(SamplingInputs.greedy(len(ids)))
         raw = runtime.logits().astype(np.float64)
         raw -= raw.max(axis=1, keepdims=True)

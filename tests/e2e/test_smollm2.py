@@ -9,12 +9,13 @@ import gc
 import pytest
 from prompts import PROMPTS
 
+from lab.teacher import one_request
 from octavo import LLM, SamplingParams
 from octavo.models.decoder import record
 from octavo.models.hub import resolve_model
 from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
-from octavo.runtime.base import SamplingInputs, StepInputs
+from octavo.runtime.base import SamplingInputs
 from octavo.runtime.reference import ReferenceRuntime
 
 pytestmark = pytest.mark.model
@@ -145,7 +146,7 @@ def test_reference_runtime_gives_the_same_tokens(native):
     runtime.load(record(spec), open_weights(files, spec), dtype="float32", **sizes)
     runtime.allocate_kv(128, 16)
     for prompt, tokens, prompt_ids in zip(PROMPTS, *native, strict=True):
-        forced = StepInputs.one_request(prompt_ids + tokens[:-1], first_logits=len(prompt_ids) - 1)
+        forced = one_request(prompt_ids + tokens[:-1], first_logits=len(prompt_ids) - 1)
         runtime.execute(forced)
         assert runtime.sample(SamplingInputs.greedy(NUM_TOKENS)).token_ids.tolist() == tokens, (
             f"differs on {prompt[:40]!r}"

@@ -1,9 +1,10 @@
 """The oracle for the engine: one request at a time, the whole prefix computed anew for every token, no scheduler."""
 
+from lab.teacher import one_request
 from octavo.models.decoder import record
 from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
-from octavo.runtime.base import SamplingInputs, StepInputs
+from octavo.runtime.base import SamplingInputs
 
 
 class NaiveLoop:
@@ -24,7 +25,7 @@ class NaiveLoop:
         return ids[len(prompt) :]
 
     def _next(self, ids, drawn, temperature, seed):
-        self._runtime.execute(StepInputs.one_request(ids, first_logits=len(ids) - 1, block_size=self._block_size))
+        self._runtime.execute(one_request(ids, first_logits=len(ids) - 1, block_size=self._block_size))
         sampling = SamplingInputs.greedy(1)
         sampling.temperature[:], sampling.seeds[:], sampling.positions[:] = temperature, seed, drawn
         return int(self._runtime.sample(sampling).token_ids[0])

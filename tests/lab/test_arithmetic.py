@@ -16,11 +16,12 @@ from lab.arithmetic import (
     to_bf16,
     to_int8,
 )
+from lab.teacher import one_request
 from octavo.models.decoder import record
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles
 from octavo.models.weights import open_weights
-from octavo.runtime.base import SamplingInputs, StepInputs, Tensor
+from octavo.runtime.base import SamplingInputs, Tensor
 from octavo.runtime.reference import ReferenceRuntime
 from octavo.runtime.reference.tensors import to_float32
 
@@ -50,7 +51,7 @@ def model(tmp_path_factory):
 def logits_of(runtime, program, weights):
     runtime.load(program, weights, dtype="float32", max_num_tokens=32, max_num_logits=32, max_num_requests=1)
     runtime.allocate_kv(2, 16)
-    runtime.execute(StepInputs.one_request([7, 30, 11, 5, 52, 0, 19], first_logits=0))
+    runtime.execute(one_request([7, 30, 11, 5, 52, 0, 19], first_logits=0))
     runtime.sample(SamplingInputs.greedy(7))
     return runtime.logits()
 

@@ -7,11 +7,12 @@ import pytest
 
 from lab import numerics, perplexity
 from lab.perplexity import SLICE, Subject, result_of, slice_inputs, windows_of
+from lab.teacher import one_request
 from octavo.models.decoder import record
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles
 from octavo.models.weights import open_weights
-from octavo.runtime.base import SamplingInputs, StepInputs
+from octavo.runtime.base import SamplingInputs
 from octavo.runtime.reference import ReferenceRuntime
 from tests.text.vocabularies import byte_level
 from tests.tiny_llama import TINY
@@ -76,7 +77,7 @@ def test_a_window_in_slices_is_the_window_at_once(tmp_path):
         runtime.execute(slice_inputs(window, start))
         runtime.sample(SamplingInputs.greedy(min(SLICE, WINDOW - start)))
         slices.append(runtime.logits())
-    runtime.execute(StepInputs.one_request(window.tolist(), first_logits=0))
+    runtime.execute(one_request(window.tolist(), first_logits=0))
     runtime.sample(SamplingInputs.greedy(WINDOW))
     assert [len(logits) for logits in slices] == [SLICE, SLICE, 21]
     np.testing.assert_allclose(np.concatenate(slices), runtime.logits(), atol=1e-5)
