@@ -29,7 +29,7 @@ from octavo.engine.groups import Group, Update, tell_finished
 from octavo.engine.outbox import Outbox, Relay
 from octavo.engine.template import TemplateRenderer
 from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Restarts, Watchdog
-from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError
+from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError, TimeLimitError
 from octavo.messages import AbortRequests, Admission, EngineFailed, EngineReady, Shutdown, StepOutputs, StepRecord
 from octavo.models.hub import resolve_model_of
 from octavo.models.reader import read_spec
@@ -167,9 +167,13 @@ class AsyncEngine:
             StepError: the engine failed on this request alone.
             EngineDeadError: the engine is gone for good, or (EngineLoadingError) a new one is being loaded.
         """
-        text, ids = await self.tokenize(prompt)
         asked = params.structured_outputs
-        grammar = await self._grammars.compile(asked) if asked is not None else None
+        try:
+            async with asyncio.timeout(how.get("timeout")):  # grammars are built one after the other
+                text, ids = await self.tokenize(prompt)
+                grammar = await self._grammars.compile(asked) if asked is not None else None
+        except TimeoutError:
+            raise TimeLimitError(f"the request's timeout of {how['timeout']} s has passed before it began") from None
         if self.dead:  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
             raise EngineDeadError(self.dead)
         if self.restarting:

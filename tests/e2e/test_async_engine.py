@@ -7,7 +7,8 @@ import pytest
 from tiny_engine import with_engine
 
 from octavo import RequestOutputKind, SamplingParams
-from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, MemoryPlanError
+from octavo.errors import ConfigError, ContextLengthError, InvalidValueError, MemoryPlanError, TimeLimitError
+from octavo.sampling_params import StructuredOutputsParams
 from tests.tiny_llama import TINY
 
 PROMPT = [5, 6, 7]
@@ -94,6 +95,10 @@ def test_wrong_requests_are_refused_before_the_first_output(folder):
             await anext(engine.generate("text", params(), "a"))
         with pytest.raises(ContextLengthError):
             await anext(engine.generate([1] * 256, params(), "b"))
+        engine._grammars.compile = lambda asked: asyncio.sleep(60)  # others' are built before it
+        waits = params(structured_outputs=StructuredOutputsParams(regex="a"), ignore_eos=False)
+        with pytest.raises(TimeLimitError, match=r"0\.01 s has passed"):
+            await anext(engine.generate(PROMPT, waits, "c", timeout=0.01))
         with pytest.raises(InvalidValueError, match="from 0 to 96"):
             await anext(engine.generate([97], params(), "c"))
         return await collect(engine, "d")
