@@ -2,18 +2,22 @@
 //
 // The rows of a task are (token, query head) pairs that share a KV head, token-major. For one row the order of all
 // sums is fixed by position alone: scores add over head_dim in order; weights add by lane of position, halving at the
-// end of a range; values add over positions in order; the running maximum moves at multiples of kKVTile; the results
+// end of a range; values add over positions in order; what weights are against moves at multiples of kKVTile; the results
 // of ranges of kKVRange positions are merged in order. A chunk of a prompt therefore gives the bits of the whole
 // prompt, and ranges computed by several threads those of one. Masked positions weigh exactly 0 and their K may be
 // anything.
 #include <cmath>
+#include <type_traits>
 
 #include "attention.h"
 
 namespace octavo::OCTAVO_LEVEL {
 namespace {
 
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kSlack = 8.0f;  // a row's weights are against an older maximum until one would be 2^8 times heavier
 constexpr size_t kRowBlock = 4;                     // rows in registers
+constexpr size_t kTogether = 16;                    // all scores first, then all weights: neither waits for its own latency
 constexpr size_t kVectors = kLanes == 16 ? 4 : 2;   // vectors of positions or values in registers
 constexpr size_t kTileVectors = kKVTile / kLanes;
 constexpr size_t kGroupVectors = kGroup / kLanes;
@@ -26,8 +30,8 @@ struct Scratch {
     float* merged;      // [rows, state_width]: of the ranges before
     float* weights;     // [rows, kLanes]: sum of weights by lane, of the range
     float* largest;     // [rows]: score of the range so far
-    float* scores;      // [kRowBlock, kKVTile]
-    uint16_t* rounded;  // [kRowBlock, kKVTile]: weights as bfloat16
+    float* scores;      // [kTogether, kKVTile]
+    uint16_t* rounded;  // [kTogether, kKVTile]: weights as bfloat16
     uint16_t* q;        // [rows, key_dim]: queries as bfloat16
     uint8_t* pieces;    // kTileGroups pieces of the cache: for blocks that are no multiple of kGroup
     uint8_t* wide;      // the same in bfloat16: widened from int8
@@ -43,8 +47,8 @@ struct Scratch {
         merged = reinterpret_cast<float*>(take(rows * state_width(c) * 4));
         weights = reinterpret_cast<float*>(take(rows * kLanes * 4));
         largest = reinterpret_cast<float*>(take(rows * 4));
-        scores = reinterpret_cast<float*>(take(kRowBlock * kKVTile * 4));
-        rounded = reinterpret_cast<uint16_t*>(take(kRowBlock * kKVTile * 2));
+        scores = reinterpret_cast<float*>(take(kTogether * kKVTile * 4));
+        rounded = reinterpret_cast<uint16_t*>(take(kTogether * kKVTile * 2));
         q = reinterpret_cast<uint16_t*>(take(rows * c.key_dim * 2 + sizeof(Halves)));
         pieces = take(kTileGroups * c.piece_bytes);
         wide = take(kTileGroups * kGroup * (c.key_dim + c.value_width) * 2);
@@ -54,7 +58,7 @@ struct Scratch {
 
 template <class KV, size_t ROWS>
 OCTAVO_FORCED void score(const typename KV::Element* const* q, const KVTile& tile, size_t vector, size_t num_steps,
-                  float* scores) {
+                  float* scores, Floats* tops) {
     Floats total[ROWS][kVectors] = {};
     for (size_t step = 0; step < num_steps; step += KV::kSteps) {
         typename KV::Operand keys[kVectors][KV::kSteps];
@@ -70,8 +74,12 @@ OCTAVO_FORCED void score(const typename KV::Element* const* q, const KVTile& til
                 for (size_t v = 0; v < kVectors; ++v) total[r][v] = KV::add(value, keys[v][n], total[r][v]);
             }
     }
-    for (size_t r = 0; r < ROWS; ++r)
+    for (size_t r = 0; r < ROWS; ++r) {
+        Floats top = vector == 0 ? total[r][0] : max(total[r][0], tops[r]);
+        for (size_t v = 1; v < kVectors; ++v) top = max(total[r][v], top);
+        tops[r] = top;
         for (size_t v = 0; v < kVectors; ++v) store(scores + r * kKVTile + (vector + v) * kLanes, total[r][v]);
+    }
 }
 
 // total[r][d] += sum over positions [first, last) of the tile of weights[r][j] * v[j][d]. Positions that are loaded
@@ -108,15 +116,19 @@ inline void put_weight(uint16_t* at, Floats weight) {
     std::memcpy(at, &rounded, sizeof rounded);
 }
 
-// Scales the scores of a row and hides the positions that it does not see; returns the largest, lane by lane.
+// Scores times this are powers of two to weigh by. It is above 0: the largest score stays the largest.
+inline float score_unit(const AttentionArgs& a) { return a.softcap != 0.0f ? kLog2E : a.scale * kLog2E; }
+
+// Scores of a row that cannot be taken as they are: scales or caps them and hides the positions that it does not see;
+// returns the largest, lane by lane.
 template <bool SCALED>
-inline Floats scale_scores(const AttentionArgs& a, const KVTile& tile, size_t oldest, size_t newest, float* scores) {
+inline Floats finish_scores(const AttentionArgs& a, const KVTile& tile, size_t oldest, size_t newest, float* scores) {
     const bool all_visible = oldest <= tile.start && newest + 1 >= tile.start + kKVTile;
     Floats top = splat(kNever);
     for (size_t v = 0; v < kTileVectors; ++v) {
-        Floats score = load(scores + v * kLanes) * a.scale;
+        Floats score = load(scores + v * kLanes);
         if constexpr (SCALED) score *= load(tile.scales[v / kGroupVectors] + v % kGroupVectors * kLanes);
-        if (a.softcap != 0.0f) score = a.softcap * tanh(score / a.softcap);
+        if (a.softcap != 0.0f) score = a.softcap * tanh(score * a.scale / a.softcap);
         if (!all_visible) {
             Ints position;
             for (size_t l = 0; l < kLanes; ++l) position[l] = static_cast<int32_t>(l);
@@ -131,44 +143,49 @@ inline Floats scale_scores(const AttentionArgs& a, const KVTile& tile, size_t ol
     return top;
 }
 
-// Turns the scores of rows that follow each other into weights against their new maxima; hidden positions weigh 0.
-template <bool SCALED, size_t ROWS, class Element>
-inline void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, const Scratch& s,
-                   Element* out) {
+// Turns the scores of `count` rows that follow each other into weights against their new maxima; hidden positions weigh 0.
+template <class KV, bool SCALED>
+void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, size_t count, const Scratch& s,
+            Floats* tops, typename KV::Element* out) {
     const size_t share = a.num_heads / a.cache.num_kv_heads, stride = state_width(a.cache);
     size_t newest = t.first_position + row / share, head = row % share;
-    Floats tops[ROWS];
-    for (size_t r = 0; r < ROWS; ++r, ++head) {
+    const size_t oldest = oldest_seen(a, t.first_position + (row + count - 1) / share);
+    const bool as_they_are =
+        !SCALED && a.softcap == 0.0f && oldest <= tile.start && newest + 1 >= tile.start + kKVTile;
+    const float unit = score_unit(a);
+    float largest[kTogether];
+    for (size_t r = 0; r < count && !as_they_are; ++r, ++head) {
         if (head == share) head = 0, ++newest;
-        tops[r] = scale_scores<SCALED>(a, tile, oldest_seen(a, newest), newest, s.scores + r * kKVTile);
+        tops[r] = finish_scores<SCALED>(a, tile, oldest_seen(a, newest), newest, s.scores + r * kKVTile);
     }
-    float largest[ROWS];
-    max_each<ROWS>(tops, largest);
+    size_t some = 0;
+    for (; some + 4 <= count; some += 4) max_each<4>(tops + some, largest + some);
+    for (; some < count; ++some) max_each<1>(tops + some, largest + some);
     float* const before = s.largest + row;
     bool moved = false;
-    for (size_t r = 0; r < ROWS; ++r) {
-        largest[r] = largest[r] > before[r] ? largest[r] : before[r];
+    for (size_t r = 0; r < count; ++r) {
+        largest[r] = largest[r] * unit > before[r] + kSlack ? largest[r] * unit : before[r];
         moved |= largest[r] != before[r];
     }
     if (moved) {  // one question for all rows: where nothing moves any more, it is answered ahead
-        for (size_t r = 0; r < ROWS; ++r) {
+        for (size_t r = 0; r < count; ++r) {
             const float old = before[r];
             before[r] = largest[r];
             if (largest[r] == old || old == kNever) continue;  // nothing is there that could shrink
-            const Floats shrink = exp_below(splat(old) - largest[r]);
+            const Floats shrink = power_of_two(splat(old) - largest[r]);
             float *state = s.range + (row + r) * stride, *weights = s.weights + (row + r) * kLanes;
             for (size_t c = 0; c < a.cache.value_width; c += kLanes) store(state + c, load(state + c) * shrink);
             store(weights, load(weights) * shrink);
         }
     }
-    for (size_t r = 0; r < ROWS; ++r) {
+    for (size_t r = 0; r < count; ++r) {
         const float top = largest[r] == kNever ? 0.0f : largest[r];  // nothing seen so far: all weigh 0
         const float* scores = s.scores + r * kKVTile;
         float* const weights = s.weights + (row + r) * kLanes;
         Floats sums = load(weights), part[kTileVectors];
         for (size_t v = 0; v < kTileVectors; ++v) {
             const Floats score = load(scores + v * kLanes);
-            part[v] = exp_below(score - top);
+            part[v] = power_of_two(fma(score, splat(unit), splat(-top)));
             sums += part[v];
             if constexpr (SCALED) {  // the scale of a position that is not visible may be anything
                 part[v] *= load(tile.scales[v / kGroupVectors] + kGroup + v % kGroupVectors * kLanes);
@@ -195,23 +212,23 @@ inline Seen seen_by(const AttentionArgs& a, const QueryTile& t, const KVTile& ti
     return {oldest > tile.start ? oldest - tile.start : 0, last < kKVTile ? last : kKVTile};
 }
 
-template <class KV, bool SCALED, size_t ROWS>
-void visit(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, const Scratch& s) {
-    const Seen seen = seen_by(a, t, tile, row, ROWS);
-    if (seen.last == 0) return;
-    using Element = typename KV::Element;
-    const Element* q[ROWS];
-    Element* weights;
-    if constexpr (KV::kDepth == 2) {
-        for (size_t r = 0; r < ROWS; ++r) q[r] = s.q + (row + r) * a.cache.key_dim;
-        weights = s.rounded;
-    } else {
-        for (size_t r = 0; r < ROWS; ++r) q[r] = query(a, t, t.kv_head, row + r);
-        weights = s.scores;
-    }
+template <class KV, size_t ROWS>
+void score_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, const Scratch& s, float* scores,
+                Floats* tops) {
+    const typename KV::Element* q[ROWS];
+    for (size_t r = 0; r < ROWS; ++r)
+        if constexpr (KV::kDepth == 2)
+            q[r] = s.q + (row + r) * a.cache.key_dim;
+        else
+            q[r] = query(a, t, t.kv_head, row + r);
     for (size_t vector = 0; vector < tile.last * kGroupVectors; vector += kVectors)
-        score<KV, ROWS>(q, tile, vector, a.cache.key_dim / KV::kDepth, s.scores);
-    soften<SCALED, ROWS>(a, t, tile, row, s, weights);
+        score<KV, ROWS>(q, tile, vector, a.cache.key_dim / KV::kDepth, scores, tops);
+}
+
+template <class KV, size_t ROWS>
+void mix_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, const Scratch& s,
+              const typename KV::Element* weights) {
+    const Seen seen = seen_by(a, t, tile, row, ROWS);
     const size_t width = a.cache.value_width;
     float* total = s.range + row * state_width(a.cache);
     size_t column = 0;
@@ -221,14 +238,36 @@ void visit(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_
         mix<KV, ROWS, 1>(weights, tile, seen.first, seen.last, column, a.cache, total);
 }
 
+// step(rows of a block, its first row), for `count` rows.
+template <class Step>
+OCTAVO_FORCED void by_blocks(size_t count, const Step& step) {
+    size_t row = 0;
+    for (; row + kRowBlock <= count; row += kRowBlock) step(std::integral_constant<size_t, kRowBlock>(), row);
+    switch (count - row) {
+        case 1: return step(std::integral_constant<size_t, 1>(), row);
+        case 2: return step(std::integral_constant<size_t, 2>(), row);
+        case 3: return step(std::integral_constant<size_t, 3>(), row);
+    }
+}
+
 template <class KV, bool SCALED>
 void visit_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t rows, const Scratch& s) {
-    size_t row = 0;
-    for (; row + kRowBlock <= rows; row += kRowBlock) visit<KV, SCALED, kRowBlock>(a, t, tile, row, s);
-    switch (rows - row) {
-        case 1: return visit<KV, SCALED, 1>(a, t, tile, row, s);
-        case 2: return visit<KV, SCALED, 2>(a, t, tile, row, s);
-        case 3: return visit<KV, SCALED, 3>(a, t, tile, row, s);
+    typename KV::Element* weights;
+    if constexpr (KV::kDepth == 2)
+        weights = s.rounded;
+    else
+        weights = s.scores;
+    for (size_t row = 0; row < rows; row += kTogether) {
+        const size_t count = rows - row < kTogether ? rows - row : kTogether;
+        if (seen_by(a, t, tile, row, count).last == 0) continue;
+        Floats tops[kTogether];
+        by_blocks(count, [&](auto num, size_t at) {
+            score_rows<KV, num()>(a, t, tile, row + at, s, s.scores + at * kKVTile, tops + at);
+        });
+        soften<KV, SCALED>(a, t, tile, row, count, s, tops, weights);
+        by_blocks(count, [&](auto num, size_t at) {
+            mix_rows<KV, num()>(a, t, tile, row + at, s, weights + at * kKVTile);
+        });
     }
 }
 
@@ -266,7 +305,7 @@ void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_
     for (size_t row = 0; row < rows; ++row) {
         float* state = s.range + row * stride;
         weight_of(state, a.cache) = sum(load(s.weights + row * kLanes));
-        largest_of(state, a.cache) = s.largest[row];
+        largest_of(state, a.cache) = s.largest[row] / kLog2E;
     }
 }
 

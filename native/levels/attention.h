@@ -143,12 +143,14 @@ inline void merge(const KVCache& c, float* range, float* merged) {
         std::memcpy(merged, range, state_width(c) * sizeof(float));
         return;
     }
-    const bool higher = range_top > top;  // then what is there shrinks, else what comes
-    const Floats shrink = exp(higher ? splat(top - range_top) : splat(range_top - top)), one = splat(1.0f);
-    const Floats keep = higher ? shrink : one, take = higher ? one : shrink;
+    const float largest = range_top > top ? range_top : top;
+    Floats both{};  // one is e^0; which, no branch could foresee
+    both[0] = top - largest, both[1] = range_top - largest;
+    both = exp(both);
+    const Floats keep = splat(both[0]), take = splat(both[1]);
     for (size_t i = 0; i < c.value_width; i += kLanes) store(merged + i, load(range + i) * take + load(merged + i) * keep);
     weight_of(merged, c) = weight_of(range, c) * take[0] + weight_of(merged, c) * keep[0];
-    if (higher) largest_of(merged, c) = range_top;
+    largest_of(merged, c) = largest;
 }
 
 inline void write_out(const AttentionArgs& a, const QueryTile& t, size_t head, size_t row, const float* merged) {

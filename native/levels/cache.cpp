@@ -117,6 +117,17 @@ void write_slot(const KVCache& c, uint8_t* piece, size_t lane, const float* k, c
     }
 }
 
+// Asks for the lines that a token writes: each of its words of K lies in another, and a store waits for its own.
+OCTAVO_FORCED void fetch_slot(const KVCache& c, size_t slot) {
+    for (size_t head = 0; head < c.num_kv_heads; ++head) {
+        const uint8_t* piece = c.piece(slot / kGroup, head);
+        for (size_t at = slot % kGroup * 4; at < c.v_offset; at += kGroup * 4) __builtin_prefetch(piece + at, 1);
+        const size_t bytes = c.value_width * 4, rows = (c.scale_offset - c.v_offset) / bytes;  // of slots that lie together
+        const uint8_t* values = piece + c.v_offset + slot % kGroup * rows / kGroup * bytes;
+        for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(values + at, 1);
+    }
+}
+
 template <class T>
 inline void copy_strided(const uint8_t* from, uint8_t* to, size_t count, size_t stride) {
     for (size_t i = 0; i < count; ++i)
@@ -152,6 +163,11 @@ void rope_kv_write(const RopeKVWriteArgs& a, size_t first_token, size_t last_tok
         const float* q = a.qkv + token * (q_width + 2 * kv_width);
         float* out = a.q + token * q_width;
         const size_t position = static_cast<size_t>(a.positions[token]), slot = static_cast<size_t>(a.slots[token]);
+        if (token == first_token) fetch_slot(c, slot);
+        if (token + 1 < last_token) {
+            const size_t next = static_cast<size_t>(a.slots[token + 1]);
+            if (next / kGroup != slot / kGroup) fetch_slot(c, next);
+        }
         for (size_t head = 0; head < a.num_heads; ++head)
             turn_head(a, q + head * dim, a.q_norm, position, out + head * dim);
         const float* k = q + q_width;

@@ -169,11 +169,9 @@ inline void max_each(const Floats* v, float* out) {
 }
 
 // e^x within 2 ulp; 0 below -104 (-87.3 without AVX-512), capped above 88.3. Range reduction by ln 2 in two parts and a
-// polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989). BELOW: no lane is above 0.
-template <bool BELOW = false>
+// polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989).
 inline Floats exp(Floats x) {
-    Floats clamped = x;
-    if constexpr (!BELOW) clamped = x > 88.3f ? splat(88.3f) : x;
+    const Floats clamped = x > 88.3f ? splat(88.3f) : x;
 #if defined(__AVX512F__)
     const Floats kept = clamped < -104.0f ? splat(-104.0f) : clamped;  // where the result rounds to 0
     const Floats n = (Floats)_mm512_roundscale_ps((__m512)(kept * 1.44269504088896341f), 0);
@@ -199,21 +197,24 @@ inline Floats exp(Floats x) {
 #endif
 }
 
-// e^x for x <= 0, where 1 is the largest of many: 1 for 0, within 3 ulp from -1 on, 8 from -20, 22 from -87. 2^r for r in
-// [-1/2, 1/2] is a minimax polynomial of degree 5 (relative error 9e-8), without a second part of ln 2.
-inline Floats exp_below(Floats x) {
+// 2^x for x <= 126, within 3 ulp: 1 for 0, 0 for -infinity. A minimax polynomial of what is left beside a whole number: from 0
+// to 1 of AVX-512, else from -1/2 to 1/2.
+inline Floats power_of_two(Floats x) {
 #if defined(__AVX512F__)
-    const Floats kept = (Floats)_mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x), per_x = splat(1.44269504088896341f);
-    const Floats n = (Floats)_mm512_roundscale_ps((__m512)(kept * per_x), 0), r = fma(kept, per_x, -n);
-    Floats p = splat(1.3264727313e-3f);
-    p = fma(p, r, splat(9.6715129912e-3f));
-    p = fma(p, r, splat(5.5507335812e-2f));
-    p = fma(p, r, splat(2.4022242427e-1f));
-    p = fma(p, r, splat(6.9314700365e-1f));
-    p = fma(p, r, splat(1.0f));
-    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+    constexpr float c[] = {1.8671302823e-03f, 9.0170297772e-03f, 5.5799912661e-02f, 2.4016444385e-01f, 6.9315129519e-01f};
+    const Floats r = (Floats)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
 #else
-    return exp<true>(x);
+    constexpr float c[] = {1.3264727313e-03f, 9.6715129912e-03f, 5.5507335812e-02f, 2.4022242427e-01f, 6.9314700365e-01f};
+    const Floats kept = x < -127.0f ? splat(-127.0f) : x, shift = splat(12582912.0f);  // 1.5 * 2^23: rounds, in the low bits
+    const Floats moved = kept + shift, r = kept - (moved - shift);
+#endif
+    Floats p = splat(c[0]);
+    for (size_t i = 1; i < 5; ++i) p = fma(p, r, splat(c[i]));
+    p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    return p * (Floats)(((Ints)moved << 23) + (127 << 23));
 #endif
 }
 
