@@ -19,7 +19,8 @@ constexpr size_t kKVRange = 256;   // positions whose sums are kept together; th
 constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kRoundedRows = 16;  // rows whose rounded activations a level may lay out together
 
-constexpr size_t kLogitsChunk = 64;  // logits that the sampler looks at together
+constexpr size_t kLogitsChunk = 64;     // logits that the sampler looks at together
+constexpr float kNegligible = -55.0f;  // exponent of a weight of which 2^20 are less than a rounding of 1
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -178,8 +179,9 @@ struct Kernels {
     const KVKernels* kv;
     // The largest of each kLogitsChunk values; NaN is passed over.
     void (*chunk_maxima)(const float* values, size_t count, float* maxima);
-    // Sum of exp((values[i] - top) / temperature) for values <= top: quotients in float, the rest in double.
-    double (*sum_exp)(const float* values, size_t count, float top, float temperature);
+    // Of each kLogitsChunk values, which are <= top, the sum of exp((value - top) / temperature): quotients in float, the
+    // rest in double. Chunks whose maximum lies kNegligible below have 0: all of them are nothing beside the top.
+    void (*sum_exp)(const float* values, size_t count, const float* maxima, float top, float temperature, double* sums);
     // For measuring the machine: reads a buffer whose size is a multiple of 1 KiB; runs `turns` of the level's fastest
     // multiply-adds in registers and returns how many operations that was. Both return through *sink.
     void (*read_all)(const float* values, size_t count, float* sink);

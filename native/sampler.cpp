@@ -79,16 +79,28 @@ struct Row {
                 if (visit(id)) return;
         }
     }
+
+    size_t largest() const {  // the lowest id among equals; 0 where there is nothing but NaN
+        size_t found = 0;
+        visit(top, [&](size_t id) { return logits[id] == top ? (found = id, true) : false; });
+        return found;
+    }
+
+    double weight(size_t id, float temperature) const {
+        return std::exp(static_cast<double>((logits[id] - top) / temperature));
+    }
+
+    // The sum of all weights; those of the chunks are left in `sums`.
+    double sum_weights(float temperature, std::vector<double>& sums) const {
+        sums.resize(maxima.size());
+        kernels.sum_exp(logits, vocab, maxima.data(), top, temperature, sums.data());
+        double total = 0.0;
+        for (const double sum : sums) total += sum;
+        return total;
+    }
 };
 
-size_t largest(const Row& row) {  // the lowest id among equals; 0 where there is nothing but NaN
-    size_t found = 0;
-    row.visit(row.top, [&](size_t id) { return row.logits[id] == row.top ? (found = id, true) : false; });
-    return found;
-}
-
-// A number that sorts by descending logit, then by ascending id.
-uint64_t rank_key(float logit, size_t id) {
+uint64_t rank_of(float logit, size_t id) {
     logit += 0.0f;  // -0 equals 0
     uint32_t bits;
     std::memcpy(&bits, &logit, sizeof bits);
@@ -96,109 +108,137 @@ uint64_t rank_key(float logit, size_t id) {
     return uint64_t{~ascending} << 32 | id;
 }
 
-// Ids by descending logit, the lowest first among equals, ranked only as far as somebody asks: each pass takes what
-// lies above a lower threshold, so that a draw from 50,000 tokens sorts some dozens.
-class Ranking {
+// The largest logits of a row, gathered only as far down as somebody asks, and never sorted: a rank is found by halving.
+class Candidates {
 public:
-    Ranking(const Row& row, float temperature, SamplerScratch& scratch)
-        : row_(row), top_(row.top), temperature_(temperature), order_(scratch.order), running_(scratch.running) {
-        order_.clear();
-        running_.clear();
+    Candidates(const Row& row, float temperature, SamplerScratch& scratch)
+        : row_(row), temperature_(temperature), found_(scratch.candidates) {
+        found_.clear();
     }
 
-    bool complete() const { return complete_; }
-    size_t size() const { return order_.size(); }
-    size_t id(size_t rank) const { return static_cast<size_t>(order_[rank] & 0xffffffffu); }
-    double weight(size_t rank) const {
-        return std::exp(static_cast<double>((row_.logits[id(rank)] - top_) / temperature_));
-    }
-    double running(size_t rank) const { return running_[rank]; }  // sum of weights up to and with this rank
+    size_t size() const { return found_.size(); }
+    const Candidate& operator[](size_t place) const { return found_[place]; }
 
-    // Ranks at least `count` ids where there are so many. As many chunks hold one that is not below the count-th
-    // largest maximum.
-    void reach(size_t count, std::vector<float>& scratch) {
+    // The `count` first in rank, or all there are, come to lie in front; returns how many. As many chunks hold one that
+    // is not below the count-th largest maximum.
+    size_t first(size_t count, std::vector<float>& scratch) {
         if (count <= row_.maxima.size()) {
             scratch = row_.maxima;
             const auto last = scratch.begin() + static_cast<ptrdiff_t>(count) - 1;
             std::nth_element(scratch.begin(), last, scratch.end(), std::greater<float>());
-            extend_to(*last);
+            gather(*last);
         }
-        while (size() < count && !complete()) extend();
+        if (size() < count) gather(kNever);
+        if (count < size()) std::nth_element(found_.begin(), at(count), found_.end());
+        return std::min(count, size());
     }
 
-    void extend() {
-        reach_ *= 1.5f;
-        const float floor = top_ - reach_ * temperature_;
-        extend_to(!(floor < above_) || reach_ > 256.0f ? kNever : floor);
+    // Gathers until the weights of all reach `wanted`, or there are no more.
+    void reach(double wanted) {
+        double mass = sum(0, size());
+        for (float below = 2.0f; mass < wanted && floor_ != kNever; below *= 1.5f) {
+            const size_t before = size();
+            const float floor = row_.top - below * temperature_;
+            gather(below > -kNegligible ? kNever : floor);
+            mass += sum(before, size());
+        }
     }
 
-    void extend_to(float floor) {
-        const size_t first = order_.size();
+    // The place, below `count`, of the first in rank at which the running sum of weights passes; the last in rank where
+    // none does. Those before it come to lie in front of it.
+    template <class Passes>
+    size_t select(size_t count, const Passes& passes) {
+        size_t first = 0, last = count;
+        double running = 0.0;
+        while (last - first > 1) {
+            const size_t middle = first + (last - first) / 2;
+            std::nth_element(at(first), at(middle), at(last));
+            const double upper = running + sum(first, middle);
+            if (passes(upper)) {
+                last = middle;
+            } else {
+                running = upper;
+                first = middle;
+            }
+        }
+        return first;
+    }
+
+    double sum(size_t first, size_t last) const {
+        double total = 0.0;
+        for (size_t place = first; place < last; ++place) total += found_[place].weight;
+        return total;
+    }
+
+    // Of the first `count`, those whose weight is at least so much come to lie in front; returns how many.
+    size_t likely(size_t count, double least) {
+        const auto end = std::partition(at(0), at(count), [&](const Candidate& c) { return c.weight >= least; });
+        return static_cast<size_t>(end - at(0));
+    }
+
+    void sort(size_t count) { std::sort(at(0), at(count)); }
+
+    // Adds what is not smaller than `floor`.
+    void gather(float floor) {
         row_.visit(floor, [&](size_t id) {
             const float logit = row_.logits[id];
-            if (logit >= floor && logit < above_) order_.push_back(rank_key(logit, id));
+            if (logit >= floor && logit < floor_) found_.push_back({rank_of(logit, id), row_.weight(id, temperature_)});
             return false;
         });
-        std::sort(order_.begin() + static_cast<ptrdiff_t>(first), order_.end());
-        for (size_t rank = first; rank < order_.size(); ++rank)
-            running_.push_back((rank == 0 ? 0.0 : running_[rank - 1]) + weight(rank));
-        above_ = floor;
-        complete_ = floor == kNever;
+        floor_ = floor;
     }
 
 private:
+    std::vector<Candidate>::iterator at(size_t place) { return found_.begin() + static_cast<ptrdiff_t>(place); }
+
     const Row& row_;
-    float top_, temperature_;
-    float above_ = std::numeric_limits<float>::infinity();
-    float reach_ = 2.0f;  // in temperatures below the top
-    bool complete_ = false;
-    std::vector<uint64_t>& order_;
-    std::vector<double>& running_;
+    float temperature_;
+    float floor_ = std::numeric_limits<float>::infinity();  // of what has been gathered
+    std::vector<Candidate>& found_;
 };
 
-// The first rank in [0, count) whose running sum passes the target, or the last rank; count may be "all".
-template <class Passes>
-size_t first_rank(Ranking& ranking, size_t count, const Passes& passes) {
-    for (size_t rank = 0;; ++rank) {
-        while (rank >= ranking.size() && !ranking.complete()) ranking.extend();
-        if (rank >= ranking.size() || rank >= count) return std::min(count, ranking.size()) - 1;
-        if (passes(rank)) return rank;
+// The first id whose running sum of weights exceeds u times their total.
+size_t draw_from_all(const Row& row, float temperature, double u, std::vector<double>& sums) {
+    const double target = u * row.sum_weights(temperature, sums);
+    double running = 0.0;
+    size_t chunk = 0;
+    while (chunk < sums.size() && !(running + sums[chunk] > target)) running += sums[chunk++];
+    if (chunk == sums.size()) return row.largest();  // there is a NaN
+    const size_t end = std::min(row.vocab, (chunk + 1) * kLogitsChunk);
+    size_t token = 0;
+    for (size_t id = chunk * kLogitsChunk; id < end && !(running > target); ++id) {
+        const double weight = row.weight(id, temperature);
+        if (weight > 0.0) token = id;  // the last one, where a rounding leaves the sum behind that of the chunk
+        running += weight;
     }
+    return token;
 }
 
-size_t draw(const OctavoStep& s, size_t row, const Row& logits, SamplerScratch& scratch) {
-    const size_t best = largest(logits);
-    const float temperature = s.temperature[row], top = logits.logits[best];
-    if (!(temperature > 0.0f) || !std::isfinite(top)) return best;
-    Ranking ranking(logits, temperature, scratch);
-    const size_t all = std::numeric_limits<size_t>::max();
+size_t draw(const OctavoStep& s, size_t step_row, const Row& row, SamplerScratch& scratch) {
+    const float temperature = s.temperature[step_row], top_p = s.top_p[step_row], min_p = s.min_p[step_row];
+    if (!(temperature > 0.0f) || !std::isfinite(row.top)) return row.largest();
+    const double u = uniform(s.seeds[step_row], s.sample_positions[step_row]);
+    const bool ranked = s.top_k[step_row] > 0 && static_cast<size_t>(s.top_k[step_row]) < row.vocab;
+    if (!ranked && !(top_p < 1.0f) && !(min_p > 0.0f)) return draw_from_all(row, temperature, u, scratch.sums);
 
-    size_t count = all;  // ranks that are left
-    if (s.top_k[row] > 0 && static_cast<size_t>(s.top_k[row]) < logits.vocab) {
-        count = static_cast<size_t>(s.top_k[row]);
-        ranking.reach(count, scratch.sorted);
-        count = std::min(count, ranking.size());
+    Candidates candidates(row, temperature, scratch);
+    size_t count = 0;  // of those in front that are left
+    if (ranked) count = candidates.first(static_cast<size_t>(s.top_k[step_row]), scratch.sorted);
+    if (top_p < 1.0f) {
+        const double wanted =
+            top_p * (ranked ? candidates.sum(0, count) : row.sum_weights(temperature, scratch.sums));
+        if (!ranked) {
+            candidates.reach(wanted);
+            count = candidates.size();
+        }
+        count = candidates.select(count, [&](double running) { return running >= wanted; }) + 1;
+    } else if (!ranked) {
+        candidates.gather(row.top + temperature * (std::log(min_p) - 1e-3f));  // lower by more than roundings
+        count = candidates.size();
     }
-    double total = 0.0;
-    if (count != all) {
-        total = ranking.running(count - 1);
-    } else {
-        total = logits.kernels.sum_exp(logits.logits, logits.vocab, top, temperature);
-    }
-    if (s.top_p[row] < 1.0f) {
-        const double wanted = static_cast<double>(s.top_p[row]) * total;
-        count = first_rank(ranking, count, [&](size_t rank) { return ranking.running(rank) >= wanted; }) + 1;
-        total = ranking.running(count - 1);
-    }
-    if (s.min_p[row] > 0.0f) {
-        const double least = static_cast<double>(s.min_p[row]);
-        const size_t end = first_rank(ranking, count, [&](size_t rank) { return ranking.weight(rank) < least; });
-        count = ranking.weight(end) < least ? end : end + 1;
-        total = ranking.running(count - 1);
-    }
-    const double target = uniform(s.seeds[row], s.sample_positions[row]) * total;
-    const size_t rank = first_rank(ranking, count, [&](size_t r) { return ranking.running(r) > target; });
-    return ranking.id(rank);
+    if (min_p > 0.0f) count = candidates.likely(count, min_p);
+    const double target = u * candidates.sum(0, count);
+    return candidates[candidates.select(count, [&](double running) { return running > target; })].id();
 }
 
 void write_logprobs(const OctavoStep& s, size_t row, const Row& raw, size_t token, SamplerScratch& scratch) {
@@ -211,22 +251,26 @@ void write_logprobs(const OctavoStep& s, size_t row, const Row& raw, size_t toke
     s.out_ranks[row] = 0;
     if (s.num_logprobs[row] < 0) return;
 
-    const float top = raw.top;
-    const double log_total = std::log(raw.kernels.sum_exp(raw.logits, raw.vocab, top, 1.0f));
+    const double log_total = std::log(raw.sum_weights(1.0f, scratch.sums));
     const auto logprob = [&](size_t id) {
-        return static_cast<float>(static_cast<double>(raw.logits[id] - top) - log_total);
+        return static_cast<float>(static_cast<double>(raw.logits[id] - raw.top) - log_total);
     };
     int32_t larger = 0;
-    for (size_t i = 0; i < raw.vocab; ++i) larger += raw.logits[i] > raw.logits[token];
+    raw.visit(raw.logits[token], [&](size_t id) {
+        larger += raw.logits[id] > raw.logits[token];
+        return false;
+    });
     s.out_logprobs[row] = logprob(token);
     s.out_ranks[row] = 1 + larger;
 
-    Ranking ranking(raw, 1.0f, scratch);
-    const size_t wanted = std::min(static_cast<size_t>(s.num_logprobs[row]), raw.vocab);
-    if (wanted > 0) ranking.reach(wanted, scratch.sorted);
-    for (size_t rank = 0; rank < std::min(wanted, ranking.size()); ++rank) {
-        top_ids[rank] = static_cast<int32_t>(ranking.id(rank));
-        top_logprobs[rank] = logprob(ranking.id(rank));
+    const size_t wanted = static_cast<size_t>(s.num_logprobs[row]);
+    if (wanted == 0) return;
+    Candidates candidates(raw, 1.0f, scratch);
+    const size_t found = candidates.first(wanted, scratch.sorted);
+    candidates.sort(found);
+    for (size_t rank = 0; rank < found; ++rank) {
+        top_ids[rank] = static_cast<int32_t>(candidates[rank].id());
+        top_logprobs[rank] = logprob(candidates[rank].id());
     }
 }
 
@@ -234,8 +278,7 @@ void write_logprobs(const OctavoStep& s, size_t row, const Row& raw, size_t toke
 
 void reserve(SamplerScratch& scratch, size_t vocab) {
     scratch.adjusted.resize(vocab);
-    scratch.order.reserve(vocab);
-    scratch.running.reserve(vocab);
+    scratch.candidates.reserve(vocab);
 }
 
 void sample_row(const OctavoStep& s, size_t row, const float* logits, size_t vocab, const Kernels& kernels,

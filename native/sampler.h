@@ -10,11 +10,20 @@
 
 namespace octavo {
 
+// A token that a draw may choose.
+struct Candidate {
+    uint64_t rank;  // sorts by descending logit, then by ascending id, which is its lower half
+    double weight;
+
+    size_t id() const { return static_cast<size_t>(rank & 0xffffffffu); }
+    bool operator<(const Candidate& other) const { return rank < other.rank; }
+};
+
 // Memory that one thread reuses from row to row.
 struct SamplerScratch {
     std::vector<float> adjusted, maxima, adjusted_maxima, sorted;
-    std::vector<uint64_t> order;
-    std::vector<double> running;
+    std::vector<double> sums;
+    std::vector<Candidate> candidates;
 };
 
 void reserve(SamplerScratch& scratch, size_t vocab);

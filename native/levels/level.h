@@ -27,7 +27,7 @@ void tiled_attention(const AttentionArgs&, const QueryTile&, size_t last_head, s
                      uint8_t* scratch, float* states);
 extern const KVKernels kv;
 void chunk_maxima(const float* values, size_t count, float* maxima);
-double sum_exp(const float* values, size_t count, float top, float temperature);
+void sum_exp(const float* values, size_t count, const float* maxima, float top, float temperature, double* sums);
 void read_all(const float* values, size_t count, float* sink);
 double multiply_adds(size_t turns, float* sink);
 // Of amx only: operations of tiles of bytes; the int8 kernels of avx512bf16 with a Linear on tiles.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from native_harness import RandomWeights, load, matrix, sampling
+from native_harness import LEVELS, MAX_TOKENS, Piece, RandomWeights, Steps, load, matrix, row_program, sampling
 
 from octavo.program.ops import Embedding, GatherRows, Linear
 from octavo.program.program import Program, ProgramBuilder
@@ -100,6 +100,41 @@ def test_random_draws(runtime: NativeRuntime, changes: dict[str, np.ndarray]) ->
     tokens = assert_same_tokens(runtime, **changes)
     if changes.get("top_k", full(0))[0] != 1 and changes.get("min_p", full(0))[0] != 1.0:
         assert len(set(tokens.tolist())) > 5 or changes.get("top_p", full(1))[0] < 0.5
+
+
+def draws_of_one_row(level: str, num_seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of MAX_TOKENS positions for each of the seeds 0, 1, ..., and the row: several chunks, the last in part.
+    Those of the first seeds are what the reference draws."""
+    runtime = load(NativeRuntime(1, level), row_program(300, lambda build, x: x))
+    step = Steps().inputs([Piece(0, 0, MAX_TOKENS)])
+    step.token_ids[:] = 0
+    drawn = []
+    for seed in range(num_seeds):
+        chosen = sampling(MAX_TOKENS, temperature=np.ones(MAX_TOKENS, np.float32), positions=np.arange(MAX_TOKENS))
+        chosen.seeds[:] = seed
+        runtime.execute(step)
+        drawn.append(runtime.sample(chosen).token_ids)
+        logits = runtime.logits()
+        if seed < 2:
+            assert drawn[-1].tolist() == sample(logits, chosen).token_ids.tolist()
+    runtime.close()
+    return np.concatenate(drawn), logits[0]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_draws_what_the_reference_draws(level: str) -> None:
+    tokens, _ = draws_of_one_row(level, 2)
+    assert len(set(tokens.tolist())) > 50
+
+
+def test_200000_draws_follow_the_distribution() -> None:
+    """Chi-square; the seeds are fixed, so nothing is left to luck."""
+    tokens, logits = draws_of_one_row("auto", 200_000 // MAX_TOKENS)
+    expected = np.exp(logits.astype(np.float64))
+    expected *= len(tokens) / expected.sum()
+    counts = np.bincount(tokens, minlength=300)
+    assert expected.min() > 5
+    assert ((counts - expected) ** 2 / expected).sum() < 400  # 299 degrees of freedom: p < 1e-4
 
 
 def test_bias_and_penalties(runtime: NativeRuntime) -> None:

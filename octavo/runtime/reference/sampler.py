@@ -6,11 +6,12 @@ The stages, in this order, each skipped where it is off:
 2. penalties      repetition on every id seen (prompt and output): l / r where l > 0, else l * r (Keskar et al. 2019);
                   then l -= frequency * count and l -= presence where count > 0, count over generated tokens only
 3. temperature 0  the largest logit wins, the lowest id among equals; nothing below applies
-4. order          ids by descending logit, the lowest id first among equals; weight w = exp((l - l_max) / temperature)
+4. order          ids by descending logit, the lowest id first among equals; where none of the next three is on, by
+                  id, so that nothing is ever sorted; weight w = exp((l - l_max) / temperature)
 5. top-k          the first k
 6. top-p          the shortest head whose weights reach top_p of what is left, at least one (Holtzman et al. 2020)
 7. min-p          w >= min_p * w_max
-8. draw           the first id whose running sum of weights exceeds u * total
+8. draw           the first id in this order whose running sum of weights exceeds u * total
 
 u is one uniform number in [0, 1) of (seed, position): results do not depend on batch mates. Weights and sums are
 float64, so that another implementation can only differ where u * total lies within its own rounding of a boundary.
@@ -86,17 +87,16 @@ def _choose(logits: Float32, sampling: SamplingInputs, row: int, noise: float) -
     temperature = sampling.temperature[row]
     if temperature == 0:
         return int(np.argmax(logits))
-    order = np.argsort(-logits, kind="stable")
-    top_k = int(sampling.top_k[row])
-    if top_k > 0:
-        order = order[:top_k]
-    ranked = logits[order]
-    weights = np.exp(((ranked - ranked[0]) / temperature).astype(np.float64))
+    top_k, top_p, min_p = int(sampling.top_k[row]), float(sampling.top_p[row]), float(sampling.min_p[row])
+    order = np.arange(len(logits))
+    if 0 < top_k < len(logits) or top_p < 1 or min_p > 0:
+        order = np.argsort(-logits, kind="stable")[: top_k or None]
+    weights = np.exp(((logits[order] - logits.max()) / temperature).astype(np.float64))
     running = np.cumsum(weights)
-    if sampling.top_p[row] < 1:
-        running = running[: np.searchsorted(running, float(sampling.top_p[row]) * running[-1]) + 1]
-    if sampling.min_p[row] > 0:
-        likely = int(np.count_nonzero(weights[: len(running)] >= float(sampling.min_p[row])))
+    if top_p < 1:
+        running = running[: np.searchsorted(running, top_p * running[-1]) + 1]
+    if min_p > 0:
+        likely = int(np.count_nonzero(weights[: len(running)] >= min_p))
         running = running[:likely]
     return int(order[np.searchsorted(running, noise * running[-1], side="right")])
 
