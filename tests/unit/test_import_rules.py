@@ -98,6 +98,14 @@ def test_counting_needs_no_numpy_and_only_the_cuda_runtime_needs_torch(rooms: se
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_only_compiles_kernels_waits_for_no_torch() -> None:
+    """Processes that compile Triton kernels import these; torch would take each of them seconds of a first start."""
+    for path in [*(ROOT / "octavo/runtime/cuda/kernels").glob("*.py"), ROOT / "octavo/runtime/cuda/compiling.py"]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not what stands under TYPE_CHECKING
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert "torch" not in [*names, getattr(node, "module", "")], f"{path}:{node.lineno}"
+
+
 def test_nothing_unpickles_or_evaluates() -> None:
     wrong = []
     for path, _ in modules():

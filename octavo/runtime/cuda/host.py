@@ -9,6 +9,7 @@ import torch
 from octavo.runtime.cuda.kernels import blocks
 
 Pair = tuple[int, int]
+_WORD = torch.int64  # what is copied at a time
 
 
 class HostBlocks:
@@ -23,15 +24,15 @@ class HostBlocks:
         self._pools, self._first = pools, first
         self._device = pools[0].device if pools else torch.device("cpu")
         self._host = [torch.empty((num_blocks, *p.shape[1:]), dtype=p.dtype, pin_memory=p.is_cuda) for p in pools]
-        words = [pool[0].numel() * pool.itemsize // blocks.WORD.itemsize for pool in pools]
+        words = [pool[0].numel() * pool.itemsize // _WORD.itemsize for pool in pools]
         places = [[p.data_ptr(), h.data_ptr(), n] for p, h, n in zip(pools, self._host, words, strict=True)]
-        self._tensors = torch.tensor(places, dtype=blocks.WORD).to(self._device)
+        self._tensors = torch.tensor(places, dtype=_WORD).to(self._device)
         self._most_words = max(words, default=0)
 
     def copy(self, pairs: Iterable[Pair]) -> None:
         """Copies whole blocks (from, to) in all layers, as if one pair after the other."""
         for wave in waves(pairs if self._pools else ()):  # a program may have no KV
-            ids = torch.tensor([[self._id(source), self._id(target)] for source, target in wave], dtype=blocks.WORD)
+            ids = torch.tensor([[self._id(source), self._id(target)] for source, target in wave], dtype=_WORD)
             on_device = ids.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else ids
             blocks.copy_blocks(on_device, self._tensors, self._most_words)
 

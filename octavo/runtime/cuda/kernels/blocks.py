@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
-WORD = torch.int64  # what is copied at a time
+if TYPE_CHECKING:  # who only compiles has no torch
+    import torch
+
 _TILE = 1024  # words of a program
 
 
