@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
@@ -20,7 +21,7 @@ import typer
 
 from octavo.cli.sizes import parse_size
 from octavo.config import DEFAULT_MODEL, DEFAULT_QUEUE, EngineConfig
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -147,7 +148,12 @@ def engine_flags(
         @functools.wraps(verb)
         def with_flags(**values: Any) -> Any:
             set_log_level(values.pop("log_level"))
-            config = EngineConfig(**{name: values.pop(name) for name in ("model", *names) if name in values})
+            given = {name: values.pop(name) for name in ("model", *names) if name in values}
+            try:
+                config = EngineConfig(**given)
+            except OctavoError as error:  # it names fields; who typed flags looks for those
+                said = re.sub(r"\w+", lambda word: flag_name(word[0]) if word[0] in names else word[0], str(error))
+                raise type(error)(said) from error
             return verb(config=config, **build_groups(values))
 
         return _declare(with_flags, [*_model_first(model_as), *own, *_field_parameters(names), _log_level_parameter()])

@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        (["serve", "--dtype", "int3"], 2, "dtype must be one of"),
+        (["serve", "--dtype", "int3"], 2, "--dtype must be one of"),
         (["serve", "--max-model-len", "4x"], 2, "'4x' is not a size"),
         (["serve", "--port", "99999"], 2, "--port"),
-        (["serve", "--tensor-parallel-size", "2"], 2, "tensor_parallel_size=2 is not built"),
-        (["serve", "-q", "awq"], 2, "quantization='awq' is not built"),
+        (["serve", "--tensor-parallel-size", "2"], 2, "--tensor-parallel-size=2 is not built"),
+        (["serve", "-q", "awq"], 2, "--quantization='awq' is not built"),
         (["serve", "--enable-lora"], 2, "--enable-lora"),
         (["serve", "--metrics-compat", "tgi"], 2, "octavo or vllm"),
         (["serve", "--log-level", "loud"], 2, "log_level must be one of"),
@@ -120,7 +120,7 @@ def test_python_dash_m_octavo_is_octavo() -> None:
         [sys.executable, "-m", "octavo", "serve", "--dtype", "x"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: dtype must be one of")
+    assert done.stderr.startswith("error: --dtype must be one of")
 
 
 def test_a_name_that_no_host_can_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
