@@ -47,8 +47,8 @@ class EngineConfig:
     revision: str | None = None
     download_dir: str | None = None
     load_format: LoadFormat = "auto"
-    dtype: DTypeName = "auto"
-    quantization: str | None = None  # "int8": matrices and the activations they meet; None: as `dtype` says
+    dtype: DTypeName = "auto"  # int8 for GGUF blocks on a CPU (choose_weights), else as stored where there are kernels
+    quantization: str | None = None  # "int8": matrices and activations they meet; None: as `dtype` says
     seed: int = 0
     runtime: RuntimeName = "auto"
     num_threads: int | None = None  # of the native runtime; default: the cores this process may use

@@ -48,7 +48,11 @@ FLAGS: dict[str, Flag] = {
     "revision": Flag("Model", "Branch, tag or commit of a Hub repository.", "NAME"),
     "download_dir": Flag("Model", "Folder for fetched models, instead of the cache folder.", "FOLDER"),
     "load_format": Flag("Model", "dummy: seeded random weights from a bare config.json."),
-    "dtype": Flag("Model", "auto: as stored where the runtime has kernels for it, else float32; bfloat16 on a GPU."),
+    "dtype": Flag(
+        "Model",
+        "auto: int8 for GGUF blocks on a CPU (while that takes at most half of the free memory), else as stored where "
+        "the runtime has kernels for it; quantized: GGUF blocks as stored, closer to the file, fewer bits, slower.",
+    ),
     "quantization": Flag("Model", "Round matrices, and activations they meet: int8, on a CPU.", "METHOD", short="-q"),
     "seed": Flag("Model", "Seed of sampling, and of dummy weights."),
     "trust_remote_code": Flag("Model", "Run code found in a repository: never. Refused when given."),

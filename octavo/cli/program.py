@@ -36,7 +36,8 @@ def program(
 ) -> None:
     """Print the model's program: every node with its shapes, bytes and operations in one step.
 
-    The weights are not read: a bare config.json with --load-format dummy is enough.
+    The weights are not read: a bare config.json with --load-format dummy is enough. What fits in memory is not looked
+    at either.
     """
     from octavo.models.decoder import record
     from octavo.models.hub import resolve_model_of
@@ -44,13 +45,13 @@ def program(
     from octavo.models.weights import open_weights
     from octavo.program.ops import Sizes
     from octavo.program.printer import describe
-    from octavo.runtime.choose import choose, choose_kv
+    from octavo.runtime.choose import choose, choose_kv, choose_weights
     from octavo.runtime.native.packing import kept_bytes
 
     files = resolve_model_of(config)
     spec = read_spec(files, max_model_len=config.max_model_len)
     runtime, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization)
-    computed = config.quantization or dtype
+    computed = choose_weights(config.dtype, dtype, config.quantization)[0]
     recorded = record(spec)
     kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
     kv_bytes = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / spec.head_dim, "fp8": 1.0}[kv_dtype]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +12,10 @@ from octavo import cgroup
 from octavo.errors import ConfigError, MemoryPlanError
 from octavo.step import most_blocks
 
+log = logging.getLogger("octavo.worker")
+
 CPU_KV_SHARE = 0.4  # of the free memory, unless --kv-cache-memory-bytes says otherwise
+PREFERRED_SHARE = 0.5  # of the free memory: the most that weights take in a form that nobody asked for
 MIB = 1 << 20
 _WHAT_IS_LEFT = "what --gpu-memory-utilization leaves"
 
@@ -128,8 +133,8 @@ def plan_memory(
     if left <= 0:
         raise MemoryPlanError(
             f"the model needs {weight_bytes / MIB:,.0f} MiB for weights and {arena_bytes / MIB:,.0f} MiB for "
-            f"activations, but only {free_bytes / MIB:,.0f} MiB are free: take a smaller model, --dtype bfloat16, or "
-            "free memory"
+            f"activations, but only {free_bytes / MIB:,.0f} MiB are free: take a smaller model, free memory, or "
+            "--dtype quantized (a GGUF file) or bfloat16"
         )
     most_useful = max_num_seqs * appetite.blocks_for(wanted_len)
     if num_blocks_override is not None:
@@ -173,6 +178,24 @@ def plan_memory(
             swap_bytes, block_bytes, host_free_bytes if on_device else left - num_blocks * block_bytes
         ),
     )
+
+
+def first_that_fits(ways: Sequence[str], plan: Callable[[str], MemoryPlan]) -> tuple[str, MemoryPlan]:
+    """How weights are kept, and the plan with them: the first of `ways` that fits and takes at most half of the free
+    memory, else the last, whatever it takes. Says why an earlier one was left out.
+
+    Raises MemoryPlanError: the last does not fit.
+    """
+    for way in ways[:-1]:
+        try:
+            found = plan(way)
+            if found.weight_bytes <= PREFERRED_SHARE * found.free_bytes:
+                return way, found
+            why = f"it takes {found.weight_bytes / MIB:,.0f} of {found.free_bytes / MIB:,.0f} MiB free, more than half"
+        except MemoryPlanError as error:
+            why = str(error)
+        log.warning("weights are kept %s instead of %s, which is faster: %s", ways[-1], way, why)
+    return ways[-1], plan(ways[-1])
 
 
 def _host_blocks(swap_bytes: int, block_bytes: int, left: int) -> int:

@@ -16,11 +16,11 @@ from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.models.weights import open_weights
 from octavo.program.program import Program
 from octavo.runtime.base import Runtime, WeightSource
-from octavo.runtime.choose import choose, choose_kv, create
+from octavo.runtime.choose import choose, choose_kv, choose_weights, create
 from octavo.runtime.half import HalfWeights
 from octavo.sampling_params import SamplingParams
 from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput
-from octavo.worker.memory import Appetite, MemoryPlan, free_memory, plan_memory
+from octavo.worker.memory import Appetite, MemoryPlan, first_that_fits, free_memory, plan_memory
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.rows import Rows
 
@@ -32,7 +32,7 @@ class WorkerInfo:
     spec: ModelSpec
     plan: MemoryPlan
     runtime: str
-    dtype: str
+    dtype: str  # "int8", or what --dtype came to
     kv_windows: tuple[int, ...] = (0,)  # per KV group, how far a token sees; 0: everything
     max_depth: int = 1  # steps that may be in flight
     host_copy_seconds: float = 0.0  # to copy a block to host memory, or back; 0 where there is none
@@ -58,26 +58,20 @@ class Worker:
         builds = config.attention_backend != "triton"
         name, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization, builds=builds)
         runtime = self._runtime = create(
-            name,
-            config.threads(),
-            dtype,
-            enforce_eager=config.enforce_eager,
-            fuse_ops=config.fuse_ops,
-            attention_backend=config.attention_backend,
-            cuda_ops=config.cuda_ops,
-        )
+            name, config.threads(), dtype, enforce_eager=config.enforce_eager, fuse_ops=config.fuse_ops,
+            attention_backend=config.attention_backend, cuda_ops=config.cuda_ops,
+        )  # fmt: skip
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
-        computed = dtype
-        if dtype == "float16":  # no runtime here has float16 kernels
-            computed, weights = "float32", HalfWeights(weights)
-        computed = config.quantization or computed
+        if dtype == "float16":
+            weights = HalfWeights(weights)
         program = record(spec)
         appetite = Appetite(config.block_size)
         if not config.disable_hybrid_kv_cache_manager:
             program = program.with_kv_groups()
             appetite = Appetite(config.block_size, program.kv_windows, config.max_step_tokens)
         kv_dtype = choose_kv(config.kv_cache_dtype, dtype)
-        plan = self._plan(spec, program, appetite, weights, computed, kv_dtype)
+        ways = choose_weights(config.dtype, dtype, config.quantization)
+        computed, plan = first_that_fits(ways, lambda way: self._plan(spec, program, appetite, weights, way, kv_dtype))
         if plan.max_model_len < spec.max_model_len:  # RoPE is fixed for the length that is really served
             spec = read_spec(self._files, max_model_len=plan.max_model_len)
             program = replace(record(spec), kv_layers=program.kv_layers)  # the groups that were planned with
@@ -101,9 +95,10 @@ class Worker:
         clock.ends("kv cache")
         self._warm_up(program.num_kv_groups)
         clock.ends("warm-up")
+        told = "int8" if computed == "int8" else dtype
         copy_seconds = self._time_host_copies(plan, program.num_kv_groups) if plan.num_host_blocks else 0.0
         clock.ends("host copies")
-        return WorkerInfo(spec, plan, shown, dtype, appetite.windows, runtime.max_depth, copy_seconds, clock.seconds)
+        return WorkerInfo(spec, plan, shown, told, appetite.windows, runtime.max_depth, copy_seconds, clock.seconds)
 
     @property
     def num_foreign_calls(self) -> int:

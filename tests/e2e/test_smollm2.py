@@ -111,10 +111,10 @@ def test_batching_never_changes_a_token(native, settings, events):
     "types",
     [
         {},
+        {"dtype": "quantized", "kv_cache_dtype": "int8"},
         {"dtype": "bfloat16"},
         {"kv_cache_dtype": "int8"},
         {"kv_cache_dtype": "float32"},
-        {"quantization": "int8", "kv_cache_dtype": "int8"},
     ],
     ids=str,
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from octavo.errors import MemoryPlanError
-from octavo.worker.memory import MIB, Appetite, free_memory, plan_memory
+from octavo.worker.memory import MIB, Appetite, first_that_fits, free_memory, plan_memory
 
 
 def plan(**changes):
@@ -85,3 +85,30 @@ def test_on_a_device_the_pool_is_what_a_rehearsal_leaves():
 def test_a_rehearsal_that_leaves_less_than_a_request_needs_is_refused():
     with pytest.raises(MemoryPlanError, match=r"9 MiB are left for KV.* 160 tokens"):
         plan(on_device=True).measured(9 * MIB)
+
+
+def fitting(**changes):
+    """What weights of 450 or 200 MiB are kept as, of 1000 MiB."""
+    sizes = {"int8": 450 * MIB, "quantized": 200 * MIB, **changes.pop("sizes", {})}
+    way, found = first_that_fits(list(sizes), lambda way: plan(weight_bytes=sizes[way], **changes))
+    assert found.weight_bytes == sizes[way]
+    return way
+
+
+def test_the_first_way_of_keeping_weights_is_taken_while_it_takes_half_of_the_memory():
+    assert fitting() == "int8"
+    assert fitting(sizes={"int8": 500 * MIB}) == "int8"
+    assert fitting(sizes={"int8": 501 * MIB}) == "quantized"
+    assert fitting(sizes={"int8": 1200 * MIB}) == "quantized"
+
+
+def test_what_else_was_asked_for_comes_before_faster_weights():
+    assert fitting(kv_cache_memory_bytes=550 * MIB) == "int8"
+    assert fitting(kv_cache_memory_bytes=551 * MIB) == "quantized"
+    assert fitting(wanted_len=220 * 16, len_is_fixed=True) == "int8"  # 40 % of what is left
+    assert fitting(wanted_len=221 * 16, len_is_fixed=True) == "quantized"
+
+
+def test_the_last_way_is_refused_like_any_other():
+    with pytest.raises(MemoryPlanError, match=r"2,000 MiB.*1,000 MiB"):
+        fitting(sizes={"int8": 4000 * MIB, "quantized": 2000 * MIB})

@@ -57,7 +57,7 @@ def rotate(values: Float32) -> Float32:
     padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -k % BLOCK)])
     shape, stride = padded.shape, 1
     for p in (*(2,) * 6, *prime_factors(shape[-1] // BLOCK)):
-        padded = _mix(padded.reshape(*shape[:-1], -1, p, stride)).reshape(shape)
+        padded = _mix(padded.reshape(*shape[:-1], shape[-1] // (p * stride), p, stride)).reshape(shape)
         stride *= p
     return padded
 
