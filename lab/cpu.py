@@ -54,11 +54,12 @@ class Configuration:
 CONFIGURATIONS = {
     "gguf": Configuration({}),
     "gguf, int8 KV": Configuration({"kv_cache_dtype": "int8"}, ("W2", "long")),
-    "int8": Configuration({"quantization": "int8"}),
+    "stored": Configuration({"dtype": "quantized"}),
+    "stored, int8 KV": Configuration({"dtype": "quantized", "kv_cache_dtype": "int8"}, ("W2", "long")),
     "bf16": Configuration({"dtype": "bfloat16"}),
     "float32": Configuration({"dtype": "float32"}, ("W1", "W2", "W3", "W4")),
 }
-DEFAULT = ("gguf", "gguf, int8 KV", "int8", "bf16")
+DEFAULT = ("gguf", "gguf, int8 KV", "stored", "bf16")
 
 
 class Bench:

@@ -42,10 +42,12 @@ CONTEXT = 192  # tokens before a decoding one
 STEPS = {"1": 24, "32": 8, "256": 4}
 OPEN, WORTH = 0.40, 0.02  # cells under OPEN of their limit are listed; in a step's table, from this share of it
 MODELS = (
+    ("smollm2", "int8"),  # the default of a GGUF file in blocks
     ("smollm2", "quantized"),
-    ("smollm2", "int8"),
     ("smollm2", "bfloat16"),
+    ("tinyllama", "int8"),
     ("tinyllama", "quantized"),
+    ("gemma3-270m", "int8"),
     ("gemma3-270m", "quantized"),
     ("qwen3-0.6b", "bfloat16"),
 )
