@@ -147,19 +147,19 @@ def test_scales_of_the_cache_multiply_keys_and_values(device):
     close(out, expected_attention(doubled, q, pools, inputs) * 0.5, 1e-2)
 
 
+@pytest.mark.parametrize(("depth", "tile"), [(50, linear.Tile(4, 32, 1)), (1100, linear.Tile(2, 1024, 4))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_rows", "activation"), [(1, "none"), (1, "silu_mul"), (2, "gelu_tanh_mul"), (2, "none")])
-def test_few_rows_with_norm_and_residual(device, dtype, num_rows, activation):
+def test_few_rows_with_norm_and_residual(device, dtype, num_rows, activation, depth, tile):
     stacked = 38 if activation.endswith("_mul") else 19
-    x, weight = numbers((num_rows + 1, 50), 1, device, dtype), numbers((stacked, 50), 2, device, dtype)
-    bias, norm_weight = numbers((stacked,), 3, device), numbers((50,), 4, device)
+    x, weight = numbers((num_rows + 1, depth), 1, device, dtype), numbers((stacked, depth), 2, device, dtype)
+    bias, norm_weight = numbers((stacked,), 3, device), numbers((depth,), 4, device)
     residual = numbers((num_rows + 1, 19), 5, device, dtype)
     x32, w32, expected = (t.float().cpu().numpy() for t in (x, weight, residual))
     normed = reference.rms_norm(x32, norm_weight.cpu().numpy(), 1e-5)
     product = normed @ w32.T * np.float32(0.5) + bias.cpu().numpy()
     expected[:num_rows] += reference.activate(product, activation)[:num_rows]  # the row behind them stays as it is
     fused = linear.Fused(norm_weight, 1e-5, residual)
-    tile = linear.Tile(4, 32, 1)
     linear.few_rows(
         num_rows, x, weight, bias, residual, activation=activation, scale=0.5, softcap=0.0, fused=fused, tile=tile
     )

@@ -26,20 +26,36 @@ MAX_FEW_ROWS = 2
 @triton.jit
 def _weights(pointer, inside, k, num_in):
     """A tile of the weights, each of which is read once."""
-    return tl.load(pointer, mask=inside[:, None] & (k < num_in)[None, :], other=0.0, eviction_policy="evict_first")
+    return tl.load(pointer, mask=inside & (k < num_in), other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _vector(x, weight, bias, norm_weight, residual, out, num_rows, num_out, num_in, scale, softcap, eps,
+@triton.jit
+def _folded(x, FOLD: tl.constexpr):
+    """[R, N, K] -> [R, N, K / FOLD]: sums of what a thread holds side by side."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // FOLD, FOLD]), 3)
+
+
+@triton.jit
+def _summed(x, WARPS: tl.constexpr):
+    """[R, N, K] -> [R, N]. Warps are joined first, by lanes that hold a number each: of a sum over lanes all hold the
+    same, and Triton has all of them write it to one word of shared memory."""
+    if WARPS > 1 and x.shape[2] % (32 * WARPS) == 0:
+        x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // (32 * WARPS), WARPS, 32]), 2)
+        x = tl.sum(x, 2)
+    return tl.sum(x, 2)
+
+
+@triton.jit
+def _vector(x, weight, bias, norm_weight, residual, out, num_out, num_in, scale, softcap, eps,
             ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
             HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < num_out
+            BLOCK_K: tl.constexpr, FOLD: tl.constexpr, WARPS: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     rows = tl.arange(0, ROWS)
-    present = rows < num_rows
-    k = tl.arange(0, BLOCK_K)
-    first = weight + n.to(tl.int64)[:, None] * num_in + k[None, :]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (n < num_out)[None, :, None]
+    k = tl.arange(0, BLOCK_K)[None, None, :]  # all tiles have three dimensions, [ROWS, BLOCK_N, BLOCK_K], and so one
+    x_at = x + rows[:, None, None] * num_in  # layout: else Triton moves each through shared memory to join them
+    first = weight + n.to(tl.int64)[None, :, None] * num_in + k
     second = first + num_out.to(tl.int64) * num_in
     w = _weights(first, inside, k, num_in)  # weights never change: they are on their way before the wait
     if GATED:
@@ -47,37 +63,46 @@ def _vector(x, weight, bias, norm_weight, residual, out, num_rows, num_out, num_
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    y = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    up = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    y = tl.zeros([ROWS, BLOCK_N, BLOCK_K // FOLD], tl.float32)
+    up = tl.zeros([ROWS, BLOCK_N, BLOCK_K // FOLD], tl.float32)
+    squares = tl.zeros([ROWS, 1, BLOCK_K // FOLD], tl.float32)
     for start in range(0, num_in, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        now = start + k
         first += BLOCK_K
         second += BLOCK_K
-        w_next = _weights(first, inside, k + BLOCK_K, num_in)
+        w_next = _weights(first, inside, now + BLOCK_K, num_in)
         if GATED:
-            w_up_next = _weights(second, inside, k + BLOCK_K, num_in)
-        values = tl.load(
-            x + rows[:, None] * num_in + k[None, :], mask=present[:, None] & (k < num_in)[None, :], other=0.0
-        ).to(tl.float32)  # [ROWS, BLOCK_K]
+            w_up_next = _weights(second, inside, now + BLOCK_K, num_in)
+        values = tl.load(x_at + now, mask=now < num_in, other=0.0).to(tl.float32)
         if HAS_NORM:
-            squares += tl.sum(values * values, 1)
-            values *= tl.load(norm_weight + k, mask=k < num_in, other=0.0)[None, :]
-        y += tl.sum(values[:, None, :] * w.to(tl.float32)[None, :, :], 2)
+            squares += _folded(values * values, FOLD)
+            norm_at = tl.broadcast_to(norm_weight + now, values.shape)
+            values *= tl.load(norm_at, mask=now < num_in, other=0.0)
+        y += _folded(values * w.to(tl.float32), FOLD)
         w = w_next
         if GATED:
-            up += tl.sum(values[:, None, :] * w_up.to(tl.float32)[None, :, :], 2)
+            up += _folded(values * w_up.to(tl.float32), FOLD)
             w_up = w_up_next
     if HAS_NORM:
-        factor = tl.rsqrt(squares / num_in + eps)[:, None]
+        factor = tl.rsqrt(_summed(tl.broadcast_to(squares, y.shape), WARPS) / num_in + eps)
+    y = _summed(y, WARPS)
+    if GATED:
+        up = _summed(up, WARPS)
+    if HAS_NORM:
         y *= factor
-        up *= factor
+        if GATED:
+            up *= factor
     y = finished(y, up, bias, n[None, :], num_out, scale, softcap, ACTIVATION, GATED, HAS_BIAS, HAS_SOFTCAP)
     at = rows[:, None] * num_out + n[None, :]
-    keep = present[:, None] & inside[None, :]
+    keep = (n < num_out)[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+    for row in tl.static_range(ROWS):  # one by one: a number is stored by one thread, a tensor is dealt out to lanes
+        for col in tl.static_range(BLOCK_N):
+            is_it = (rows == row)[:, None] & (tl.arange(0, BLOCK_N) == col)[None, :]
+            number = tl.sum(tl.sum(tl.where(is_it, y, 0.0), 1), 0)
+            to = tl.program_id(0) * BLOCK_N + col
+            tl.store(out + row * num_out + to, number.to(out.dtype.element_ty), mask=to < num_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +161,13 @@ def few_rows(
     gated = activation.endswith("_mul")
     has_bias = bias is not None
     bias = x if bias is None else bias
-    rows = triton.next_power_of_2(num_rows)
     tile = tile or tile_of(num_out, num_in, gated=gated)
     norm_weight = x if fused.norm_weight is None else fused.norm_weight
     residual = x if fused.residual is None else fused.residual
     _vector[(triton.cdiv(num_out, tile.rows),)](
-        x, weight, bias, norm_weight, residual, out, num_rows, num_out, num_in, scale, softcap, fused.eps,
+        x, weight, bias, norm_weight, residual, out, num_out, num_in, scale, softcap, fused.eps,
         ACTIVATION=ACTIVATION_CODES[activation], GATED=gated, HAS_BIAS=has_bias, HAS_SOFTCAP=softcap > 0,
-        HAS_NORM=fused.norm_weight is not None, HAS_RESIDUAL=fused.residual is not None, ROWS=rows,
-        BLOCK_N=tile.rows, BLOCK_K=tile.cols, CHAINED=chained, num_warps=tile.warps, launch_pdl=chained,
+        HAS_NORM=fused.norm_weight is not None, HAS_RESIDUAL=fused.residual is not None,
+        ROWS=num_rows, BLOCK_N=tile.rows, BLOCK_K=tile.cols, FOLD=max(min(tile.cols // (32 * tile.warps), 8), 1),
+        WARPS=tile.warps, CHAINED=chained, num_warps=tile.warps, launch_pdl=chained,
     )  # fmt: skip
