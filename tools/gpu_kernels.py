@@ -121,7 +121,7 @@ def attention_inputs(
 
     from octavo.program.ops import Attention, Buffer, Rows
     from octavo.runtime.base import SamplingInputs, StepInputs
-    from octavo.runtime.cuda.staging import Staging, send_step
+    from octavo.runtime.cuda.staging import Settings, Staging, send_step
 
     width = -(-max(lengths) // 16)
     num_blocks = sum(-(-n // 16) for n in lengths)
@@ -140,7 +140,8 @@ def attention_inputs(
     )
     device = torch.device(DEVICE)
     staging = Staging(Staging.capacity(num_tokens, len(lengths), len(lengths), 1, width), 1, device)
-    step = send_step(staging, inputs, SamplingInputs.greedy(len(lengths)), tile_queries=tile, trash_row=0)
+    sampling = SamplingInputs.greedy(len(lengths))
+    step = send_step(staging, inputs, sampling, Settings(sampling, 0), tile_queries=tile)
     pools = [torch.randn(num_blocks, kv_heads, 16, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
     q = torch.randn(num_tokens, heads * dim, device=device, dtype=torch.bfloat16)
     handle = Buffer("q", Rows.TOKENS, heads * dim)

@@ -13,7 +13,7 @@ from octavo.runtime.cuda import operators  # noqa: E402
 from octavo.runtime.cuda.graphs import GREEDY, Shape, mixed_shape, mixed_sizes  # noqa: E402
 from octavo.runtime.cuda.kernels import sampling as sampling_kernels  # noqa: E402
 from octavo.runtime.cuda.runtime import CudaRuntime  # noqa: E402
-from octavo.runtime.cuda.staging import Staging, padded_views, send_padded, send_step  # noqa: E402
+from octavo.runtime.cuda.staging import Settings, Staging, padded_views, send_padded, send_step  # noqa: E402
 from octavo.runtime.reference import ReferenceRuntime  # noqa: E402
 from tests.runtime.programs import (  # noqa: E402
     MAX_TOKENS,
@@ -263,10 +263,12 @@ def test_long_contexts_begin_first():
     staging = Staging(Staging.capacity(8, 8, 8, 1, 25), 1, torch.device("cpu"))
     inputs = Steps().inputs([Piece(0, 4, 1), Piece(1, 299, 1), Piece(2, 19, 1)], "last")
     shape = Shape(4, 4, is_decode=True)
-    spans = send_padded(staging, inputs, SamplingInputs.greedy(3), shape, tile_queries=4, null_slot=0, trash_row=7)
+    sampling = SamplingInputs.greedy(3)
+    settings = Settings(sampling, 7)
+    spans = send_padded(staging, inputs, sampling, settings, shape, tile_queries=4, null_slot=0)
     assert padded_views(staging, spans, shape, 4).attention.decode_rows.tolist() == [1, 2, 0, 3]
     mixed = Steps().inputs([Piece(0, 4, 1), Piece(3, 0, 5), Piece(1, 299, 1)], "last")
-    step = send_step(staging, mixed, SamplingInputs.greedy(3), tile_queries=4, trash_row=7)
+    step = send_step(staging, mixed, sampling, settings, tile_queries=4)
     assert step.attention.decode_rows.tolist() == [2, 0]
 
 

@@ -7,7 +7,7 @@ from which on the device takes longer than the host needs to launch them one by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ _LAUNCHED_IN = 0.012  # seconds that the host takes to launch a step piece by pi
 _OPERATIONS = 4e14  # a second, of a large card at such products
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """What a captured step is padded to. A decode has as many tokens as rows; in a mixed step the rows are requests."""
 
     num_tokens: int

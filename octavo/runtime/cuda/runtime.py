@@ -35,7 +35,7 @@ from octavo.runtime.cuda.null_steps import adjusting, null_sampling, null_step
 from octavo.runtime.cuda.packing import pack, packed_bytes
 from octavo.runtime.cuda.results import Results, output_of, output_of_nobody
 from octavo.runtime.cuda.sampler import Sampler
-from octavo.runtime.cuda.staging import DeviceStep, Staging, padded_views, send_padded, send_step
+from octavo.runtime.cuda.staging import DeviceStep, Settings, Staging, padded_views, send_padded, send_step
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FP8 = torch.float8_e4m3fn  # how "fp8" keeps K and V, with a scale of one
@@ -90,6 +90,7 @@ class CudaRuntime:
         self._kv = KVPool([], [])
         self._weights: dict[tuple[str, ...], torch.Tensor] = {}
         self._inputs: StepInputs | None = None
+        self._settings: Settings | None = None  # of the last step's rows
         self._num_logits = 0
 
     def load(
@@ -127,7 +128,7 @@ class CudaRuntime:
                 program, self._weights, self._arena, self._kv, max_num_requests, row_tokens, self._backend,
                 **self._options,
             ).make()  # fmt: skip
-            self._results = Results(max_num_logits, self.max_depth + 1, self._device)
+            self._results = Results(self._sampler.tokens, self.max_depth + 1)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for the weights: {error}") from None
         notes = ", C++ operators" * self._options["uses_cpp"] + ", no graphs" * (self._graphs is None)
@@ -226,24 +227,27 @@ class CudaRuntime:
         if inputs is None:
             raise StepError("sample() without execute()")
         self._num_logits = len(inputs.logits_indices) - inputs.num_states
-        ending = _ending(sampling)
-        with torch.inference_mode(), quick_launches():
-            shape = self._shape(inputs) if self._graphs is not None else None
-            step = self._send_padded(inputs, sampling, shape) if shape is not None else None
-            if step is not None and shape is not None:
-                self._replay(step, shape, ending)
-            else:
-                step = self._send(inputs, sampling)
-                self._launch(step, ending)
-            if not len(inputs.logits_indices):
-                return partial(output_of_nobody, self._results.fetch(self._sampler.tokens[:0]))
-            logits = self._logits_on_device()
-            if ending == LOGITS:
-                self._launch_adjusted(logits, step, sampling)
-            fill = self._sampler.logprobs(logits, sampling) if (sampling.num_logprobs >= 0).any() else None
-            states = self._states(inputs) if inputs.num_states else None
-            wait = self._results.fetch(self._sampler.tokens[: self._num_logits])
-        return partial(output_of, wait, sampling, fill, states)
+        settings = self._settings_of(sampling)
+        ending = _ending(sampling, settings)
+        shape = self._shape(inputs) if self._graphs is not None else None
+        step = self._send_padded(inputs, sampling, shape) if shape is not None else None
+        if step is not None and shape is not None:
+            self._replay(step, shape, ending)
+        else:
+            step = self._send(inputs, sampling)
+            self._launch_quickly(step, ending)
+        if not len(inputs.logits_indices):
+            return partial(output_of_nobody, self._results.fetch(0))
+        fill = states = None
+        if ending == LOGITS:
+            with torch.inference_mode(), quick_launches():
+                self._launch_adjusted(self._logits_on_device(), step, sampling)
+        if settings.tells:
+            with torch.inference_mode():
+                fill = self._sampler.logprobs(self._logits_on_device(), sampling)
+        if inputs.num_states:
+            states = self._states(inputs)
+        return partial(output_of, self._results.fetch(self._num_logits), sampling, fill, states)
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
@@ -345,19 +349,24 @@ class CudaRuntime:
         if inputs.num_states or not num_requests or len(inputs.logits_indices) > num_requests:
             return None
         all_sample = num_requests == num_tokens == len(inputs.logits_indices)
-        if all_sample and (inputs.logits_indices == inputs.query_start_loc[:-1]).all():  # in their order
+        if all_sample and inputs.logits_indices.tobytes() == inputs.query_start_loc[:-1].tobytes():  # in their order
             size = bucket_of(num_requests, min(self._limits))
             return Shape(size, size, is_decode=True)
         return mixed_shape(num_tokens, num_requests, self._most_mixed, min(self._limits))
 
+    def _settings_of(self, sampling: SamplingInputs) -> Settings:
+        if self._settings is None or not self._settings.are_of(sampling):
+            self._settings = Settings(sampling, self._limits[2])
+        return self._settings
+
     def _send(self, inputs: StepInputs, sampling: SamplingInputs) -> DeviceStep:
-        trash_row = self._limits[2]
-        return send_step(self._staging, inputs, sampling, tile_queries=self._tile_queries, trash_row=trash_row)
+        settings = self._settings_of(sampling)
+        return send_step(self._staging, inputs, sampling, settings, tile_queries=self._tile_queries)
 
     def _send_padded(self, inputs: StepInputs, sampling: SamplingInputs, shape: Shape) -> DeviceStep | None:
         spans = send_padded(
-            self._staging, inputs, sampling, shape, tile_queries=self._tile_queries,
-            null_slot=self._null_block * self._block_size, trash_row=self._limits[2],
+            self._staging, inputs, sampling, self._settings_of(sampling), shape, tile_queries=self._tile_queries,
+            null_slot=self._null_block * self._block_size,
         )  # fmt: skip
         if spans is not None and shape not in self._padded:
             self._padded[shape] = padded_views(self._staging, spans, shape, self._tile_queries)
@@ -369,13 +378,13 @@ class CudaRuntime:
         assert self._graphs is not None
         key = (shape, ending)
         if key not in self._graphs and key not in self._launched:
-            self._launch(step, ending)
+            self._launch_quickly(step, ending)
             if shape.is_decode:
-                self._graphs.capture(key, partial(self._launch, step, ending))
+                self._graphs.capture(key, partial(self._launch_quickly, step, ending))
             self._launched.add(key)
             return
         if key not in self._graphs:
-            self._graphs.capture(key, partial(self._launch, step, ending))
+            self._graphs.capture(key, partial(self._launch_quickly, step, ending))
         self._graphs.replay(key)
         self.num_replays += 1
 
@@ -387,9 +396,13 @@ class CudaRuntime:
             logits = self._arena.view(self._loaded().logits)[: step.num_sampled]
             self._sampler.launch(logits, step.sampling, draws=ending == DRAWS)
 
+    def _launch_quickly(self, step: DeviceStep, ending: str) -> None:
+        with torch.inference_mode(), quick_launches():
+            self._launch(step, ending)
+
     def _launch_adjusted(self, logits: torch.Tensor, step: DeviceStep, sampling: SamplingInputs) -> None:
         """Launches biases, masks and penalties, and what chooses the tokens after them."""
-        draws = bool((sampling.temperature > 0).any())
+        draws = self._settings_of(sampling).draws
         self._sampler.launch(self._sampler.adjust(logits, sampling), step.sampling, draws=draws)
 
     def _states(self, inputs: StepInputs) -> torch.Tensor:
@@ -431,8 +444,8 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _ending(sampling: SamplingInputs) -> str:
+def _ending(sampling: SamplingInputs, settings: Settings) -> str:
     """How a step ends: biases, masks and penalties are not captured."""
     if len(sampling.bias_ids) or len(sampling.seen_ids) or sampling.masks is not None:
         return LOGITS
-    return DRAWS if (sampling.temperature > 0).any() else GREEDY
+    return DRAWS if settings.draws else GREEDY

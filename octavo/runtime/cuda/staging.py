@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 Span = tuple[int, int]
 _ALIGN = 4  # int32 elements: arrays begin on 16 bytes, which lets kernels load them in one piece
 _NONE = np.zeros(0, np.int32)
+_PADS = [np.zeros(n, np.int32) for n in range(_ALIGN)]
+_COPIED = 512  # copies are of whole multiples of so many elements, so that few views of the buffers are made
 
 
 @dataclass(slots=True)
@@ -46,6 +49,42 @@ class DeviceStep:
         return self.slots[group * self.num_tokens : (group + 1) * self.num_tokens]
 
 
+class Settings:
+    """What the device's sampler is told of each row, but for the noise: the same from step to step of the same rows."""
+
+    def __init__(self, sampling: SamplingInputs, trash_row: int) -> None:
+        self._of = _settings_of(sampling)
+        self._rows = None if sampling.rows is None else sampling.rows.tobytes()
+        rows = np.full(len(sampling.top_k), -1, np.int32) if sampling.rows is None else sampling.rows
+        floats = (sampling.temperature.view(np.int32), sampling.top_p.view(np.int32), sampling.min_p.view(np.int32))
+        self.arrays = [np.where(rows < 0, np.int32(trash_row), rows), sampling.top_k, *floats]
+        self.trash_row = trash_row
+        self.draws = bool((sampling.temperature > 0).any())
+        self.tells = bool((sampling.num_logprobs >= 0).any())  # log probabilities
+
+    def are_of(self, sampling: SamplingInputs) -> bool:
+        """Whether they are these rows', whose arrays are the very same ones then."""
+        rows = None if sampling.rows is None else sampling.rows.tobytes()
+        return rows == self._rows and all(map(operator.is_, self._of, _settings_of(sampling)))
+
+    def padded(self, sampling: SamplingInputs, num_rows: int) -> list[Array]:
+        """As int32, with the keys of the noise, for so many rows; padding rows keep their token in the trash row."""
+        missing = num_rows - len(self.arrays[0])
+        if missing:
+            fill = [self.trash_row, 0, 0, 0, 0]
+            arrays = [_extended(array, (num_rows,), value) for array, value in zip(self.arrays, fill, strict=True)]
+        else:
+            arrays = self.arrays
+        if not self.draws:
+            return [*arrays, np.zeros(2 * num_rows, np.int32)]
+        keys = noise_keys(sampling.seeds, sampling.positions).view(np.int32)
+        return [*arrays, _extended(keys, (2 * num_rows,), 0) if missing else keys]
+
+
+def _settings_of(sampling: SamplingInputs) -> tuple[Array, ...]:
+    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.num_logprobs
+
+
 class Staging:
     """Pinned buffers on the host, used in turn, and one on the device, all int32.
 
@@ -61,6 +100,7 @@ class Staging:
         # of each buffer: when it has passed, the buffer may be filled again
         self._sent = [torch.cuda.Event() for _ in range(num_buffers if pinned else 0)]  # type: ignore[no-untyped-call]
         self._turn = 0
+        self._copies: dict[Span, tuple[torch.Tensor, torch.Tensor]] = {}  # (buffer, size) -> views of device and host
 
     @staticmethod
     def capacity(max_tokens: int, max_logits: int, max_requests: int, num_groups: int, max_blocks: int) -> int:
@@ -77,14 +117,23 @@ class Staging:
         self._turn = (turn + 1) % len(self._hosts)
         if self._sent:
             self._sent[turn].synchronize()
-        target = self._arrays[turn]
-        spans, end = [], 0
+        spans: list[Span] = []
+        pieces: list[Array] = []
+        end = 0
         for array in arrays:
-            start = (end + _ALIGN - 1) // _ALIGN * _ALIGN
-            end = start + array.size
-            target[start:end] = array.reshape(-1)
-            spans.append((start, end))
-        self._device[:end].copy_(self._hosts[turn][:end], non_blocking=True)
+            size = array.size
+            pieces.append(array if array.ndim == 1 else array.reshape(-1))
+            spans.append((end, end + size))
+            end += size
+            if pad := -end % _ALIGN:
+                pieces.append(_PADS[pad])
+                end += pad
+        np.concatenate(pieces, out=self._arrays[turn][:end], casting="same_kind")
+        key = turn, -(-end // _COPIED) * _COPIED
+        if key not in self._copies:
+            self._copies[key] = self._device[: key[1]], self._hosts[turn][: key[1]]
+        device, host = self._copies[key]
+        device.copy_(host, non_blocking=True)
         if self._sent:
             self._sent[turn].record()
         return spans
@@ -95,13 +144,14 @@ class Staging:
 
 
 def send_step(
-    staging: Staging, inputs: StepInputs, sampling: SamplingInputs, *, tile_queries: int, trash_row: int
+    staging: Staging, inputs: StepInputs, sampling: SamplingInputs, settings: Settings, *, tile_queries: int
 ) -> DeviceStep:
     """Stages a step; its views are made for launching it."""
     counts = np.diff(inputs.query_start_loc)
     single = _singles(inputs, counts)
     tiles = _tiles(counts, inputs.seq_lens, tile_queries)
-    spans = staging.send(_arrays(inputs, single, tiles, _sampling_arrays(sampling, trash_row)))
+    rows = settings.padded(sampling, len(sampling.top_k))
+    spans = staging.send(_arrays(inputs, single, tiles, rows))
     return _views(staging, spans, len(inputs.seq_lens), len(single), len(tiles[0]))
 
 
@@ -109,11 +159,11 @@ def send_padded(
     staging: Staging,
     inputs: StepInputs,
     sampling: SamplingInputs,
+    settings: Settings,
     shape: Shape,
     *,
     tile_queries: int,
     null_slot: int,
-    trash_row: int,
 ) -> list[Span] | None:
     """Stages a step for a graph, padded to `shape`; None where it has more tiles of queries than that holds.
 
@@ -121,9 +171,8 @@ def send_padded(
     attend to nothing. The tables come last, so that in a graph, where every address is fixed, their width may vary:
     kernels read it from the device.
     """
-    rows = _sampling_arrays(sampling, trash_row)
-    num_sampled, num_requests = len(inputs.logits_indices), len(inputs.seq_lens)
-    single, tiles = _longest_first(inputs.seq_lens), (_NONE, _NONE)
+    num_requests = len(inputs.seq_lens)
+    tiles = (_NONE, _NONE)
     if not shape.is_decode:
         counts = np.diff(inputs.query_start_loc)
         tiles = _tiles(counts, inputs.seq_lens, tile_queries)
@@ -134,17 +183,14 @@ def send_padded(
         tiles = _extended(tiles[0], (most_tiles,), num_requests), _extended(tiles[1], (most_tiles,), 0)
     if num_requests < shape.num_rows or not shape.is_decode:
         inputs = padded(inputs, shape, null_slot)
-        single = _longest_first(inputs.seq_lens) if shape.is_decode else single
-    if num_sampled < shape.num_rows:
-        lengths = [shape.num_rows] * (len(rows) - 1) + [2 * shape.num_rows]
-        fill = [trash_row] + [0] * (len(rows) - 1)
-        rows = [_extended(array, (n,), value) for array, n, value in zip(rows, lengths, fill, strict=True)]
-    return staging.send(_arrays(inputs, single, tiles, rows))
+    if shape.is_decode:
+        single = _longest_first(inputs.seq_lens)
+    return staging.send(_arrays(inputs, single, tiles, settings.padded(sampling, shape.num_rows)))
 
 
 def _longest_first(seq_lens: Array) -> Array:
     """The order in which decode attention takes requests: a long one begun last would run alone at the end."""
-    return np.argsort(-seq_lens, kind="stable").astype(np.int32)
+    return (-seq_lens).argsort(kind="stable").astype(np.int32)
 
 
 def _singles(inputs: StepInputs, counts: Array) -> Array:
@@ -171,19 +217,6 @@ def _arrays(inputs: StepInputs, single: Array, tiles: tuple[Array, Array], sampl
         *(np.array([tables.shape[-1]], np.int32), inputs.token_ids, inputs.positions, inputs.slots),
         *(inputs.logits_indices, inputs.query_start_loc, inputs.seq_lens, single, *tiles, *sampling, tables),
     ]
-
-
-def _sampling_arrays(sampling: SamplingInputs, trash_row: int) -> list[Array]:
-    """What the device's sampler reads of each row, as int32."""
-    num_rows = len(sampling.temperature)
-    rows = np.full(num_rows, -1, np.int32) if sampling.rows is None else sampling.rows
-    rows = np.where(rows < 0, np.int32(trash_row), rows)
-    if (sampling.temperature > 0).any():
-        keys = noise_keys(sampling.seeds, sampling.positions).view(np.int32)
-    else:
-        keys = np.zeros(2 * num_rows, np.int32)
-    floats = (sampling.temperature.view(np.int32), sampling.top_p.view(np.int32), sampling.min_p.view(np.int32))
-    return [rows, sampling.top_k, *floats, keys]
 
 
 def _views(staging: Staging, spans: list[Span], num_requests: int, num_decodes: int, num_tiles: int) -> DeviceStep:
