@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import octavo.runtime.choose as choose_module
 import octavo.worker.worker as worker_module
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.grammar import to_grammar
 from octavo.executor.local import LocalExecutor
 from octavo.messages import AddRequest
 from octavo.models.spec import ModelFiles
@@ -59,13 +61,13 @@ def naive(files):
     return generate
 
 
-def make_core(files, **settings):
+def make_core(files, tokenizer=lambda: None, **settings):
     limits = {"num_gpu_blocks_override": 64, "max_num_seqs": 64, "max_num_batched_tokens": 512}
     settings = {**limits, "dtype": "float32", **settings}
     settings = {"runtime": "cuda", "admission_headroom": 0.0, **settings}
     config = EngineConfig(model="tiny", load_format="dummy", **settings)
     executor = LocalExecutor(config, files)
-    return EngineCore(config, executor, executor.start())
+    return EngineCore(config, executor, executor.start(), tokenizer=tokenizer)
 
 
 def run(core, prompts, max_tokens, **params):
@@ -297,6 +299,54 @@ def test_a_decode_step_never_waits_for_the_device(files, options):
     while core.has_work:
         core.step()
     core.close()
+
+
+class Ascii:
+    """Token i is the character i + 29, from 3 (a blank) on."""
+
+    vocab_size = VOCAB
+    special_ids = frozenset((0, 1, 2))
+
+    def token_bytes(self, token):
+        return b"<%d>" % token if token in self.special_ids else bytes([token + 29])
+
+    def encode(self, text, *, add_special_tokens=True):
+        return [ord(c) - 29 for c in text]
+
+
+def ruled(core):
+    """Answers, greedy and drawn: two bound by a grammar, two by a list of tokens, two free, in the same steps."""
+    tokens = {}
+    for i, allowed in enumerate([None, None, [40, 41, 42], [40, 41, 42], None, None]):
+        params = SamplingParams(temperature=float(i % 2), max_tokens=24, allowed_token_ids=allowed)
+        message = AddRequest(str(i), [5 + i, 6, 7], params, 24, seed=i)
+        message.grammar = to_grammar("regex", "(ab|cd){6}z") if i < 2 else None
+        core.handle(message)
+    while core.has_work:
+        for delta in core.step().deltas:
+            assert delta.error is None
+            tokens.setdefault(int(delta.request_id), []).extend(delta.token_ids)
+    return [tokens[i] for i in range(6)]
+
+
+@pytest.mark.gpu
+def test_grammars_and_lists_of_tokens_bound_what_captured_steps_choose(files):
+    pytest.importorskip("llguidance")
+    found, replays = {}, {}
+    for name, settings in {"graphs": {}, "eager": {"enforce_eager": True}, "cpu": {"runtime": "reference"}}.items():
+        core = make_core(files, tokenizer=Ascii, **settings)
+        found[name] = ruled(core)
+        replays[name] = getattr(runtime_of(core), "num_replays", 0)
+        core.close()
+    assert found["graphs"] == found["eager"]
+    assert found["graphs"][::2] == found["cpu"][::2]  # draws differ between devices, likeliest answers do not
+    assert replays["graphs"] >= 12
+    assert replays["eager"] == 0
+    for answer in found["graphs"][:2]:
+        assert re.fullmatch("(ab|cd){6}z", "".join(chr(token + 29) for token in answer if token > 2))
+    for answer in found["graphs"][2:4]:
+        assert set(answer) <= {40, 41, 42}
+    assert all(set(answer) - {40, 41, 42} for answer in found["graphs"][4:])
 
 
 @pytest.mark.gpu
