@@ -331,7 +331,7 @@ def ruled(core):
 
 @pytest.mark.gpu
 def test_grammars_and_lists_of_tokens_bound_what_captured_steps_choose(files):
-    pytest.importorskip("llguidance")
+    pytest.importorskip("llguidance", minversion="1.9")
     found, replays = {}, {}
     for name, settings in {"graphs": {}, "eager": {"enforce_eager": True}, "cpu": {"runtime": "reference"}}.items():
         core = make_core(files, tokenizer=Ascii, **settings)
