@@ -114,17 +114,17 @@ class Tile:
     warps: int
 
 
-def tile_of(num_out: int, num_in: int, *, gated: bool) -> Tile:
-    """The tile by shape: narrow outputs take the whole depth at once with four warps, wide ones a warp a program.
+def tile_of(num_rows: int, num_out: int, num_in: int, *, gated: bool) -> Tile:
+    """The tile by shape: narrow outputs take a row's depth at once with four warps, wide ones a warp a program.
 
-    Swept over the shapes of 0.6B, 7B and 8B models (lab/results/gpu-tiles-h100.json). No thread is without a column.
+    Swept over the shapes of 0.6B, 1B, 7B and 8B models (docs/kernels.md). No thread is without a column.
     """
     depth = triton.next_power_of_2(num_in)
     if num_out <= 2048:
-        return Tile(2, min(depth, 4096), min(4, max(depth // 32, 1)))
-    if gated and num_in > 2048:
-        return Tile(1, min(depth, 1024), 1)
-    return Tile(2, min(depth, 512 if gated else 1024), 1)
+        return Tile(2, depth if depth <= 4096 else 2048, min(4, max(depth // 32, 1)))
+    if gated:
+        return Tile(2, min(depth, 1024 // num_rows), 1)
+    return Tile(4 // num_rows, min(depth, 1024), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def few_rows(
     gated = activation.endswith("_mul")
     has_bias = bias is not None
     bias = x if bias is None else bias
-    tile = tile or tile_of(num_out, num_in, gated=gated)
+    tile = tile or tile_of(num_rows, num_out, num_in, gated=gated)
     norm_weight = x if fused.norm_weight is None else fused.norm_weight
     residual = x if fused.residual is None else fused.residual
     _vector[(triton.cdiv(num_out, tile.rows),)](
