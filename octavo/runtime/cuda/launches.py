@@ -8,21 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.errors import UnsupportedError, UnsupportedModelError
-from octavo.program.ops import (
-    Add,
-    AnyOp,
-    Attention,
-    Buffer,
-    Embedding,
-    Experts,
-    GatherRows,
-    Linear,
-    Norm,
-    Rope,
-    RopeKVWrite,
-    Rows,
-    Weight,
-)
+from octavo.program import ops
 from octavo.program.program import Program
 from octavo.runtime.cuda import operators
 from octavo.runtime.cuda.backend import AttentionBackend
@@ -58,7 +44,7 @@ class Arena:
         self, program: Program, max_tokens: int, max_logits: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         plan = program.plan_buffers()
-        most = {Rows.TOKENS: max_tokens, Rows.LOGITS: max_logits}
+        most = {ops.Rows.TOKENS: max_tokens, ops.Rows.LOGITS: max_logits}
         slots = [
             torch.zeros(most[kind] * width, dtype=dtype, device=device)
             for kind, width in zip(plan.slot_rows, plan.slot_width, strict=True)
@@ -72,10 +58,10 @@ class Arena:
     @staticmethod
     def elements(program: Program, max_tokens: int, max_logits: int) -> int:
         """Elements of the slots and of the product that gated activations read."""
-        most = {Rows.TOKENS: max_tokens, Rows.LOGITS: max_logits}
+        most = {ops.Rows.TOKENS: max_tokens, ops.Rows.LOGITS: max_logits}
         return program.plan_buffers().elements(max_tokens, max_logits) + _product_elements(program, most)
 
-    def view(self, buffer: Buffer) -> torch.Tensor:
+    def view(self, buffer: ops.Buffer) -> torch.Tensor:
         """[max rows, width]"""
         return self._views[buffer]
 
@@ -88,18 +74,10 @@ class Launches:
     """Makes the closures. Weights are looked up by parts, so that a tied one is there once."""
 
     def __init__(
-        self,
-        program: Program,
-        weights: dict[tuple[str, ...], torch.Tensor],
-        arena: Arena,
-        kv: KVPool,
-        max_decodes: int,
-        row_tokens: torch.Tensor,
-        backend: AttentionBackend,
-        *,
-        fuses: bool = True,
+        self, program: Program, weights: dict[tuple[str, ...], torch.Tensor], arena: Arena, kv: KVPool,
+        max_decodes: int, row_tokens: torch.Tensor, backend: AttentionBackend, *, fuses: bool = True,
         uses_cpp: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if uses_cpp:
             operators.load()
         self._uses_cpp = uses_cpp
@@ -108,10 +86,10 @@ class Launches:
         self._device = arena.view(program.logits).device
         self._fusion = find_fusion(program) if fuses else Fusion()
         self._chained = fuses and can_chain(self._device)
-        self._ropes: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._turned: dict[Buffer, Callable[[int], bool]] = {}  # q: whether its product makes it in so many rows
+        self._ropes: dict[ops.Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._turned: dict[ops.Buffer, Callable[[int], bool]] = {}  # q: whether its product makes it in so many rows
         self._takes_many = fuses and self._device.type == "cuda" and arena.view(program.logits).dtype == torch.bfloat16
-        shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, Attention)}
+        shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, ops.Attention)}
         sizes = [(attention.partial_rows(max_decodes, heads, kv_heads), dim) for heads, kv_heads, dim in shapes]
         kv_heads = max((shape[1] for shape in shapes), default=0)
         self._partials = attention.Partials(
@@ -124,32 +102,32 @@ class Launches:
         """One closure for each node, in order."""
         return [self._make(node) for node in self._program.nodes]
 
-    def _make(self, node: AnyOp) -> Launch:
+    def _make(self, node: ops.AnyOp) -> Launch:
         match node:
-            case Embedding():
+            case ops.Embedding():
                 return self._embedding(node)
-            case Norm():
+            case ops.Norm():
                 return self._norm(node)
-            case Add():
+            case ops.Add():
                 return self._add(node)
-            case Linear():
+            case ops.Linear():
                 return self._linear(node)
-            case Experts():
+            case ops.Experts():
                 raise no_experts(node)
-            case RopeKVWrite():
+            case ops.RopeKVWrite():
                 return self._rope_kv_write(node)
-            case Attention():
+            case ops.Attention():
                 return self._attention(node)
-            case GatherRows():
+            case ops.GatherRows():
                 return self._gather(node)
 
-    def _weight(self, weight: Weight | None) -> torch.Tensor | None:
+    def _weight(self, weight: ops.Weight | None) -> torch.Tensor | None:
         return None if weight is None else self._weights[weight.parts]
 
-    def _optional(self, buffer: Buffer | None) -> torch.Tensor | None:
+    def _optional(self, buffer: ops.Buffer | None) -> torch.Tensor | None:
         return None if buffer is None else self._arena.view(buffer)
 
-    def _embedding(self, node: Embedding) -> Launch:
+    def _embedding(self, node: ops.Embedding) -> Launch:
         table, positions = self._weight(node.weight), self._weight(node.position_weight)
         out, scale, offset = self._arena.view(node.out), node.scale, node.position_offset
         kept = self._row_tokens
@@ -159,7 +137,7 @@ class Launches:
 
         return launch
 
-    def _norm(self, node: Norm) -> Launch:
+    def _norm(self, node: ops.Norm) -> Launch:
         x, out = self._arena.view(node.x), self._arena.view(node.out)
         residual, kept = self._optional(node.residual), self._optional(node.residual_out)
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
@@ -177,7 +155,7 @@ class Launches:
 
         return launch
 
-    def _add(self, node: Add) -> Launch:
+    def _add(self, node: ops.Add) -> Launch:
         x, y, out = self._arena.view(node.x), self._arena.view(node.y), self._arena.view(node.out)
         count = _row_count(node.out)
 
@@ -187,7 +165,7 @@ class Launches:
 
         return launch
 
-    def _gather(self, node: GatherRows) -> Launch:
+    def _gather(self, node: ops.GatherRows) -> Launch:
         x, out = self._arena.view(node.x), self._arena.view(node.out)
 
         def launch(step: DeviceStep) -> None:
@@ -196,12 +174,12 @@ class Launches:
 
         return launch
 
-    def _linear(self, node: Linear) -> Launch:
+    def _linear(self, node: ops.Linear) -> Launch:
         x, out = self._arena.view(node.x), self._arena.view(node.out)
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
         transposed = weight.t()
         count = (lambda step: step.num_sampled) if node.out is self._program.logits else _row_count(node.out)
-        most = 0 if node.out.rows is Rows.TOKENS else min(self._max_decodes, out.shape[0])
+        most = 0 if node.out.rows is ops.Rows.TOKENS else min(self._max_decodes, out.shape[0])
         arena, num_in_rows, chained = self._arena, weight.shape[0], self._chained
         gated = node.activation.endswith("_mul")
         is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
@@ -233,7 +211,7 @@ class Launches:
 
         return launch
 
-    def _of_many(self, node: Linear) -> Callable[[DeviceStep, int], bool]:
+    def _of_many(self, node: ops.Linear) -> Callable[[DeviceStep, int], bool]:
         """Launches a product and what follows it, in a step whose rows fill the card; else returns False."""
         heads = self._fusion.heads_of.get(node)
         if not self._takes_many or not operators.can_multiply(node, heads):
@@ -266,7 +244,7 @@ class Launches:
             self._turned[heads.out] = is_taken
         return launch
 
-    def _fused(self, node: Linear) -> tuple[torch.Tensor, torch.Tensor, linear.Fused]:
+    def _fused(self, node: ops.Linear) -> tuple[torch.Tensor, torch.Tensor, linear.Fused]:
         """What a product of few rows reads and writes, and what it takes over from the norms beside it."""
         norm, stream = self._fusion.norm_of.get(node), self._fusion.residual_of.get(node)
         x, out = self._arena.view(node.x), self._arena.view(node.out)
@@ -280,7 +258,7 @@ class Launches:
         )
         return x, out if residual is None else residual, fused
 
-    def _rope_kv_write(self, node: RopeKVWrite) -> Launch:
+    def _rope_kv_write(self, node: ops.RopeKVWrite) -> Launch:
         qkv, out = self._arena.view(node.qkv), self._arena.view(node.out)
         layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         table = None if node.rope is None else self._rope(node.rope)
@@ -297,20 +275,20 @@ class Launches:
 
         return launch
 
-    def _head_norms(self, node: RopeKVWrite) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _head_norms(self, node: ops.RopeKVWrite) -> tuple[torch.Tensor, torch.Tensor] | None:
         q_norm, k_norm = self._weight(node.q_norm), self._weight(node.k_norm)
         if (q_norm is None) != (k_norm is None):
             raise UnsupportedModelError(f"{node.label}: the cuda runtime norms both q and k, or neither")
         return None if q_norm is None or k_norm is None else (q_norm, k_norm)
 
-    def _rope(self, wanted: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rope(self, wanted: ops.Rope) -> tuple[torch.Tensor, torch.Tensor]:
         for known, tables in self._ropes.items():
             if (known.inv_freq, known.scale) == (wanted.inv_freq, wanted.scale):
                 return tables
         self._ropes[wanted] = rope_tables(wanted, self._program.max_model_len, self._device)
         return self._ropes[wanted]
 
-    def _attention(self, node: Attention) -> Launch:
+    def _attention(self, node: ops.Attention) -> Launch:
         slot, out, arena = self._arena.view(node.q), self._arena.view(node.out), self._arena
         layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         partials, chained, backend = self._partials, self._chained, self._backend
@@ -328,7 +306,7 @@ class Launches:
         return launch
 
 
-def no_experts(node: Experts) -> UnsupportedError:
+def no_experts(node: ops.Experts) -> UnsupportedError:
     """The refusal of a mixture of experts."""
     return UnsupportedError(f"{node.label}: the cuda runtime has no experts (MoE) yet: take --runtime native")
 
@@ -337,14 +315,14 @@ def _never(num_rows: int) -> bool:
     return False
 
 
-def _product_elements(program: Program, most: dict[Rows, int]) -> int:
+def _product_elements(program: Program, most: dict[ops.Rows, int]) -> int:
     """Of the largest product that a gated activation halves, or of q."""
-    gated = [n.out for n in program.nodes if isinstance(n, Linear) and n.activation.endswith("_mul")]
-    heads = [n.out for n in program.nodes if isinstance(n, RopeKVWrite)]
+    gated = [n.out for n in program.nodes if isinstance(n, ops.Linear) and n.activation.endswith("_mul")]
+    heads = [n.out for n in program.nodes if isinstance(n, ops.RopeKVWrite)]
     return max((most[out.rows] * out.width * n for n, outs in ((2, gated), (1, heads)) for out in outs), default=0)
 
 
-def _is_gelu(node: Linear) -> bool:
+def _is_gelu(node: ops.Linear) -> bool:
     return node.activation in ("gelu", "gelu_tanh") and not node.softcap and node.scale == 1.0
 
 
@@ -353,8 +331,8 @@ def can_chain(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _row_count(buffer: Buffer) -> Callable[[DeviceStep], int]:
+def _row_count(buffer: ops.Buffer) -> Callable[[DeviceStep], int]:
     """How many rows of a buffer a step fills."""
-    if buffer.rows is Rows.TOKENS:
+    if buffer.rows is ops.Rows.TOKENS:
         return lambda step: step.num_tokens
     return lambda step: step.num_logits

@@ -46,11 +46,9 @@ class Results:
 
 
 def output_of(
-    wait: Callable[[], Int32],
-    sampling: SamplingInputs,
-    fill: Callable[[SamplerOutput], None] | None,
+    wait: Callable[[], Int32], sampling: SamplingInputs, fill: Callable[[SamplerOutput], None] | None,
     states: torch.Tensor | None,
-) -> SamplerOutput:
+) -> SamplerOutput:  # fmt: skip
     """Waits for the tokens; `fill` adds the log probabilities, which were copied before them, as `states` were."""
     tokens = wait()
     if fill is None and states is None:

@@ -14,20 +14,8 @@ from octavo.program.ops import Attention, Experts, Linear, Rows
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.cuda import graphs
 from octavo.runtime.cuda.backend import AttentionBackend
-from octavo.runtime.cuda.graphs import (
-    DRAWS,
-    GREEDY,
-    LOGITS,
-    Graphs,
-    Shape,
-    bucket_of,
-    buckets,
-    mixed_rows,
-    mixed_shape,
-    mixed_sizes,
-    most_mixed_tokens,
-)
 from octavo.runtime.cuda.host import HostBlocks
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_experts
 from octavo.runtime.cuda.launching import compile_kernels, quick_launches
@@ -63,16 +51,9 @@ class CudaRuntime:
     name = "cuda"
 
     def __init__(
-        self,
-        dtype: str = "bfloat16",
-        *,
-        use_graphs: bool = True,
-        device: str = "cuda",
-        max_depth: int = 2,
-        fuse_ops: bool = True,
-        attention_backend: str = "auto",
-        cuda_ops: str = "triton",
-    ) -> None:
+        self, dtype: str = "bfloat16", *, use_graphs: bool = True, device: str = "cuda", max_depth: int = 2,
+        fuse_ops: bool = True, attention_backend: str = "auto", cuda_ops: str = "triton",
+    ) -> None:  # fmt: skip
         if cuda_ops == "cuda" and dtype != "bfloat16":
             raise UnsupportedError(f"--cuda-ops cuda: the C++ operators compute in bfloat16, not {dtype}: take triton")
         self._options = {"fuses": fuse_ops, "uses_cpp": cuda_ops == "cuda"}
@@ -82,9 +63,9 @@ class CudaRuntime:
         self.max_depth = max_depth
         self.num_foreign_calls = 0
         self.num_replays = 0  # steps that ran as a graph
-        self._graphs = Graphs() if use_graphs and self._device.type == "cuda" else None
-        self._launched: set[tuple[Shape, str]] = set()  # what its kernels are loaded for
-        self._padded: dict[Shape, DeviceStep] = {}  # the views of what its graphs read
+        self._graphs = graphs.Graphs() if use_graphs and self._device.type == "cuda" else None
+        self._launched: set[tuple[graphs.Shape, str]] = set()  # what its kernels are loaded for
+        self._padded: dict[graphs.Shape, DeviceStep] = {}  # the views of what its graphs read
         self._program: Program | None = None
         self._launches: list[Launch] = []
         self._kv = KVPool([], [])
@@ -94,15 +75,9 @@ class CudaRuntime:
         self._num_logits = 0
 
     def load(
-        self,
-        program: Program,
-        weights: WeightSource,
-        *,
-        dtype: str,
-        max_num_tokens: int,
-        max_num_logits: int,
+        self, program: Program, weights: WeightSource, *, dtype: str, max_num_tokens: int, max_num_logits: int,
         max_num_requests: int,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """Puts the weights on the device, reserves every buffer of the largest step, prepares the launches.
 
         Raises:
@@ -117,7 +92,7 @@ class CudaRuntime:
         self._program = program
         self._limits = (max_num_tokens, max_num_logits, max_num_requests)
         num_weights = sum(math.prod(weight.shape) for weight in program.weights)
-        self._most_mixed = min(max_num_tokens, most_mixed_tokens(num_weights))
+        self._most_mixed = min(max_num_tokens, graphs.most_mixed_tokens(num_weights))
         try:
             for weight in program.weights:
                 self._weights[weight.parts] = pack(weight, weights, self._dtype, self._device)
@@ -174,7 +149,7 @@ class CudaRuntime:
             length = min(most_tokens, self._loaded().max_model_len)
             prompts = [length] * min(most_tokens // length, most_rows)
             for counts in (prompts, [1] * most):
-                self._run_null_step(counts, DRAWS)
+                self._run_null_step(counts, graphs.DRAWS)
             torch.cuda.synchronize()
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for the largest step: {error}") from None
@@ -192,7 +167,7 @@ class CudaRuntime:
             self._blocks = HostBlocks(self._kv.tensors, num_host_blocks, num_blocks)
             if self._device.type == "cuda":
                 for size in self._sizes():
-                    for ending in (GREEDY, DRAWS):
+                    for ending in (graphs.GREEDY, graphs.DRAWS):
                         self._run_null_step([1] * size, ending)
                 torch.cuda.synchronize()
                 gc.freeze()  # else a collection now and then looks through all of torch: a step waits 50 ms for it
@@ -239,7 +214,7 @@ class CudaRuntime:
         if not len(inputs.logits_indices):
             return partial(output_of_nobody, self._results.fetch(0))
         fill = states = None
-        if ending == LOGITS:
+        if ending == graphs.LOGITS:
             with torch.inference_mode(), quick_launches():
                 self._launch_adjusted(self._logits_on_device(), step, sampling)
         if settings.tells:
@@ -280,7 +255,11 @@ class CudaRuntime:
     def _sizes(self) -> list[int]:
         """Batch sizes that start-up prepares, the largest first."""
         most = min(self._limits)
-        return buckets(most) if self._graphs is not None else [bucket_of(n, most) for n in (most, 16, 8, 4, 2, 1)]
+        return (
+            graphs.buckets(most)
+            if self._graphs is not None
+            else [graphs.bucket_of(n, most) for n in (most, 16, 8, 4, 2, 1)]
+        )
 
     def _make_pool(self, num_blocks: int, block_size: int, dtype: str | None, *, waits: bool = True) -> None:
         program, kv_type = self._loaded(), self._kv_type(dtype)
@@ -311,12 +290,12 @@ class CudaRuntime:
         """One step for each kernel that serving may need: which one it is depends on the number of rows."""
         most_tokens = self._limits[0]
         mixed = [
-            Shape(size, rows, is_decode=False)
+            graphs.Shape(size, rows, is_decode=False)
             for size in ((64, 256) if self._graphs is not None else ())
-            for rows in mixed_rows(min(self._limits))
+            for rows in graphs.mixed_rows(min(self._limits))
             if size <= self._most_mixed
         ]
-        for ending in (GREEDY, DRAWS):
+        for ending in (graphs.GREEDY, graphs.DRAWS):
             for counts in ([min(64, most_tokens)], *([1] * size for size in self._sizes())):
                 self._launch(self._send(self._null_step(counts), null_sampling(len(counts), ending)), ending)
             for shape in mixed:
@@ -331,7 +310,7 @@ class CudaRuntime:
     def _warm_products(self) -> None:
         """cuBLAS chooses and loads a kernel for a shape when first asked: up to 20 ms in steps that are captured."""
         kinds = {n.weight.shape: n for n in self._loaded().nodes if isinstance(n, Linear) and n.out.rows is Rows.TOKENS}
-        for size in mixed_sizes(self._most_mixed):
+        for size in graphs.mixed_sizes(self._most_mixed):
             for node in kinds.values():
                 torch.mm(self._arena.view(node.x)[:size], self._weights[node.weight.parts].t())
 
@@ -343,16 +322,16 @@ class CudaRuntime:
         self.execute(self._null_step(counts))
         self.sample_later(null_sampling(len(counts), ending))()
 
-    def _shape(self, inputs: StepInputs) -> Shape | None:
+    def _shape(self, inputs: StepInputs) -> graphs.Shape | None:
         """What the step is padded to for a graph; None where it has to be launched piece by piece."""
         num_tokens, num_requests = len(inputs.token_ids), len(inputs.seq_lens)
         if inputs.num_states or not num_requests or len(inputs.logits_indices) > num_requests:
             return None
         all_sample = num_requests == num_tokens == len(inputs.logits_indices)
         if all_sample and inputs.logits_indices.tobytes() == inputs.query_start_loc[:-1].tobytes():  # in their order
-            size = bucket_of(num_requests, min(self._limits))
-            return Shape(size, size, is_decode=True)
-        return mixed_shape(num_tokens, num_requests, self._most_mixed, min(self._limits))
+            size = graphs.bucket_of(num_requests, min(self._limits))
+            return graphs.Shape(size, size, is_decode=True)
+        return graphs.mixed_shape(num_tokens, num_requests, self._most_mixed, min(self._limits))
 
     def _settings_of(self, sampling: SamplingInputs) -> Settings:
         if self._settings is None or not self._settings.are_of(sampling):
@@ -363,7 +342,7 @@ class CudaRuntime:
         settings = self._settings_of(sampling)
         return send_step(self._staging, inputs, sampling, settings, tile_queries=self._tile_queries)
 
-    def _send_padded(self, inputs: StepInputs, sampling: SamplingInputs, shape: Shape) -> DeviceStep | None:
+    def _send_padded(self, inputs: StepInputs, sampling: SamplingInputs, shape: graphs.Shape) -> DeviceStep | None:
         spans = send_padded(
             self._staging, inputs, sampling, self._settings_of(sampling), shape, tile_queries=self._tile_queries,
             null_slot=self._null_block * self._block_size,
@@ -372,7 +351,7 @@ class CudaRuntime:
             self._padded[shape] = padded_views(self._staging, spans, shape, self._tile_queries)
         return None if spans is None else self._padded[shape]
 
-    def _replay(self, step: DeviceStep, shape: Shape, ending: str) -> None:
+    def _replay(self, step: DeviceStep, shape: graphs.Shape, ending: str) -> None:
         """Runs a graph on what was sent. Of a decode it is captured after the first run, at start; of a step with
         prompts in front of the second, so that no step waits for both."""
         assert self._graphs is not None
@@ -392,9 +371,9 @@ class CudaRuntime:
         """Launches the program and, unless biases and penalties come between, what chooses the tokens."""
         for launch in self._launches:
             launch(step)
-        if step.num_sampled and ending != LOGITS:
+        if step.num_sampled and ending != graphs.LOGITS:
             logits = self._arena.view(self._loaded().logits)[: step.num_sampled]
-            self._sampler.launch(logits, step.sampling, draws=ending == DRAWS)
+            self._sampler.launch(logits, step.sampling, draws=ending == graphs.DRAWS)
 
     def _launch_quickly(self, step: DeviceStep, ending: str) -> None:
         with torch.inference_mode(), quick_launches():
@@ -447,5 +426,5 @@ def _torch_dtype(dtype: str) -> torch.dtype:
 def _ending(sampling: SamplingInputs, settings: Settings) -> str:
     """How a step ends: biases, masks and penalties are not captured."""
     if len(sampling.bias_ids) or len(sampling.seen_ids) or sampling.masks is not None:
-        return LOGITS
-    return DRAWS if settings.draws else GREEDY
+        return graphs.LOGITS
+    return graphs.DRAWS if settings.draws else graphs.GREEDY

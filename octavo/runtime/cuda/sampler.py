@@ -41,16 +41,9 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        max_rows: int,
-        vocab: int,
-        device: torch.device,
-        *,
-        num_rows_kept: int = 0,
-        chunk: int = CHUNK,
-        piece: int = PIECE,
-        room: int = ROOM,
-    ) -> None:
+        self, max_rows: int, vocab: int, device: torch.device, *, num_rows_kept: int = 0, chunk: int = CHUNK,
+        piece: int = PIECE, room: int = ROOM,
+    ) -> None:  # fmt: skip
         if vocab >= 1 << 21:
             raise UnsupportedModelError(f"a vocabulary of {vocab:,} ids: the cuda sampler takes fewer than {1 << 21:,}")
         self._vocab, self._device = vocab, device
@@ -197,15 +190,9 @@ class Sampler:
         )  # fmt: skip
 
     def _search(
-        self,
-        logits: torch.Tensor,
-        rows: SamplerRows,
-        wanted: torch.Tensor,
-        thresholds: torch.Tensor,
-        floors: torch.Tensor | None,
-        *,
-        bits: int,
-    ) -> None:
+        self, logits: torch.Tensor, rows: SamplerRows, wanted: torch.Tensor, thresholds: torch.Tensor,
+        floors: torch.Tensor | None, *, bits: int,
+    ) -> None:  # fmt: skip
         """By number of ids, or with `floors` by weight."""
         per_program = _chunks_per_program(len(logits))
         grid = (len(logits), triton.cdiv(self._num_chunks, per_program))

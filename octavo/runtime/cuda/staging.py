@@ -54,8 +54,8 @@ class Settings:
 
     def __init__(self, sampling: SamplingInputs, trash_row: int) -> None:
         self._of = _settings_of(sampling)
-        self._rows = None if sampling.rows is None else sampling.rows.tobytes()
         rows = np.full(len(sampling.top_k), -1, np.int32) if sampling.rows is None else sampling.rows
+        self._rows = rows.tobytes()
         floats = (sampling.temperature.view(np.int32), sampling.top_p.view(np.int32), sampling.min_p.view(np.int32))
         self.arrays = [np.where(rows < 0, np.int32(trash_row), rows), sampling.top_k, *floats]
         self.trash_row = trash_row
@@ -64,21 +64,17 @@ class Settings:
 
     def are_of(self, sampling: SamplingInputs) -> bool:
         """Whether they are these rows', whose arrays are the very same ones then."""
-        rows = None if sampling.rows is None else sampling.rows.tobytes()
-        return rows == self._rows and all(map(operator.is_, self._of, _settings_of(sampling)))
+        is_same = all(map(operator.is_, self._of, _settings_of(sampling)))
+        return is_same and sampling.rows is not None and sampling.rows.tobytes() == self._rows
 
     def padded(self, sampling: SamplingInputs, num_rows: int) -> list[Array]:
         """As int32, with the keys of the noise, for so many rows; padding rows keep their token in the trash row."""
-        missing = num_rows - len(self.arrays[0])
-        if missing:
-            fill = [self.trash_row, 0, 0, 0, 0]
-            arrays = [_extended(array, (num_rows,), value) for array, value in zip(self.arrays, fill, strict=True)]
-        else:
-            arrays = self.arrays
-        if not self.draws:
-            return [*arrays, np.zeros(2 * num_rows, np.int32)]
-        keys = noise_keys(sampling.seeds, sampling.positions).view(np.int32)
-        return [*arrays, _extended(keys, (2 * num_rows,), 0) if missing else keys]
+        keys = noise_keys(sampling.seeds, sampling.positions).view(np.int32) if self.draws else _NONE
+        keys, arrays = _extended(keys, (2 * num_rows,), 0), self.arrays
+        if num_rows > len(arrays[0]):
+            fill = (self.trash_row, 0, 0, 0, 0)
+            arrays = [_extended(array, (num_rows,), value) for array, value in zip(arrays, fill, strict=True)]
+        return [*arrays, keys]
 
 
 def _settings_of(sampling: SamplingInputs) -> tuple[Array, ...]:
@@ -129,10 +125,10 @@ class Staging:
                 pieces.append(_PADS[pad])
                 end += pad
         np.concatenate(pieces, out=self._arrays[turn][:end], casting="same_kind")
-        key = turn, -(-end // _COPIED) * _COPIED
-        if key not in self._copies:
-            self._copies[key] = self._device[: key[1]], self._hosts[turn][: key[1]]
-        device, host = self._copies[key]
+        size = -(-end // _COPIED) * _COPIED
+        if (turn, size) not in self._copies:
+            self._copies[turn, size] = self._device[:size], self._hosts[turn][:size]
+        device, host = self._copies[turn, size]
         device.copy_(host, non_blocking=True)
         if self._sent:
             self._sent[turn].record()
@@ -156,15 +152,9 @@ def send_step(
 
 
 def send_padded(
-    staging: Staging,
-    inputs: StepInputs,
-    sampling: SamplingInputs,
-    settings: Settings,
-    shape: Shape,
-    *,
-    tile_queries: int,
-    null_slot: int,
-) -> list[Span] | None:
+    staging: Staging, inputs: StepInputs, sampling: SamplingInputs, settings: Settings, shape: Shape, *,
+    tile_queries: int, null_slot: int,
+) -> list[Span] | None:  # fmt: skip
     """Stages a step for a graph, padded to `shape`; None where it has more tiles of queries than that holds.
 
     Padding tokens are written to the null block, padding rows to the trash row; padding requests have length 0 and
@@ -225,25 +215,11 @@ def _views(staging: Staging, spans: list[Span], num_requests: int, num_decodes: 
     )
     decode_rows, tile_rows, tile_starts, rows, top_k, temperature, top_p, min_p, keys, tables = rest
     attention = AttentionInputs(
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        tables=tables,
-        table_stride=table_stride,
-        decode_rows=decode_rows,
-        tile_rows=tile_rows,
-        tile_starts=tile_starts,
-        num_requests=num_requests,
-        num_decodes=num_decodes,
-        num_tiles=num_tiles,
-    )
-    sampling = SamplerRows(
-        rows=rows,
-        top_k=top_k,
-        temperature=temperature.view(torch.float32),
-        top_p=top_p.view(torch.float32),
-        min_p=min_p.view(torch.float32),
-        noise_keys=keys.view(torch.int64),
-    )
+        query_start_loc, seq_lens, tables, table_stride, decode_rows, tile_rows, tile_starts, num_requests, num_decodes,
+        num_tiles,
+    )  # fmt: skip
+    temperature, top_p, min_p = (part.view(torch.float32) for part in (temperature, top_p, min_p))
+    sampling = SamplerRows(rows, top_k, temperature, top_p, min_p, keys.view(torch.int64))
     return DeviceStep(
         len(token_ids), len(logits_indices), token_ids, positions, slots, logits_indices, attention, sampling
     )

@@ -18,13 +18,8 @@ if TYPE_CHECKING:  # who only compiles has no torch
     import torch
 
 ACTIVATION_CODES: dict[Activation, int] = {
-    "none": 0,
-    "relu": 1,
-    "gelu": 2,
-    "gelu_tanh": 3,
-    "silu_mul": 4,
-    "gelu_tanh_mul": 5,
-}
+    "none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_mul": 4, "gelu_tanh_mul": 5,
+}  # fmt: skip
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
 
