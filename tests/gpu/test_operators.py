@@ -57,6 +57,41 @@ def test_decode_attention(device, monkeypatch, kept, splits, warps, heads, kv_he
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize(("splits", "length"), [(1, 1), (1, 77), (4, 300), (4, 289)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 4, 128, 0), (16, 2, 128, 0), (6, 2, 64, 70)])
+def test_decode_attention_turns_the_heads_of_a_lone_token(
+    device, splits, length, has_norms, chained, heads, kv_heads, dim, window
+):
+    """What rope_kv_write() and it would do one after the other, the cache included."""
+    node = Attention("attention", HANDLE, HANDLE, 0, heads, kv_heads, dim, dim**-0.5, window)
+    turned = RopeKVWrite("rope", HANDLE, HANDLE, 0, heads, kv_heads, dim, eps=1e-5)
+    inputs, pools = paged([length], kv_heads, dim, device, torch.bfloat16)
+    table = rope_tables(Rope(tuple(100.0 ** (-i / (dim // 2)) for i in range(dim // 2))), 512, torch.device(device))
+    norms = (numbers((dim,), 5, device), numbers((dim,), 6, device)) if has_norms else None
+    positions = torch.tensor([length - 1], dtype=torch.int32, device=device)
+    slots = (inputs.tables[(length - 1) // 16] * 16 + (length - 1) % 16).reshape(1)
+    qkv = numbers((1, (heads + 2 * kv_heads) * dim), 4, device, torch.bfloat16)
+    for pool in pools:
+        pool[slots // 16, :, slots % 16] = float("nan")
+    pools_after = [pool.clone() for pool in pools]
+    q = torch.empty(1, heads * dim, device=device, dtype=torch.bfloat16)
+    rope_kv_write(1, turned, qkv, positions, slots, table, norms, q, *pools_after)
+    expected = torch.empty_like(q)
+    partials = make_partials(1, heads, dim, splits, device)
+    options = {"splits": splits, "min_chunk": 64, "chained": chained}
+    operators.decode_attention(inputs, node, 0, q, *pools_after, expected, partials, **options)
+    out = torch.full_like(q, float("nan"))
+    turn = operators.Turn(positions, slots, table, norms, turned.eps)
+    operators.decode_attention(inputs, node, 0, qkv, *pools, out, partials, **options, turn=turn)
+    close(out, expected.float().cpu().numpy(), 1e-2)
+    for pool, after in zip(pools, pools_after, strict=True):
+        close(torch.nan_to_num(pool), torch.nan_to_num(after).float().cpu().numpy(), 1e-2)
+        assert torch.equal(pool.isnan(), after.isnan()), "written elsewhere"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(2, 2, 128), (16, 8, 128), (16, 2, 128), (9, 3, 64), (8, 8, 64), (7, 1, 128)]
 )

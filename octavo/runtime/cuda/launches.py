@@ -88,6 +88,7 @@ class Launches:
         self._chained = fuses and can_chain(self._device)
         self._ropes: dict[ops.Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._turned: dict[ops.Buffer, Callable[[int], bool]] = {}  # q: whether its product makes it in so many rows
+        self._turn_of: dict[ops.Buffer, Callable[[DeviceStep], operators.Turn | None]] = {}  # q: what attention does
         self._takes_many = fuses and self._device.type == "cuda" and arena.view(program.logits).dtype == torch.bfloat16
         shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, ops.Attention)}
         sizes = [(attention.partial_rows(max_decodes, heads, kv_heads), dim) for heads, kv_heads, dim in shapes]
@@ -186,7 +187,7 @@ class Launches:
         activation, scale, softcap = node.activation, node.scale, node.softcap
         fused_x, fused_out, fused = self._fused(node)
         in_cpp = self._uses_cpp and _is_gelu(node) and out.shape[1] % 8 == 0
-        of_many = self._of_many(node)
+        of_many, turns = self._of_many(node), self._turns(self._fusion.heads_of.get(node))
 
         def launch(step: DeviceStep) -> None:
             num_rows = count(step)
@@ -195,8 +196,9 @@ class Launches:
             if not num_rows or of_many(step, num_rows):
                 return
             if num_rows <= linear.MAX_FEW_ROWS:
+                to = arena.product(1, num_in_rows) if turns(num_rows) else fused_out
                 linear.few_rows(
-                    num_rows, fused_x, weight, bias, fused_out, activation=activation, scale=scale, softcap=softcap,
+                    num_rows, fused_x, weight, bias, to, activation=activation, scale=scale, softcap=softcap,
                     fused=fused, chained=chained,
                 )  # fmt: skip
                 return
@@ -244,6 +246,17 @@ class Launches:
             self._turned[heads.out] = is_taken
         return launch
 
+    def _turns(self, heads: ops.RopeKVWrite | None) -> Callable[[int], bool]:
+        """Whether decode attention norms and rotates the heads, and writes k and v, in a step of so many tokens.
+
+        Of one: else it might read what another program of it writes. The product is kept beside the slots for it, since
+        its own output may have the memory of what it reads.
+        """
+        if heads is None or not self._takes_many or heads.num_heads > 8 * heads.num_kv_heads:
+            return _never
+        backend = self._backend
+        return lambda num_tokens: num_tokens == 1 and backend.writes_kv
+
     def _fused(self, node: ops.Linear) -> tuple[torch.Tensor, torch.Tensor, linear.Fused]:
         """What a product of few rows reads and writes, and what it takes over from the norms beside it."""
         norm, stream = self._fusion.norm_of.get(node), self._fusion.residual_of.get(node)
@@ -263,9 +276,16 @@ class Launches:
         layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         table = None if node.rope is None else self._rope(node.rope)
         norms, chained, is_turned = self._head_norms(node), self._chained, self._turned.get(node.out, _never)
+        turns = self._turns(node if node in self._fusion.heads_of.values() else None)
+        if table is not None:
+            self._turn_of[node.out] = lambda step: (
+                operators.Turn(step.positions, step.slots_of(layer.group), table, norms, node.eps)
+                if turns(step.num_tokens)
+                else None
+            )
 
         def launch(step: DeviceStep) -> None:
-            if is_turned(step.num_tokens):
+            if is_turned(step.num_tokens) or turns(step.num_tokens):
                 return
             slots = step.slots_of(layer.group)
             keys, values = kv.keys[layer.place], kv.values[layer.place]
@@ -292,10 +312,17 @@ class Launches:
         slot, out, arena = self._arena.view(node.q), self._arena.view(node.out), self._arena
         layer, kv = self._program.kv_layers[node.kv_layer], self._kv
         partials, chained, backend = self._partials, self._chained, self._backend
-        is_turned = self._turned.get(node.q, _never)
+        is_turned, turn_of = self._turned.get(node.q, _never), self._turn_of.get(node.q)
+        product_width = (node.num_heads + 2 * node.num_kv_heads) * node.head_dim
 
         def launch(step: DeviceStep) -> None:
             inputs, keys, values = step.attention, kv.keys[layer.place], kv.values[layer.place]
+            if turn_of is not None and (turn := turn_of(step)):
+                q = arena.product(1, product_width)
+                operators.decode_attention(
+                    inputs, node, layer.group, q, keys, values, out, partials, chained=chained, turn=turn
+                )
+                return
             q = arena.product(step.num_tokens, slot.shape[1]) if is_turned(step.num_tokens) else slot
             if inputs.num_decodes:
                 decode = backend.decode(node, inputs.num_decodes, keys.shape[2], keys.element_size())
@@ -316,10 +343,11 @@ def _never(num_rows: int) -> bool:
 
 
 def _product_elements(program: Program, most: dict[ops.Rows, int]) -> int:
-    """Of the largest product that a gated activation halves, or of q."""
+    """Of the largest product that a gated activation halves, of q, or of one token's q, k and v."""
     gated = [n.out for n in program.nodes if isinstance(n, ops.Linear) and n.activation.endswith("_mul")]
-    heads = [n.out for n in program.nodes if isinstance(n, ops.RopeKVWrite)]
-    return max((most[out.rows] * out.width * n for n, outs in ((2, gated), (1, heads)) for out in outs), default=0)
+    heads = [n for n in program.nodes if isinstance(n, ops.RopeKVWrite)]
+    sizes = [2 * most[out.rows] * out.width for out in gated] + [most[n.out.rows] * n.out.width for n in heads]
+    return max(sizes + [n.qkv.width for n in heads], default=0)
 
 
 def _is_gelu(node: ops.Linear) -> bool:

@@ -14,6 +14,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,19 +29,20 @@ _POINTERS = (
     *("q", "keys", "values", "out", "mixed", "sums", "arrived", "rows", "query_start_loc", "seq_lens", "tables"),
     "table_stride",
 )
+_TURN_POINTERS = ("positions", "slots", "cosines", "sines", "q_norm", "k_norm")
 _PREFILL_POINTERS = (
     *("q", "keys", "values", "out", "tile_rows", "tile_starts", "query_start_loc", "seq_lens", "tables"),
     *("table_stride", "progress"),
 )
 _INTS = ("num_heads", "num_kv_heads", "num_splits")
-_FLOATS = ("scale", "v_scale", "softcap")
+_FLOATS = ("scale", "v_scale", "softcap", "eps")
 
 
 class _Decode(ctypes.Structure):
     """struct Decode of cpp/attention.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_void_p) for name in (*_POINTERS, *_TURN_POINTERS)),
         *((name, ctypes.c_int) for name in _INTS),
         *((name, ctypes.c_float) for name in _FLOATS),
         *((name, ctypes.c_int) for name in ("window", "min_chunk", "first_table")),
@@ -102,6 +104,7 @@ def _operator(*written: str, tensors: tuple[str, ...] = (), others: str = "") ->
         name = function.__name__.lstrip("_")
         plain = "Tensor"
         kinds = {tensor: f"Tensor({chr(97 + i)}!)" for i, tensor in enumerate(written)}
+        kinds |= dict.fromkeys(_TURN_POINTERS, "Tensor?")
         schema = f"({', '.join(f'{kinds.get(t, plain)} {t}' for t in tensors)}, {others}) -> ()"
         if not tensors:
             schema = torch.library.infer_schema(function, mutates_args=written)
@@ -149,6 +152,20 @@ def decode_warps(num_programs: int) -> int:
     return 16 if num_programs <= 256 else 8 if num_programs <= FEW_PROGRAMS else 4
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What decode_attention() does to the heads of a step's only token: norms and rotates them, writes k and v.
+
+    `q` is then the product of q, k and v, bfloat16 [1, (H + 2 G) * D], as rope.rope_kv_write() would take it.
+    """
+
+    positions: torch.Tensor  # int32 [1]
+    slots: torch.Tensor  # int32 [1]
+    table: tuple[torch.Tensor, torch.Tensor]  # cos and sin, float32 [max positions, D / 2]
+    norms: tuple[torch.Tensor, torch.Tensor] | None  # of q and k, float32 [D]
+    eps: float
+
+
 def decode_attention(
     inputs: AttentionInputs,
     node: Attention,
@@ -157,32 +174,32 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,  # bfloat16 [T, H * D]
-    partials: Partials,
-    *,
-    kv_scales: tuple[float, float] = (1.0, 1.0),
-    chained: bool = False,
-    splits: int = 0,
-    min_chunk: int = MIN_CHUNK,
-) -> None:
-    """kernels.attention.decode_attention in CUDA C++."""
+    partials: Partials, *,
+    kv_scales: tuple[float, float] = (1.0, 1.0), chained: bool = False, splits: int = 0, min_chunk: int = MIN_CHUNK,
+    turn: Turn | None = None,
+) -> None:  # fmt: skip
+    """kernels.attention.decode_attention in CUDA C++; head sizes 64 and 128 in bfloat16 with a `turn`."""
     splits = splits or num_splits(inputs.num_decodes, node.num_kv_heads)
+    turned: tuple[torch.Tensor | None, ...] = (None,) * len(_TURN_POINTERS)
+    if turn is not None:
+        turned = (turn.positions, turn.slots, *turn.table, *(turn.norms or (None, None)))
     torch.ops.octavo.decode_attention(
         q, keys, values, out, partials.mixed, partials.sums, partials.arrived, inputs.decode_rows,
-        inputs.query_start_loc, inputs.seq_lens, inputs.tables, inputs.table_stride, inputs.num_decodes,
+        inputs.query_start_loc, inputs.seq_lens, inputs.tables, inputs.table_stride, *turned, inputs.num_decodes,
         group * inputs.num_requests, [node.num_heads, node.num_kv_heads, node.head_dim, splits, node.window, min_chunk],
-        [node.scale * kv_scales[0] * math.log2(math.e), kv_scales[1], node.softcap], chained,
+        [node.scale * kv_scales[0] * math.log2(math.e), kv_scales[1], node.softcap, turn.eps if turn else 0.0], chained,
     )  # fmt: skip
 
 
 @_operator(
-    *("out", "mixed", "sums", "arrived"), tensors=_POINTERS,
+    *("keys", "values", "out", "mixed", "sums", "arrived"), tensors=(*_POINTERS, *_TURN_POINTERS),
     others="int num_decodes, int first_table, int[] shape, float[] numbers, bool chained",
 )  # fmt: skip
 def _decode_attention(*arguments: Any) -> None:
     """`shape`: heads, KV heads, head size, splits, window, least positions of a part; `numbers`: see _FLOATS."""
     tensors, (num_decodes, first_table, shape, numbers, chained) = arguments[:-5], arguments[-5:]
     num_heads, num_kv_heads, head_dim, splits, window, min_chunk = shape
-    pointers = [t.data_ptr() for t in tensors]
+    pointers = map(_address, tensors)
     decode = _Decode(*pointers, num_heads, num_kv_heads, splits, *numbers, window, min_chunk, first_table)
     warps = decode_warps(num_decodes * num_kv_heads * splits)
     code = _library().octavo_decode_attention(

@@ -16,9 +16,9 @@
 #include <cstdint>
 
 struct Decode {
-  const __nv_bfloat16* q;  // [T, heads, D]
-  const void* keys;
-  const void* values;
+  const __nv_bfloat16* q;  // [T, heads, D]; with `cosines`, of q, k and v as the product left them
+  void* keys;
+  void* values;
   __nv_bfloat16* out;       // [T, heads, D]
   float* partial;           // [decodes, heads, splits, D]
   float* partial_sums;      // [decodes, heads, splits]: log2 of the sum of exponentials
@@ -28,12 +28,19 @@ struct Decode {
   const int* seq_lens;
   const int* tables;        // [groups, requests, stride]
   const int* table_stride;  // [1]
+  const int* positions;     // [T]; this and what follows for a kernel that norms and rotates heads and writes k and v
+  const int* slots;         // [T]
+  const float* cosines;     // [positions, D / 2], or null: k and v are in the cache, and q is finished
+  const float* sines;
+  const float* q_norm;      // [D], or null
+  const float* k_norm;
   int num_heads;
   int num_kv_heads;
   int num_splits;
   float scale;    // of the scores, base 2
   float v_scale;  // of the output
   float softcap;  // base e; 0: none
+  float eps;      // of the norms
   int window;     // 0: none
   int min_chunk;  // positions that a part has at least
   int first_table;  // row of `tables` where those of this layer's group begin
@@ -291,13 +298,87 @@ __device__ void merge_if_last(const Decode& d, Shared<D, kWarps>& shared, int in
   }
 }
 
-template <int D, int kBytes, int kWarps>
+// A head of D columns, those that rotate with each other in one lane; a warp holds it.
+template <int D>
+struct Head {
+  static constexpr int kPairs = D / 64;
+  float low[kPairs], high[kPairs];  // columns kPairs * lane + i, and those D / 2 further
+
+  __device__ __forceinline__ void load(const __nv_bfloat16* from, int lane) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      low[i] = __bfloat162float(from[kPairs * lane + i]);
+      high[i] = __bfloat162float(from[D / 2 + kPairs * lane + i]);
+    }
+  }
+
+  __device__ __forceinline__ void store(__nv_bfloat16* to, int lane) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      to[kPairs * lane + i] = __float2bfloat16(low[i]);
+      to[D / 2 + kPairs * lane + i] = __float2bfloat16(high[i]);
+    }
+  }
+
+  __device__ __forceinline__ void norm(const float* weight, float eps, int lane) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) squares += low[i] * low[i] + high[i] * high[i];
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) squares += __shfl_xor_sync(0xffffffff, squares, mask);
+    const float factor = rsqrtf(squares / D + eps);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      low[i] *= factor * weight[kPairs * lane + i];
+      high[i] *= factor * weight[D / 2 + kPairs * lane + i];
+    }
+  }
+
+  __device__ __forceinline__ void rotate(const float (&cosines)[kPairs], const float (&sines)[kPairs]) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float x = low[i], y = high[i];
+      low[i] = x * cosines[i] - y * sines[i];
+      high[i] = y * cosines[i] + x * sines[i];
+    }
+  }
+};
+
+// Norms and rotates the query heads of a KV head into `queries`, [group, D]. The part of a context that holds its last
+// position also writes k and v there; then all of it may be read.
+template <int D, int kWarps>
+__device__ __forceinline__ void turn_heads(const Decode& d, __nv_bfloat16* queries, int token, int kv_head, int group,
+                                           bool writes, const float (&cosines)[D / 64], const float (&sines)[D / 64]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const __nv_bfloat16* row = d.q + int64_t(token) * (d.num_heads + 2 * d.num_kv_heads) * D;
+  for (int i = warp; i < group + (writes ? 2 : 0); i += kWarps) {  // query heads, k, v
+    const bool is_k = i == group, is_v = i > group;
+    const int from = is_v ? d.num_heads + d.num_kv_heads + kv_head : is_k ? d.num_heads + kv_head : kv_head * group + i;
+    Head<D> head;
+    head.load(row + from * D, lane);
+    if (!is_v) {
+      if (d.q_norm != nullptr) head.norm(is_k ? d.k_norm : d.q_norm, d.eps, lane);
+      head.rotate(cosines, sines);
+    }
+    __nv_bfloat16* to = queries + i * D;
+    if (is_k || is_v) {
+      const int slot = d.slots[token];
+      const int64_t at = ((int64_t(slot / kBlock) * d.num_kv_heads + kv_head) * kBlock + slot % kBlock) * D;
+      to = static_cast<__nv_bfloat16*>(is_k ? d.keys : d.values) + at;
+    }
+    head.store(to, lane);
+  }
+  __syncthreads();
+}
+
+// kTurns: the step has one request, so that nobody else writes what it reads. Its cache, but for the last block, is asked
+// for before griddepcontrol.wait; where requests are was there before the step began.
+template <int D, int kBytes, int kWarps, bool kTurns>
 __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps / (D <= 128 ? 1 : 2)) decode_attention(const Decode d) {
   extern __shared__ float left[];
   __shared__ Shared<D, kWarps> shared;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const int kv_head = blockIdx.x, index = blockIdx.y, split = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -313,22 +394,38 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps / (D <= 128 ? 1 : 2))
   if (split >= parts) return;
   const int end = min(first + (split + 1) * share, first + count);
 
-  uint32_t q[D / 16][2] = {};
-  if (g < group) {
-    Tile<D, kBytes>::load_query(q, d.q + (int64_t(token) * d.num_heads + kv_head * group + g) * D, t);
-  }
-  Running<D> run;
-#pragma unroll
-  for (int i = 0; i < D / 16; ++i) run.mixed[i][0] = run.mixed[i][1] = run.mixed[i][2] = run.mixed[i][3] = 0.0f;
-
   const uint8_t* keys = static_cast<const uint8_t*>(d.keys);
   const uint8_t* values = static_cast<const uint8_t*>(d.values);
   int block = first + split * share + warp;
   int id = block < end ? table[block] : 0;
+  const auto at = [&] { return (int64_t(id) * d.num_kv_heads + kv_head) * (kBlock * D * kBytes); };
+  Tile<D, kBytes> tile;
+  bool is_loaded = kTurns && block < min(end, (seq_len - 1) / kBlock);
+  float cosines[kTurns ? D / 64 : 1], sines[kTurns ? D / 64 : 1];
+  if constexpr (kTurns) {
+    if (is_loaded) tile.load(keys + at(), values + at(), g, t);
+    const int64_t angle = int64_t(d.positions[token]) * (D / 2) + D / 64 * lane;
+#pragma unroll
+    for (int i = 0; i < D / 64; ++i) cosines[i] = d.cosines[angle + i], sines[i] = d.sines[angle + i];
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  const __nv_bfloat16* query = d.q + (int64_t(token) * d.num_heads + kv_head * group) * D;
+  if constexpr (kTurns) {
+    __shared__ __align__(16) __nv_bfloat16 turned[kHeads * D];
+    turn_heads<D, kWarps>(d, turned, token, kv_head, group, seq_len > 0 && split == parts - 1, cosines, sines);
+    query = turned;
+  }
+  uint32_t q[D / 16][2] = {};
+  if (g < group) Tile<D, kBytes>::load_query(q, query + g * D, t);
+  Running<D> run;
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) run.mixed[i][0] = run.mixed[i][1] = run.mixed[i][2] = run.mixed[i][3] = 0.0f;
   for (; block < end; block += kWarps) {
-    Tile<D, kBytes> tile;
-    const int64_t at = (int64_t(id) * d.num_kv_heads + kv_head) * (kBlock * D * kBytes);
-    tile.load(keys + at, values + at, g, t);
+    if (!is_loaded) tile.load(keys + at(), values + at(), g, t);
+    is_loaded = false;
     if (block + kWarps < end) id = table[block + kWarps];
     attend<D, kBytes>(run, tile, q, d, block * kBlock, oldest, seq_len, g, t);
   }
@@ -386,7 +483,11 @@ int launch(const Decode& d, int num_decodes, bool chained, cudaStream_t stream) 
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = chained ? 1 : 0;
-  return cudaLaunchKernelEx(&config, decode_attention<D, kBytes, kWarps>, d);
+  if (d.cosines == nullptr) return cudaLaunchKernelEx(&config, decode_attention<D, kBytes, kWarps, false>, d);
+  if constexpr (D <= 128 && kBytes == 2) {
+    return cudaLaunchKernelEx(&config, decode_attention<D, kBytes, kWarps, true>, d);
+  }
+  return cudaErrorInvalidValue;
 }
 
 // So many warps as asked for, where what they leave for each other has room: 32 KiB.

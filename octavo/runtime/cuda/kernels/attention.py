@@ -217,14 +217,10 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,  # [T, H * D]
-    partials: Partials,
-    *,
-    kv_scales: tuple[float, float] = (1.0, 1.0),
-    chained: bool = False,
-    tile: DecodeTile | None = None,
-    splits: int = 0,
+    partials: Partials, *,
+    kv_scales: tuple[float, float] = (1.0, 1.0), chained: bool = False, tile: DecodeTile | None = None, splits: int = 0,
     min_chunk: int = MIN_CHUNK,
-) -> None:
+) -> None:  # fmt: skip
     """Attention of the requests that have one query in this step. Stored K and V are to be multiplied by `kv_scales`.
 
     A context is cut into at most `splits` parts (0: what fills the card), none shorter than `min_chunk`.

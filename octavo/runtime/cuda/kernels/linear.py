@@ -146,13 +146,9 @@ def few_rows(
     bias: torch.Tensor | None,  # float32
     out: torch.Tensor,  # [>= num_rows, out]
     *,
-    activation: Activation = "none",
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    fused: Fused = PLAIN,
-    chained: bool = False,
-    tile: Tile | None = None,
-) -> None:
+    activation: Activation = "none", scale: float = 1.0, softcap: float = 0.0, fused: Fused = PLAIN,
+    chained: bool = False, tile: Tile | None = None,
+) -> None:  # fmt: skip
     """out = softcap(act(norm(x) @ weight.T * scale + bias)) + residual for one or two rows.
 
     `chained`: may start before the kernel in front of it has ended; it reads its weights, which nobody writes, first.

@@ -141,11 +141,8 @@ def norm(
     bias: torch.Tensor | None,  # float32 [width]
     out: torch.Tensor,
     residual_out: torch.Tensor | None,  # may be the memory of `residual`
-    *,
-    eps: float,
-    is_layer: bool,
-    chained: bool = False,
-) -> None:
+    *, eps: float, is_layer: bool, chained: bool = False,
+) -> None:  # fmt: skip
     """RMS or layer norm of x (+ residual), the sum kept in `residual_out`; one pass over the row."""
     width = out.shape[1]
     block = triton.next_power_of_2(width)
@@ -211,12 +208,8 @@ def epilogue(
     product: torch.Tensor,  # [num_rows, width or 2 * width]
     bias: torch.Tensor | None,  # float32
     out: torch.Tensor,  # [>= num_rows, width]; may be `product` unless gated
-    *,
-    activation: Activation,
-    scale: float,
-    softcap: float,
-    chained: bool = False,
-) -> None:
+    *, activation: Activation, scale: float, softcap: float, chained: bool = False,
+) -> None:  # fmt: skip
     """out = softcap(act(product * scale + bias)); the gated activations halve the width."""
     width = out.shape[1]
     block = min(triton.next_power_of_2(width), 1024)
