@@ -11,13 +11,15 @@ void pack_int8_group(const PackedKernels& kernels, const uint8_t* rounded, size_
     for (size_t channel = 0; channel < rows; ++channel) {
         const uint8_t* row = rounded + channel * kernels.row_bytes(depth);
         uint8_t* out = group + channel * kInt8LineDepth;
-        for (size_t k = 0; k < depth; ++k) {
-            int16_t wide = 0;
-            if (element == sizeof wide)
-                std::memcpy(&wide, row + k * element, sizeof wide);
+        for (size_t k = 0; k < depth; k += kInt8LineDepth, out += kInt8LineBytes) {
+            uint32_t codes = 0;  // four at once; of wide ones the low bytes
+            if (element == 1)
+                std::memcpy(&codes, row + k, sizeof codes);
             else
-                wide = static_cast<int8_t>(row[k]);
-            out[k / kInt8LineDepth * kInt8LineBytes + k % kInt8LineDepth] = static_cast<uint8_t>(wide + kInt8Zero);
+                for (size_t i = 0; i < kInt8LineDepth; ++i)
+                    codes |= static_cast<uint32_t>(row[(k + i) * element]) << (8 * i);
+            codes ^= 0x80808080u;  // adds kInt8Zero to each
+            std::memcpy(out, &codes, sizeof codes);
         }
         Int8Tail tail;
         std::memcpy(&tail, row + depth * element, sizeof tail);
