@@ -21,6 +21,14 @@ from lab.nodes import CASES, RATES, cells
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "benchmarks-cpu.md", DOCS / "benchmarks-cpu.svg"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
+GPU_WORK = {
+    "G2": "one request, 128 in / 128 out",
+    "G1": "256 requests, 100 to 1,024 in / out",
+    "G5": "256 requests, drawn by top-k and top-p",
+    "G3": "64 requests, 1,024 in / 128 out",
+    "G4": "16 prompts of 2,048",
+    "new process to first token": "new process to first token",
+}  # of tools/gpu_beside_vllm.py
 PANELS = (("W1 decode", True), ("W2 output", True), ("W3 prompt", True), ("W4 wall", False))  # (figure, more is better)
 WIDTH, BAR, GAP, NAMES, SPACE = 880, 18, 8, 160, 70
 OURS, OTHERS = "#1f6f54", "#b9b9b0"
@@ -166,6 +174,11 @@ def sections() -> Iterator[str]:
     xeon = json.loads((RESULTS / "cpu-xeon-amx.json").read_text(encoding="utf-8"))
     note = "Two of 16 cores; others may have used the machine."
     yield f"## Octavo on a Xeon with AMX\n\n{note}\n\n{ours(xeon)}\n\n{commands(xeon)}"
+    peers = json.loads((RESULTS / "cpu-xeon-amx-peers.json").read_text(encoding="utf-8"))
+    note = (
+        "Another hour on such a machine, mostly single runs: read its lines beside each other, not beside those above."
+    )
+    yield f"### Beside others there\n\n{note}\n\n{beside(peers)}\n\n{commands(peers)}"
     yield f"## Beside others\n\n![The same as bars](benchmarks-cpu.svg)\n\n{beside(saved)}"
     for name, heading, shown in (
         ("levels", "Instruction levels: SmolLM2, whole steps", whole_steps),
@@ -240,6 +253,30 @@ def gpu_numbers() -> dict[str, Any]:
     }
 
 
+def beside_vllm() -> dict[str, Any]:
+    """vLLM and Octavo on one card, a line a workload, in the form of tools/readme_numbers.py."""
+    results = [json.loads((RESULTS / f"gpu-beside-vllm-{card}.json").read_text("utf-8")) for card in ("h200", "h100")]
+    rows = [
+        [
+            f"{line['shape']}: {GPU_WORK[line['workload']]}, {line['unit']}",
+            *(f"{line[name]:,.1f}" if line[name] < 1000 else f"{line[name]:,.0f}" for name in ("octavo", "vllm")),
+            f"{line['ratio']:.2f}x",
+        ]
+        for result in results
+        for run in result["runs"]
+        for line in run["summary"]
+        if line["workload"] in GPU_WORK
+    ]
+    return {
+        "what": "Beside vLLM 0.26.0 in one run, bfloat16, random weights; H200, and fp8 KV on an H100",
+        "date": results[0]["date"],
+        "machine": results[0]["machine"],
+        "command": "python tools/gpu_beside_vllm.py SHAPE (docs/kernels.md)",
+        "columns": ["Octavo", "vLLM", "Octavo is"],
+        "rows": rows,
+    }
+
+
 def main() -> int:
     """Writes page, plot and README's input."""
     argparse.ArgumentParser(prog="python -m lab.report", description=__doc__).parse_args()
@@ -250,7 +287,7 @@ def main() -> int:
     PAGE.write_text("\n\n".join([before + START, *sections(), END]) + after, encoding="utf-8")
     saved = json.loads((RESULTS / "cpu-smollm2.json").read_text(encoding="utf-8"))
     PLOT.write_text(plot(saved), encoding="utf-8")
-    for name, numbers in (("cpu", readme_numbers(saved)), ("gpu", gpu_numbers())):
+    for name, numbers in (("cpu", readme_numbers(saved)), ("gpu", gpu_numbers()), ("gpu-vllm", beside_vllm())):
         (DOCS / "results" / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0
 
