@@ -1,10 +1,11 @@
-"""What a container or a service leaves to this process: the limits of its control groups, and of the groups above.
+"""What a container or a service leaves to this process: GPUs, and, by its control groups, memory and processors.
 
 The files are those of the kernel's cgroup-v2.rst and, where that hierarchy is mounted instead, of cgroup-v1/.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def memory_left() -> int | None:
             stats = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
             left.append(limit - taken + sum(int(stats.get(name, 0)) for name in ("inactive_file", "active_file")))
     return min(left, default=None)
+
+
+def hides_gpus() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves no GPU: it is empty or begins with -1 (CUDA programming guide)."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return shown in ("", "-1")
 
 
 def whole_cpus() -> int | None:

@@ -173,7 +173,7 @@ class EngineConfig:
 
 def _has_gpu(runtime: str) -> bool:
     """Whether `runtime` will be a GPU's, told without torch, whose import takes seconds."""
-    is_there = runtime == "auto" and any(map(os.path.exists, GPU_FILES))
+    is_there = runtime == "auto" and any(map(os.path.exists, GPU_FILES)) and not cgroup.hides_gpus()
     return runtime == "cuda" or (is_there and all(map(find_spec, ("torch", "triton"))))
 
 

@@ -73,11 +73,16 @@ def test_a_gpu_takes_more_at_once_unless_told_otherwise(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "GPU_FILES", (tmp_path / "absent", tmp_path / "card"))
     assert limits() == (64, 512)
     (tmp_path / "card").touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert limits() == limits(runtime="cuda") == (256, 8192)
     assert limits(runtime="native") == (64, 512)
     assert limits(max_num_seqs=7) == (7, 8192)
     assert limits(max_num_batched_tokens=100) == (100, 100)
     assert dataclasses.replace(EngineConfig(), runtime="native").max_num_seqs == 256, "what is resolved stays"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert limits() == (64, 512)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(config, "find_spec", {"torch": None}.get)
     assert limits() == (64, 512)
 

@@ -10,6 +10,7 @@ import ctypes
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from octavo import cgroup
 from octavo.runtime.cuda import build
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def missing(*, builds: bool = False) -> str:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver (libcuda.so.1) here: install it, or take --runtime native"
+    if cgroup.hides_gpus():
+        return "CUDA_VISIBLE_DEVICES hides every GPU: unset it, or take --runtime native"
     if builds:
         build.begin()
     import torch

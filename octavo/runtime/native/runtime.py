@@ -74,15 +74,9 @@ class NativeRuntime:
         self._profile: Profile | None = None
 
     def load(
-        self,
-        program: Program,
-        weights: WeightSource,
-        *,
-        dtype: str,
-        max_num_tokens: int,
-        max_num_logits: int,
+        self, program: Program, weights: WeightSource, *, dtype: str, max_num_tokens: int, max_num_logits: int,
         max_num_requests: int,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """Packs the weights with all threads and hands the program over.
 
         Raises:

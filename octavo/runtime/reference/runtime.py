@@ -49,15 +49,9 @@ class ReferenceRuntime:
         self._arena: dict[int, Float32] = {}
 
     def load(
-        self,
-        program: Program,
-        weights: WeightSource,
-        *,
-        dtype: str,
-        max_num_tokens: int,
-        max_num_logits: int,
+        self, program: Program, weights: WeightSource, *, dtype: str, max_num_tokens: int, max_num_logits: int,
         max_num_requests: int,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """Reads every weight as float32.
 
         With "bfloat16" and "quantized" (which differ in what a runtime keeps, not in what it computes) the values of
