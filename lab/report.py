@@ -218,38 +218,30 @@ def readme_numbers(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def gpu_numbers() -> dict[str, Any]:
-    """What one card does, a line a shape, in the form of tools/readme_numbers.py; from two committed results."""
-    shapes = json.loads((RESULTS / "gpu-shapes-h100.json").read_text(encoding="utf-8"))
-    checks = json.loads((RESULTS / "gpu-check-h100.json").read_text(encoding="utf-8"))
-    prompts = {
-        row["name"].split()[0]: f"{row['in_tok_s']:,.0f}"
-        for run in checks["runs"]
-        for row in run["results"]
-        if row["name"].endswith("G4 prefill")
-    }
-    rows = []
-    for key, label in (
-        ("qwen3-0.6b", ""),
-        ("llama-3.2-1b", ""),
-        ("llama-2-7b", ""),
-        ("fp8", "llama-2-7b, fp8 KV"),
-        ("llama-3-8b", ""),
-    ):
-        found = {row["name"].split()[1]: row for row in shapes[key] if "teacher" not in row["name"]}
-        cells = [f"{found[name]['out_tok_s']:,.0f}" for name in ("G2", "G1")]
-        rows.append([label or key, *cells, prompts.get(key, ""), f"{found['start-up']['first_token_s']:.1f}"])
+    """What one card does, a line a shape, in the form of tools/readme_numbers.py; "" for what was not run."""
+    checks = json.loads((RESULTS / "gpu-check-h200.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, str]] = {}
+    for row in (row for run in checks["runs"] for row in run["results"]):
+        shape, _, work = row["name"].partition(" ")
+        if work == "start-up":
+            found[shape] = {work: f"{row['first_token_s']:.1f}"}
+        elif "teacher" not in work and shape in found:
+            found[shape][work[:2]] = f"{row['in_tok_s' if work[:2] == 'G4' else 'out_tok_s']:,.0f}"
     return {
-        "what": "One H100, bfloat16, random weights",
-        "date": shapes["date"],
-        "machine": shapes["machine"],
-        "command": "python tools/gpu_check.py SHAPE (docs/kernels.md)",
+        "what": "One H200, bfloat16, random weights, by a later build",
+        "date": checks["date"],
+        "machine": checks["machine"],
+        "command": "python tools/gpu_check.py (docs/kernels.md)",
         "columns": [
             "one request, 128 in / 128 out, tok/s",
             "256 requests, 100 to 1,024 in / out, out tok/s",
-            "16 prompts of 2,048, tok/s",
-            "new process to first token, s",
+            "64 requests, 1,024 in / 128 out, out tok/s",
+            "16 prompts of 2,048, in tok/s",
+            "new process to first token, kernels compiled, s",
         ],
-        "rows": rows,
+        "rows": [
+            [shape, *(of.get(w, "") for w in ("G2", "G1", "G3", "G4", "start-up"))] for shape, of in found.items()
+        ],
     }
 
 
