@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -46,7 +48,10 @@ class FrontChannel(asyncio.Protocol):
             self._news.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The loop's."""
+        """The loop's. Where it could not write to a process that died, what that had said last was not read yet."""
+        with contextlib.suppress(OSError):
+            while exc and (data := os.read(self._transport.get_extra_info("socket").fileno(), 1 << 16)):
+                self.data_received(data)
         self._lost.set()
         self._news.set()
 

@@ -125,3 +125,20 @@ def test_merging_loses_no_field():
     first = RequestDelta("r", [1], num_cached_tokens=16, queue_time=0.25)
     merge_delta(first, RequestDelta("r", [2]))
     assert first == RequestDelta("r", [1, 2], num_cached_tokens=16, queue_time=0.25), "they are told once"
+
+
+def test_what_a_dying_engine_said_is_read_though_it_could_not_be_written_to():
+    """Who runs alone is told before it may kill the engine, while the front still sends it others."""
+    front, channel = pair()
+
+    async def use():
+        reader = await FrontChannel.open(front)
+        channel.publish(StepOutputs([RequestDelta("guilty", [], alone=True)], [StepRecord(1, 0.0)]))
+        channel.close()
+        reader.send(AbortRequests(["x"]))  # fails, before the loop has read anything
+        assert reader._transport.is_closing()
+        told = await reader.receive()
+        assert [(d.request_id, d.alone) for d in told.deltas] == [("guilty", True)]
+        assert await reader.receive() is None
+
+    asyncio.run(use())
