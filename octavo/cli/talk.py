@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -82,22 +82,6 @@ class Answer:
         return ", ".join(parts)
 
 
-class Talker(Protocol):
-    """Streams the pieces of an answer; `answer` is filled as they come."""
-
-    def chat(self, messages: list[Message], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
-        """Answers a conversation."""
-        ...
-
-    def complete(self, prompt: str, sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
-        """Continues a text."""
-        ...
-
-    async def close(self) -> None:
-        """Lets go of the engine or the server."""
-        ...
-
-
 async def show(pieces: AsyncGenerator[str, None]) -> None:
     """Writes the pieces of an answer to stdout as they come."""
     async with contextlib.aclosing(pieces):
@@ -150,7 +134,7 @@ async def served_model(server: Server) -> str:
 
 
 class EngineTalker:
-    """An engine process of our own."""
+    """An engine process of our own. Answers come in pieces; `answer` is filled as they do."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -186,7 +170,7 @@ class EngineTalker:
 
 
 class ServerTalker:
-    """A server that speaks OpenAI's API."""
+    """The same of a server that speaks OpenAI's API."""
 
     def __init__(self, server: Server, model: str) -> None:
         self._server = server
@@ -220,6 +204,9 @@ class ServerTalker:
                     yield chunk.text
                 answer.finish_reason = chunk.finish_reason or answer.finish_reason
             answer.num_tokens = answer.num_tokens or num_chunks
+
+
+Talker = EngineTalker | ServerTalker
 
 
 @dataclass(frozen=True, slots=True)

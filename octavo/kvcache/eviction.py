@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 END = -1  # no block, but where the circle of blocks begins and ends
 MAX_USES = 15  # uses above this count as so many: bounds how long a block survives without one
-
-
-class Eviction(Protocol):
-    """The blocks that nobody uses, but whose prefix can be hit, in the order in which they go."""
-
-    def add(self, blocks: list[int], num_uses: Sequence[int]) -> None:
-        """Blocks became idle, in this order; the prefix of block b was hit num_uses[b] times since it was computed."""
-        ...
-
-    def __delitem__(self, block: int) -> None:
-        """A block was hit, or forgotten."""
-        ...
-
-    def take(self, count: int) -> list[int]:
-        """Takes the blocks that go first. There are so many."""
-        ...
-
-    def __iter__(self) -> Iterator[int]: ...
-
-    def __len__(self) -> int: ...
 
 
 class LruEviction:
@@ -40,6 +19,7 @@ class LruEviction:
         self._length = 0
 
     def add(self, blocks: list[int], num_uses: Sequence[int]) -> None:
+        """Blocks became idle, in this order; the prefix of block b was hit num_uses[b] times since it was computed."""
         missing = max(blocks, default=END) + 2 - len(self._before)
         self._before[END:END] = self._behind[END:END] = [END] * missing
         before, behind = self._before, self._behind
@@ -51,11 +31,13 @@ class LruEviction:
         self._length += len(blocks)
 
     def __delitem__(self, block: int) -> None:
+        """A block was hit, or forgotten."""
         before, behind = self._before[block], self._behind[block]
         self._behind[before], self._before[behind] = behind, before
         self._length -= 1
 
     def take(self, count: int) -> list[int]:
+        """Takes the blocks that go first. There are so many."""
         blocks, block = [], self._behind[END]
         for _ in range(count):
             blocks.append(block)
@@ -118,4 +100,5 @@ class LfuEviction:
         return len(self._rank_of)
 
 
-EVICTIONS: dict[str, Callable[[], Eviction]] = {"lru": LruEviction, "lfu": LfuEviction}
+Eviction = LruEviction | LfuEviction  # the blocks that nobody uses, but whose prefix can be hit
+EVICTIONS: dict[str, type[Eviction]] = {"lru": LruEviction, "lfu": LfuEviction}

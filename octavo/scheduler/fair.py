@@ -23,14 +23,14 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from octavo.request import Request
-from octavo.scheduler.policies import FcfsPolicy
+from octavo.scheduler.policies import Policy
 
 PROMPT_WEIGHT = 1.0  # of a prompt token; an output token costs about twice: the paper's weights
 OUTPUT_WEIGHT = 2.0
 MAX_IDLE_TENANTS = 10_000  # whose counters are remembered; the longest idle are forgotten
 
 
-class FairPolicy(FcfsPolicy):
+class FairPolicy(Policy):
     """Lowest counter first. A Request carries its tenant's weight: twice the weight, twice the service."""
 
     charges = True

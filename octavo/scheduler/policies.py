@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Protocol
 
 from octavo.request import Request
 
@@ -17,53 +16,60 @@ NO_CAP = 1 << 30  # tokens
 STALE = 64  # entries of a heap whose Request has left, beside as many as are live
 
 
-class Policy(Protocol):
-    """The waiting Requests in an order of its own, and its say over the running ones. `now` is the scheduler's clock,
-    read once a step; a policy reads no other, so that a recorded run can be replayed."""
+class Policy:
+    """The waiting Requests in an order of its own, and its say over the running ones: here, first come, first served,
+    and the newest is preempted. `now` is the scheduler's clock, read once a step; a policy reads no other, so that a
+    recorded run can be replayed."""
 
-    charges: bool  # whether it wants charge() called, once a row
+    charges = False  # whether it wants charge() called, once a row
+
+    def __init__(self) -> None:
+        self._requests: OrderedDict[str, Request] = OrderedDict()
 
     def arrived(self, request: Request) -> None:
         """A new Request is there; unless it waits for a fork, push() follows."""
-        ...
 
     def push(self, request: Request) -> None:
         """A Request that never ran waits."""
-        ...
+        self._requests[request.request_id] = request
 
     def put_back(self, request: Request) -> None:
         """A preempted Request waits again."""
-        ...
+        self._requests[request.request_id] = request
+        self._requests.move_to_end(request.request_id, last=False)
 
     def first(self, now: float) -> Request | None:
         """Whose turn it is; it stays in the queue."""
-        ...
+        return next(iter(self._requests.values()), None)
 
     def remove(self, request: Request) -> None:
         """A waiting Request was admitted, or has ended."""
-        ...
+        del self._requests[request.request_id]
 
     def ended(self, request: Request) -> None:
         """A Request has ended; it is not in the queue any more."""
-        ...
 
     def ranked(self, running: list[Request]) -> list[Request]:
         """The running Requests (given in the order of admission), most deserving first: the last is preempted first."""
-        ...
+        return running
 
     def peers(self, request: Request) -> object:
         """Equal for running Requests of which any may be preempted, the cheapest; ranked() says of whom."""
-        ...
+        return None
 
     def prefill_cap(self, running: Iterable[Request]) -> int:
         """Most prompt tokens of the next step, all Requests together; at least 1."""
-        ...
+        return NO_CAP
 
     def charge(self, request: Request, start: int, end: int) -> None:
         """A step computes the positions from `start` up to `end` (perhaps none) for the first time."""
-        ...
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._requests)
+
+
+class FcfsPolicy(Policy):
+    """First come, first served; the newest is preempted. Every operation is O(1)."""
 
 
 def victim(policy: Policy, running: list[Request]) -> Request | None:
@@ -72,49 +78,6 @@ def victim(policy: Policy, running: list[Request]) -> Request | None:
     least = policy.peers(running[-1]) if running else None
     peers = [request for request in reversed(running) if policy.peers(request) == least]
     return min(peers, key=lambda r: r.num_computed_tokens << min(r.num_preemptions, 16), default=None)
-
-
-class FcfsPolicy:
-    """First come, first served; the newest is preempted. Every operation is O(1)."""
-
-    charges = False
-
-    def __init__(self) -> None:
-        self._requests: OrderedDict[str, Request] = OrderedDict()
-
-    def arrived(self, request: Request) -> None:
-        """Nothing is kept of it."""
-
-    def push(self, request: Request) -> None:
-        self._requests[request.request_id] = request
-
-    def put_back(self, request: Request) -> None:
-        self._requests[request.request_id] = request
-        self._requests.move_to_end(request.request_id, last=False)
-
-    def first(self, now: float) -> Request | None:
-        return next(iter(self._requests.values()), None)
-
-    def remove(self, request: Request) -> None:
-        del self._requests[request.request_id]
-
-    def ended(self, request: Request) -> None:
-        """Nothing is kept of it."""
-
-    def ranked(self, running: list[Request]) -> list[Request]:
-        return running
-
-    def peers(self, request: Request) -> object:
-        return None
-
-    def prefill_cap(self, running: Iterable[Request]) -> int:
-        return NO_CAP
-
-    def charge(self, request: Request, start: int, end: int) -> None:
-        """Nobody pays."""
-
-    def __len__(self) -> int:
-        return len(self._requests)
 
 
 class RequestHeap:
@@ -157,7 +120,7 @@ class RequestHeap:
         return len(self._entries)
 
 
-class PriorityPolicy(FcfsPolicy):
+class PriorityPolicy(Policy):
     """The lowest `priority` first, with ageing: `ageing_seconds` of waiting count as one step of priority.
 
     The order of two Requests never changes while they wait: p1 * ageing + arrival1 < p2 * ageing + arrival2. So a

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from octavo.request import Request, RequestStatus
 from octavo.scheduler.cost import CostModel, StepWork
-from octavo.scheduler.policies import NO_CAP, FcfsPolicy, RequestHeap
+from octavo.scheduler.policies import NO_CAP, Policy, RequestHeap
 
 WORK_WEIGHT = 4.0  # seconds of waiting that weigh as much as one second of work
 LATE_SHARE = 8
@@ -26,7 +26,7 @@ MIN_CHUNK = 16  # tokens
 OUTPUT_GUESS = 64  # new tokens expected of a Request that does not say fewer
 
 
-class SloPolicy(FcfsPolicy):
+class SloPolicy(Policy):
     """First tokens within `ttft` seconds of arrival, later ones every `itl` seconds; `cost` predicts steps.
 
     `cost` may be replaced while it runs (a first fit, then a better one)."""
