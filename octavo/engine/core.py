@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -285,7 +286,7 @@ class EngineCore:
         record = oldest.record
         waiting_since = self._clock()
         try:
-            result = oldest.result.result()
+            result = oldest.result()
         except Exception as error:
             return self._fail_all(oldest, f"{type(error).__name__}: {error}")
         done_at = self._clock()
@@ -317,7 +318,8 @@ class EngineCore:
         steps = [failed, *self._in_flight]
         self._in_flight.clear()
         for later in steps[1:]:
-            later.result.exception()  # waits, so that nothing is in flight when the Requests start over
+            with suppress(Exception):  # waits, so that nothing is in flight when the Requests start over
+                later.result()
         for step in steps:
             step.record.num_failed = len(step.output.scheduled)
             self._pending.extend(self.scheduler.fail(step.output, error))

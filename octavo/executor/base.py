@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -12,18 +12,8 @@ from octavo.step import ModelRunnerOutput, SchedulerOutput
 from octavo.worker.worker import WorkerInfo
 
 Masks = Mapping[int, npt.NDArray[np.uint32]]  # row -> [ceil(vocab / 32)], as SamplingInputs.masks
-
-
-class StepResult(Protocol):
-    """A step's result, to come; a concurrent.futures.Future is one. Asked for once, in the order of the steps."""
-
-    def result(self) -> ModelRunnerOutput:
-        """Waits for it. Raises what the step failed with."""
-        ...
-
-    def exception(self) -> BaseException | None:
-        """Waits for it; what the step failed with, None where it did not."""
-        ...
+# a step's result, to come: waits for it, or raises what the step failed with. Called once, in the order of the steps
+StepResult = Callable[[], ModelRunnerOutput]
 
 
 class Executor(Protocol):
@@ -38,8 +28,8 @@ class Executor(Protocol):
         ...
 
     def sample(self, masks: Masks | None = None) -> StepResult:
-        """The result of the step just published. An exception in it is that step's failure. `masks`, by row, say what
-        some rows may choose."""
+        """The result of the step just published. What it raises is that step's failure. `masks`, by row, say
+        what some rows may choose."""
         ...
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from octavo.config import EngineConfig
 from octavo.executor.base import Masks, StepResult
 from octavo.models.spec import ModelFiles
@@ -35,7 +33,7 @@ class LocalExecutor:
         failure, self._failure = self._failure, None
         if failure is None:
             try:
-                return _Launched(self.worker.sample(masks))
+                return self.worker.sample(masks)
             except Exception as error:
                 failure = error
         self._failed = _Failed(failure)
@@ -49,20 +47,6 @@ class LocalExecutor:
         self.worker.close()
 
 
-class _Launched:
-    """A step that the worker finishes when it is asked for."""
-
-    def __init__(self, finish: Callable[[], ModelRunnerOutput]) -> None:
-        self.result = finish
-
-    def exception(self) -> BaseException | None:
-        try:
-            self.result()
-        except Exception as error:
-            return error
-        return None
-
-
 class _Failed:
     """A step that could not be launched. Until that was told, no later one is."""
 
@@ -70,10 +54,6 @@ class _Failed:
         self.failure = failure
         self.is_told = False
 
-    def result(self) -> ModelRunnerOutput:
+    def __call__(self) -> ModelRunnerOutput:
         self.is_told = True
         raise self.failure
-
-    def exception(self) -> BaseException | None:
-        self.is_told = True
-        return self.failure

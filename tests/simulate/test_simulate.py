@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from octavo.config import EngineConfig
 from octavo.engine.calibrate import LONGEST, NUM_NEW, timed_steps
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
+from octavo.executor.base import StepResult
 from octavo.messages import AddRequest, StepRecord
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.copying import CopyChoice
@@ -49,7 +49,7 @@ class KnownCosts:
     def execute(self, output: SchedulerOutput) -> None:
         self._output = output
 
-    def sample(self, masks: object = None) -> Future[ModelRunnerOutput]:
+    def sample(self, masks: object = None) -> StepResult:
         rows = self._output.scheduled
         ends = [row.start + row.num_tokens for row in rows]
         long = [(row.num_tokens, end) for row, end in zip(rows, ends, strict=True) if row.num_tokens > 1]
@@ -57,9 +57,8 @@ class KnownCosts:
         sampled = sum(row.samples for row in rows)
         num_copied = len(self._output.copy_blocks)
         self.now += self.cost.seconds(StepWork(self._output.num_tokens, sampled, sum(ends), pairs, num_copied))
-        future: Future[ModelRunnerOutput] = Future()
-        future.set_result(ModelRunnerOutput([[0] if row.samples else [] for row in rows], [None] * len(rows)))
-        return future
+        output = ModelRunnerOutput([[0] if row.samples else [] for row in rows], [None] * len(rows))
+        return lambda: output
 
     def close(self) -> None:
         pass
