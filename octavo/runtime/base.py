@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from octavo.errors import StepError, UnsupportedError
 from octavo.program.profile import Profile
 from octavo.program.program import Program
 
@@ -183,7 +184,9 @@ class SamplerOutput:
 
 class Runtime(Protocol):
     """Runs one program. Calls come from one thread, in this order: load, rehearse, allocate_kv, then
-    (execute, sample)*. rehearse() may be left out: then free_bytes() does not know what a step takes."""
+    (execute, sample)*. rehearse() may be left out: then free_bytes() does not know what a step takes.
+
+    What has a body here is right for one that computes in the host's memory before its calls return."""
 
     name: str
     num_foreign_calls: int  # calls into compiled code so far; one per step
@@ -220,7 +223,7 @@ class Runtime(Protocol):
 
         None where weights and KV lie in the host's memory.
         """
-        ...
+        return None
 
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers."""
@@ -228,7 +231,7 @@ class Runtime(Protocol):
 
     def rehearse(self, block_size: int, dtype: str = "float32") -> None:
         """Runs the largest step once, where memory is the device's own: then free_bytes() is what KV may take."""
-        ...
+        return
 
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32", num_host_blocks: int = 0) -> None:
         """Reserves the pool, and blocks in host memory with the ids behind it, which only copy_blocks() takes.
@@ -252,7 +255,8 @@ class Runtime(Protocol):
 
     def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
         """Like sample(), but nothing waits: what it returns does, once, in the order of the steps."""
-        ...
+        output = self.sample(sampling)
+        return lambda: output
 
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab], after sample()."""
@@ -261,11 +265,11 @@ class Runtime(Protocol):
     def start_profile(self) -> None:
         """Measures the machine's limits, then the time of every node of each step until stop_profile().
         Raises UnsupportedError where it cannot."""
-        ...
+        raise UnsupportedError(f"the {self.name} runtime has no profile of its nodes: take --runtime native")
 
     def stop_profile(self) -> Profile:
-        """What was measured since start_profile(). Steps pay nothing from here on."""
-        ...
+        """What was measured since start_profile(). Steps pay nothing from here on. Raises StepError without it."""
+        raise StepError("stop_profile() without start_profile()")
 
     def close(self) -> None:
         """Frees everything; threads end."""

@@ -11,9 +11,8 @@ import torch
 
 from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention, Experts, Linear, Rows
-from octavo.program.profile import Profile
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.base import Float32, Runtime, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.cuda import graphs
 from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.host import HostBlocks
@@ -32,8 +31,8 @@ _RESERVE = 1 << 30  # bytes for cuBLAS, graphs and kernels in the plan made befo
 _FOR_GRAPHS = 1 << 28  # bytes that KV leaves to the graphs, which are captured after it
 
 
-class CudaRuntime:
-    """Implements runtime.base.Runtime on one device; matrices, activations and KV in `dtype`, sums in float32.
+class CudaRuntime(Runtime):
+    """On one device; matrices, activations and KV in `dtype`, sums in float32.
 
     Args:
         dtype: "bfloat16" or "float32" (no TF32).
@@ -228,14 +227,6 @@ class CudaRuntime:
         """A copy of the last step's raw logits [R, vocab]."""
         values: Float32 = self._logits_on_device().float().cpu().numpy().copy()
         return values
-
-    def start_profile(self) -> None:
-        """Raises UnsupportedError: nodes are not timed one by one here."""
-        raise UnsupportedError("the cuda runtime has no profile of its nodes: use a profiler of the card")
-
-    def stop_profile(self) -> Profile:
-        """Raises StepError: none was started."""
-        raise StepError("stop_profile() without start_profile()")
 
     def close(self) -> None:
         """Lets go of everything on the device."""

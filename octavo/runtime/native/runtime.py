@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from octavo.errors import StepError, UnsupportedError
 from octavo.program.ops import Experts, Linear, Rows, Sizes
 from octavo.program.profile import Limits, Profile
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.base import Float32, Runtime, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.native import library as lib
 from octavo.runtime.native.packing import Packer
 from octavo.runtime.native.table import Tables, build_tables
@@ -40,8 +39,8 @@ _PER_ROW = (
 )
 
 
-class NativeRuntime:
-    """Implements runtime.base.Runtime on the CPU; matrices as float32, bfloat16 or stored blocks, the rest float32.
+class NativeRuntime(Runtime):
+    """On the CPU; matrices as float32, bfloat16 or stored blocks, the rest float32.
 
     Results do not depend on the number of threads, on batch mates, or on how a prompt is cut into chunks.
 
@@ -112,17 +111,11 @@ class NativeRuntime:
         elements = program.plan_buffers().elements(max_num_tokens, max_num_logits) + max(sums, default=0)
         return elements * _FLOAT_BYTES + rounded
 
-    def free_bytes(self, utilization: float) -> None:
-        """Everything lies in the host's memory."""
-
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers, with the padding of V and the scales of int8."""
         code = _kv_code(dtype)
         pieces: int = sum(self._library.octavo_kv_bytes(code, kv.num_kv_heads, kv.head_dim) for kv in program.kv_places)
         return pieces * block_size // _SLOTS_OF_PIECE
-
-    def rehearse(self, block_size: int, dtype: str = "float32") -> None:
-        """Nothing: the memory is the host's, and planned before."""
 
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32", num_host_blocks: int = 0) -> None:
         """Reserves the pool; the system backs a block when it is first written."""
@@ -170,11 +163,6 @@ class NativeRuntime:
             output.states = self._copy(self._library.octavo_states, inputs.num_states, self._program.hidden.width)
         return output
 
-    def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
-        """sample(), and its result: the step has run."""
-        output = self.sample(sampling)
-        return lambda: output
-
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
         if self._program is None:
@@ -202,9 +190,7 @@ class NativeRuntime:
     def stop_profile(self) -> Profile:
         """What was measured since start_profile(). Steps pay nothing from here on."""
         profile, self._profile = self._profile, None
-        if profile is None:
-            raise StepError("stop_profile() without start_profile()")
-        return profile
+        return profile or super().stop_profile()
 
     def close(self) -> None:
         """Frees everything; threads end. Further calls raise StepError."""

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from octavo.errors import StepError, UnsupportedError
+from octavo.errors import UnsupportedError
 from octavo.program import ops
 from octavo.program.ops import FLOAT_BYTES, AnyOp, Buffer, Weight
-from octavo.program.profile import Profile
 from octavo.program.program import Program
-from octavo.runtime.base import Float32, Int32, SamplerOutput, SamplingInputs, StepInputs, WeightSource
+from octavo.runtime.base import Float32, Int32, Runtime, SamplerOutput, SamplingInputs, StepInputs, WeightSource
 from octavo.runtime.bfloat16 import round_to_bfloat16
 from octavo.runtime.reference import compute
 from octavo.runtime.reference.int8 import BLOCK, Int8Matrix
@@ -27,8 +26,8 @@ KV_ROUNDING: dict[str, Callable[[Float32], Float32]] = {
 }
 
 
-class ReferenceRuntime:
-    """Implements runtime.base.Runtime in numpy float32. Slow, and right by definition.
+class ReferenceRuntime(Runtime):
+    """In numpy float32. Slow, and right by definition.
 
     Buffers live in the slots of the program's plan, so that a plan that folds two living buffers gives wrong numbers.
     """
@@ -78,15 +77,9 @@ class ReferenceRuntime:
         """Activations of the largest step, in float32."""
         return program.plan_buffers().elements(max_num_tokens, max_num_logits) * FLOAT_BYTES
 
-    def free_bytes(self, utilization: float) -> None:
-        """Everything lies in the host's memory."""
-
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers: float32, whatever `dtype` its values are rounded to."""
         return program.kv_elements_per_block(block_size) * FLOAT_BYTES
-
-    def rehearse(self, block_size: int, dtype: str = "float32") -> None:
-        """Nothing: the memory is the host's, and planned before."""
 
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: str = "float32", num_host_blocks: int = 0) -> None:
         """Reserves zeroed pages, which the system backs when they are first written."""
@@ -122,22 +115,9 @@ class ReferenceRuntime:
             output.states = self._read(self._program.hidden)[-self._num_states :].copy()
         return output
 
-    def sample_later(self, sampling: SamplingInputs) -> Callable[[], SamplerOutput]:
-        """sample(), and its result."""
-        output = self.sample(sampling)
-        return lambda: output
-
     def logits(self) -> Float32:
         """A copy of the last step's raw logits [R, vocab]."""
         return self._read(self._program.logits).copy()
-
-    def start_profile(self) -> None:
-        """Raises UnsupportedError: times of numpy calls would tell nothing about serving."""
-        raise UnsupportedError("the reference runtime has no profile: use --runtime native")
-
-    def stop_profile(self) -> Profile:
-        """Raises StepError: none was started."""
-        raise StepError("stop_profile() without start_profile()")
 
     def close(self) -> None:
         """Lets go of weights, KV and buffers."""
