@@ -7,6 +7,10 @@ import sys
 
 def main() -> None:
     """Entry point of the `octavo` command; exits with the verb's status."""
-    from octavo.cli.app import run
+    try:
+        from octavo.cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # while this was still being imported
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

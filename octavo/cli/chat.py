@@ -39,8 +39,7 @@ def chat(
     temperature: talk.TemperatureOption = None,
     top_p: talk.TopPOption = None,
     chat_template: Annotated[
-        Path | None,
-        Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE"),
+        Path | None, Option(help="File with a Jinja chat template, instead of the model's own.", metavar="FILE")
     ] = None,
     url: talk.UrlOption = None,
     api_key: talk.ApiKeyOption = None,

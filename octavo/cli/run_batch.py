@@ -34,6 +34,10 @@ def run_batch(
     """
     if not input_file.is_file():
         raise ConfigError(f"-i {input_file}: there is no such file")
+    try:
+        output_file.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"-o {output_file}: {error.strerror}") from error
     find_model(config)
     went, failed = asyncio.run(_run(config, input_file, output_file, at_once))
     say(f"{went:,} requests answered now, {failed:,} failed: {output_file}", style="bold")

@@ -24,12 +24,10 @@ Message = dict[str, str]
 TEMPERATURE = 0.3  # of an engine started here whose model recommends none: small models ramble at 1
 
 UrlOption = Annotated[
-    str | None,
-    Option("--url", help="Talk to the server at this address instead of loading a model.", metavar="URL"),
+    str | None, Option("--url", help="Talk to the server at this address instead of loading a model.", metavar="URL")
 ]
 TemperatureOption = Annotated[
-    float | None,
-    Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X"),
+    float | None, Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X")
 ]
 TopPOption = Annotated[float | None, Option(help="Keep the most likely tokens of this mass.", metavar="X")]
 ApiKeyOption = Annotated[str | None, Option("--api-key", help="Key for --url.", metavar="KEY", envvar="OPENAI_API_KEY")]

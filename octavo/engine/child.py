@@ -13,6 +13,7 @@ from pathlib import Path
 from octavo.config import EngineConfig
 from octavo.engine.channel import StartEngine
 from octavo.engine.front_channel import FrontChannel
+from octavo.engine.sandbox import unsignalled
 from octavo.models.spec import ModelFiles
 
 END_SECONDS = 5.0
@@ -28,7 +29,7 @@ class EngineProcess:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for end in (self._socket, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
-        with theirs:
+        with theirs, unsignalled():
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "octavo.engine.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],

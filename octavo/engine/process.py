@@ -24,8 +24,6 @@ from octavo.models.spec import ModelFiles
 
 def main(fd: int) -> int:
     """Serves one front over the socket `fd`; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and an init system send them to the whole group:
-        signal.signal(number, signal.SIG_IGN)  # the front drains, and ends this process then
     faulthandler.enable()  # a native crash writes where it was to the log
     faulthandler.register(signal.SIGUSR1)  # and so does an engine that stalls
     channel = EngineChannel(socket.socket(fileno=fd))

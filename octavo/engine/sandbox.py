@@ -10,14 +10,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from octavo.errors import QueueFullError
 
 MAX_LINE = 1 << 26  # bytes of an answer
 RETRY_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def unsignalled() -> Iterator[None]:
+    """Processes begun in it never hear SIGINT and SIGTERM. Terminals and init systems send them to a whole group; it is
+    for the server to handle them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class SandboxError(Exception):
@@ -103,7 +115,8 @@ class Sandbox:
         if self._process is None or self._process.returncode is not None:
             pipe = asyncio.subprocess.PIPE
             command = [sys.executable, "-m", self._module]
-            self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=MAX_LINE)
+            with unsignalled():
+                self._process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=MAX_LINE)
         return self._process
 
     def _kill(self) -> asyncio.subprocess.Process | None:
@@ -119,10 +132,7 @@ def serve(answer: Callable[[Any], Any], *, max_bytes: int) -> None:
     """What such a process does: answers questions until there are no more, in `max_bytes` of memory. It writes no file
     and leaves no core."""
     import resource
-    import signal
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the server's to handle
-        signal.signal(number, signal.SIG_IGN)
     for limit, most in ((resource.RLIMIT_AS, max_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError):  # macOS limits no address space: there the seconds must do
             resource.setrlimit(limit, (most, most))

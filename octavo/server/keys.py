@@ -159,9 +159,7 @@ def read_keys(
     try:
         entries = msgspec.convert(raw, list[KeyEntry])
     except msgspec.ValidationError as error:
-        raise ConfigError(
-            "an API key has 16 to 256 visible ASCII characters; `openssl rand -hex 32` makes one"
-        ) from error
+        raise ConfigError("an API key has 16 to 256 visible characters; `openssl rand -hex 32` makes one") from error
     return Keyring([*entries, *(_read_file(path) if path else ())], public_probes=public_probes)
 
 

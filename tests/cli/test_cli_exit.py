@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from octavo import __version__
+from octavo.cli import app, main
 from octavo.cli.app import run
 from octavo.cli.files import write_json
 from octavo.errors import ConfigError
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["serve", "--metrics-compat", "tgi"], 2, "octavo or vllm"),
         (["serve", "--log-level", "loud"], 2, "log_level must be one of"),
         (["serve", "--chat-template", "/no/such/file"], 2, "No such file"),
+        (["run-batch", "-i", __file__, "-o", "/no/such/folder/out"], 2, "-o /no/such/folder/out: No such file"),
         (["complete", "x", "--model", "no-such-model"], 2, "no model 'no-such-model'"),
         (["program", "smolm2"], 2, "did you mean smollm2?"),
         (["serv"], 2, "serv"),
@@ -102,6 +104,7 @@ def test_bare_octavo_and_bench_show_their_help(capsys: pytest.CaptureFixture[str
 def test_help_and_version_load_nothing_heavy() -> None:
     code = """
 import sys
+from octavo.cli import app, main
 from octavo.cli.app import run
 from octavo.cli.files import write_json
 from octavo.errors import ConfigError
@@ -137,3 +140,15 @@ def test_a_result_that_cannot_be_written_names_the_file_and_the_next_step(tmp_pa
             write_json(path, {"numbers": [1.0]})
     write_json(tmp_path / "result.json", {"numbers": [1.0]})
     assert json.loads((tmp_path / "result.json").read_text()) == {"numbers": [1.0]}
+
+
+def test_a_ctrl_c_before_a_verb_runs_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(args: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "run", interrupt)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
+        main()
+    assert (getattr(left.value, "code", None), capsys.readouterr().err) == (130, "Interrupted.\n")

@@ -47,6 +47,7 @@ def test_prompts_are_those_of_this_process() -> None:
     async def use(renderer):
         await renderer.start()
         process = renderer._sandbox._process
+        process.send_signal(signal.SIGINT)  # from a terminal, to each process of the group, while it still imports
         rendered = []
         for case in cases:
             variables = {"tools": None, "add_generation_prompt": True, **case}
