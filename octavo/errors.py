@@ -20,7 +20,8 @@ OctavoError
 |-- EngineError              our fault
 |   |-- StepError            a step failed; the requests that failed alone carry it
 |   `-- EngineDeadError      the engine process is gone; 503
-|       `-- EngineLoadingError  and another one is being loaded: come back in seconds
+|       |-- EngineLoadingError  and another one is being loaded: come back in seconds
+|       `-- EngineStoppedError  because the server is shutting down
 `-- ServerError              what our own HTTP client heard: nobody there, or an error in answer
 """
 
@@ -153,6 +154,12 @@ class EngineLoadingError(EngineDeadError):
     """The engine process is gone, and another one is being loaded."""
 
     code = "loading"
+
+
+class EngineStoppedError(EngineDeadError):
+    """The engine process was ended because the server is shutting down."""
+
+    code = "draining"
 
 
 class ServerError(OctavoError):

@@ -236,7 +236,7 @@ class AsyncEngine:
         return self._frontend.num_unfinished
 
     async def shutdown(self) -> None:
-        """Ends the engine process; running requests get EngineDeadError."""
+        """Ends the engine process; running requests get EngineStoppedError."""
         if self.dead is None:
             self.dead = "the engine was shut down"
             self._process.channel.send(Shutdown())
@@ -245,7 +245,7 @@ class AsyncEngine:
         await asyncio.gather(self._grammars.close(), self._templates.close())
         await self._process.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._fail_all()
+        self._fail_all(errors.EngineStoppedError)
 
     async def _load_front(self, chat_template: str | None) -> None:
         """The front's own half, while the engine loads its own."""
@@ -404,8 +404,8 @@ class AsyncEngine:
             self._process.channel.send(AbortRequests(running))
             tell_finished(group, self.metrics)
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, kind: type[EngineDeadError] = EngineDeadError) -> None:
         for group in self._frontend.fail_all():
             tell_finished(group, self.metrics, FinishReason.ERROR)
             if outbox := self._outboxes.get(id(group)):
-                outbox.put(EngineDeadError(self.dead or "the engine is gone"))
+                outbox.put(kind(self.dead or "the engine is gone"))

@@ -93,9 +93,7 @@ class Rules:
             if len(word) == 1 or self._tail[-(len(word) - 1) :] == word[:-1]:
                 mask[word[-1] >> 5] &= ~np.uint32(1 << (word[-1] & 31))
         if not mask.any():
-            raise InvalidValueError(
-                "the grammar, allowed_token_ids and bad_words together leave no token to go on with"
-            )
+            raise InvalidValueError("the grammar, allowed_token_ids and bad_words leave no token to go on with")
         return mask
 
     def take(self, tokens: list[int]) -> None:

@@ -44,9 +44,7 @@ def forced(body: ChatRequest) -> StructuredOutputsParams | None:
     else:
         return None
     if body.structure() is not None:
-        raise InvalidValueError(
-            "a call that must be made and another structure exclude each other", param="tool_choice"
-        )
+        raise InvalidValueError("a call that must be made excludes another structure", param="tool_choice")
     return StructuredOutputsParams(json=schema, asked_as="tools")
 
 

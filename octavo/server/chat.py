@@ -79,9 +79,7 @@ async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Call
     form = _form(front, body)
     opened = front.reasoning_parser == "deepseek_r1"
     if body.max_thinking_tokens and front.reasoning_parser is None:
-        raise UnsupportedParameterError(
-            "a limit of thoughts needs a server with --reasoning-parser", param="max_thinking_tokens"
-        )
+        raise UnsupportedParameterError("a limit of thoughts needs --reasoning-parser", param="max_thinking_tokens")
     if body.max_thinking_tokens is not None and front.reasoning_parser is not None:
         marks = ("" if opened else THINK, UNTHINK)
         params = replace(params, max_thinking_tokens=body.max_thinking_tokens, thinking_marks=marks)

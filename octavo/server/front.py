@@ -201,22 +201,18 @@ class Front:
 
     def check_priority(self, body: EngineRequest) -> None:
         """Raises UnsupportedParameterError for one that nothing would heed."""
-        policy = self.engine.config.scheduling_policy
-        if body.priority and policy != "priority":
-            raise UnsupportedParameterError(
-                f"this server runs --scheduling-policy {policy}, which knows no priority: leave it out",
-                param="priority",
-            )
+        if body.priority and (policy := self.engine.config.scheduling_policy) != "priority":
+            why = f"this server runs --scheduling-policy {policy}, which knows no priority: leave it out"
+            raise UnsupportedParameterError(why, param="priority")
 
     def sampling_params(self, body: GenerationRequest, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """SamplingParams of a body; what it leaves out comes from the model's generation_config, then from OpenAI."""
-        engine = self.engine
+        engine, most = self.engine, self.engine.config.max_logprobs
         name = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
         for asked, param in ((logprobs, name), (body.prompt_logprobs, "prompt_logprobs")):
-            if asked is not None and asked > engine.config.max_logprobs:
+            if asked is not None and asked > most:
                 raise InvalidValueError(
-                    f"{asked} {param} were asked for; this server gives at most {engine.config.max_logprobs}",
-                    param=param,
+                    f"{asked} {param} were asked for; this server gives at most {most}", param=param
                 )
         self.check_priority(body)
         if body.stop and engine.tokenizer is None:

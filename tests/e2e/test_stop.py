@@ -13,6 +13,8 @@ import openai
 import pytest
 from serving import serving
 
+from octavo.engine.child import EngineProcess
+
 pytestmark = pytest.mark.model
 
 
@@ -26,9 +28,10 @@ def test_ctrl_c_without_grace_ends_running_requests_with_an_error() -> None:
             statuses: list[int] = []
             stopping = threading.Thread(target=lambda: statuses.append(server.stop()))
             stopping.start()
-            with pytest.raises(openai.APIError, match="the engine was shut down"):
+            with pytest.raises(openai.APIError, match="the engine was shut down") as ended:
                 for _ in stream:
                     pass
+            assert ended.value.code == "draining"
             stopping.join()
         assert statuses == [0]
         assert "Traceback" not in "".join(server.lines)
@@ -53,6 +56,16 @@ def test_a_signal_lets_a_running_request_end(number: signal.Signals) -> None:
         assert reasons[-1] == "length"
         assert statuses == [0]
         assert "starting another" not in "".join(server.lines), "the engine was not replaced meanwhile"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_engine_process_hears_no_signal_from_its_first_moment(number: signal.Signals) -> None:
+    """A terminal sends a Ctrl-C to it, too, while it still imports what it needs."""
+    process = EngineProcess()
+    os.kill(process.pid, number)
+    process._socket.close()
+    assert process._process.wait(60) == 0, "it went on, until it found that its front was gone"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "this process hears them"
 
 
 def test_a_damaged_model_is_one_line_without_traceback(tmp_path: Path) -> None:
