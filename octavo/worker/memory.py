@@ -160,8 +160,8 @@ def plan_memory(
         raise MemoryPlanError(
             f"one request of max_model_len={wanted_len:,} tokens needs {blocks_wanted:,} KV blocks "
             f"({blocks_wanted * block_bytes / MIB:,.1f} MiB), but the pool has {num_blocks:,} "
-            f"({num_blocks * block_bytes / MIB:,.1f} MiB; {reason}): the largest --max-model-len that fits is "
-            f"{fitting_len:,}"
+            f"({num_blocks * block_bytes / MIB:,.1f} MiB; {reason}): "
+            + (f"the largest --max-model-len that fits is {fitting_len:,}" if fitting_len else "give it more")
         )
     return MemoryPlan(
         free_bytes=free_bytes,
@@ -194,6 +194,7 @@ def first_that_fits(ways: Sequence[str], plan: Callable[[str], MemoryPlan]) -> t
             why = f"it takes {found.weight_bytes / MIB:,.0f} of {found.free_bytes / MIB:,.0f} MiB free, more than half"
         except MemoryPlanError as error:
             why = str(error)
+        plan(ways[-1])  # where that does not fit either, its error says it all
         log.warning("weights are kept %s instead of %s, which is faster: %s", ways[-1], way, why)
     return ways[-1], plan(ways[-1])
 

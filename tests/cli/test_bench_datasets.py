@@ -93,10 +93,11 @@ def test_custom_lines_may_say_how_many_tokens(tmp_path: Path) -> None:
     [
         ({"name": "sonnet"}, None, "must be one of random, sharegpt"),
         ({"name": "sharegpt"}, None, "needs --dataset-path"),
+        ({"name": "random", "path": "x"}, "{}", "random reads no --dataset-path"),
         ({"range_ratio": 1.0}, None, "below 1"),
         ({"name": "custom", "path": "x"}, "{", "line 1 is not JSON"),
         ({"name": "custom", "path": "x"}, '{"text": "a"}', 'the string "prompt"'),
-        ({"name": "custom", "path": "x"}, '{"prompt": "a", "output_tokens": "9"}', "must be a positive integer"),
+        ({"name": "custom", "path": "x"}, '{"prompt": "a", "output_tokens": "9"}', "must be 1 or more"),
         ({"name": "sharegpt", "path": "x"}, "5", "a list of conversations"),
         ({"name": "sharegpt", "path": "x"}, "[]", "no usable prompt"),
         ({"name": "sharegpt", "path": "missing"}, None, "No such file"),

@@ -60,6 +60,12 @@ def test_no_block_at_all_is_refused():
         plan(kv_cache_memory_bytes=1)
 
 
+def test_what_fits_in_no_way_is_said_once(caplog):
+    with pytest.raises(MemoryPlanError, match=r"the pool has 0 \(0.0 MiB; --kv-cache-memory-bytes\): give it more"):
+        fitting(kv_cache_memory_bytes=1)
+    assert not caplog.records
+
+
 def test_override_counts_blocks():
     assert plan(num_blocks_override=7).num_blocks == 7
 

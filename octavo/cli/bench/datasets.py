@@ -51,8 +51,9 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ConfigError(f"--dataset-name must be one of {', '.join(NAMES)}, not {self.name!r}")
-        if self.name in ("sharegpt", "custom") and self.path is None:
-            raise ConfigError(f"--dataset-name {self.name} needs --dataset-path FILE")
+        if (self.path is None) == (self.name in ("sharegpt", "custom")):
+            verb = "needs" if self.path is None else "reads no"
+            raise ConfigError(f"--dataset-name {self.name} {verb} --dataset-path FILE")
         if not 0.0 <= self.range_ratio < 1.0:
             raise ConfigError(f"--random-range-ratio must be at least 0 and below 1, not {self.range_ratio}")
 
@@ -113,9 +114,7 @@ class Dataset:
                 raise ConfigError(f'{self.path}, line {number}: expected an object with the string "prompt"')
             output = self.fixed_output_len or row.get("output_tokens", self.output_len)
             if not isinstance(output, int) or isinstance(output, bool) or output < 1:
-                raise ConfigError(
-                    f"{self.path}, line {number}: output_tokens must be a positive integer, not {output!r}"
-                )
+                raise ConfigError(f"{self.path}, line {number}: output_tokens must be 1 or more, not {output!r}")
             yield Prompt(tokenizer.encode(row["prompt"]), output, row["prompt"])
 
     def _read(self) -> str:
