@@ -18,7 +18,7 @@ from octavo.server import protocol
 from octavo.server.chat import Chat
 from octavo.server.chunks import encode
 from octavo.server.errors import Failure
-from octavo.server.protocol import STRING_OR_LIST, Count, FunctionName, JsonSchema, Name, StopString, Strict, Text
+from octavo.server.protocol import Count, FunctionName, JsonSchema, Name, StopString, Strict, StringOrList, Text
 from octavo.server.tools import Delta, whole_message
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -59,10 +59,7 @@ class ToolUseBlock(Strict):
     input: JsonSchema
 
 
-Texts = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[TextBlock], Field(max_length=protocol.MAX_PARTS), Tag("<list>")],
-    STRING_OR_LIST,
-]
+Texts = StringOrList[Text, Annotated[list[TextBlock], Field(max_length=protocol.MAX_PARTS)]]
 
 
 class ToolResultBlock(Strict):
@@ -89,11 +86,7 @@ class Turn(Strict):
     """One turn of the conversation."""
 
     role: Literal["user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag("<string>")]
-        | Annotated[list[Block], Field(min_length=1, max_length=protocol.MAX_PARTS), Tag("<list>")],
-        STRING_OR_LIST,
-    ]
+    content: StringOrList[Text, Annotated[list[Block], Field(min_length=1, max_length=protocol.MAX_PARTS)]]
 
 
 class CustomTool(Strict):

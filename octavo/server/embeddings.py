@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
 from octavo.engine.vectors import Vector, cosine, vector_of
 from octavo.errors import InvalidValueError
@@ -16,15 +16,12 @@ from octavo.sampling_params import Pooling, PoolingParams
 from octavo.server.answer import Answer, merge
 from octavo.server.chunks import encode
 from octavo.server.front import Caller, Front
-from octavo.server.protocol import STRING_OR_LIST, EngineRequest, Prompt, Text, one_by_one
+from octavo.server.protocol import EngineRequest, Prompt, StringOrList, Text, one_by_one
 
 MAX_PAIRS = 256
 AT_ONCE = 64  # prompts of one request that the engine is given together
 
-Texts = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[Text], Field(min_length=1, max_length=MAX_PAIRS), Tag("<list>")],
-    STRING_OR_LIST,
-]
+Texts = StringOrList[Text, Annotated[list[Text], Field(min_length=1, max_length=MAX_PAIRS)]]
 
 
 class PoolingRequest(EngineRequest):

@@ -10,12 +10,12 @@ import itertools
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
-from octavo.engine.frontend import MODEL_DEFAULTS, default_sampling
+from octavo.engine.frontend import default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import Pooling, RequestOutputKind, SamplingParams
@@ -32,11 +32,9 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 PING_SECONDS = 15.0  # of silence in a stream
-GIVEN = ("n", "presence_penalty", "frequency_penalty", "length_penalty", "early_stopping")  # None: the default
-SAME = (  # as they are
-    *("use_beam_search", "seed", "prompt_logprobs", "stop", "stop_token_ids", "include_stop_str_in_output"),
-    *("ignore_eos", "min_tokens", "bad_words", "allowed_token_ids", "skip_special_tokens"),
-)
+# of SamplingParams, what a body has under the same name and with the same meaning
+SAMPLING = {"best_of", *GenerationRequest.__annotations__} & {f.name for f in fields(SamplingParams)}
+SAMPLING -= {"max_tokens", "logit_bias", "structured_outputs"}
 RESERVED_KWARGS = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -217,11 +215,9 @@ class Front:
         self.check_priority(body)
         if body.stop and engine.tokenizer is None:
             raise UnsupportedParameterError("stop strings need a tokenizer: use stop_token_ids", param="stop")
-        given = {name: getattr(body, name) for name in (*MODEL_DEFAULTS, *GIVEN) if getattr(body, name) is not None}
+        given = {name: value for name in SAMPLING if (value := getattr(body, name, None)) is not None}
         params = SamplingParams(
             **{**({} if body.use_beam_search else default_sampling(engine.spec)), **given},
-            **{name: getattr(body, name) for name in SAME},
-            best_of=getattr(body, "best_of", None),
             max_tokens=max_tokens,
             logprobs=logprobs,
             logit_bias={int(token): bias for token, bias in body.logit_bias.items()} if body.logit_bias else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -143,18 +143,18 @@ def _scalar_kind(value: object) -> str:
     return kinds.get(type(value), "<string>")
 
 
-STRING_OR_LIST = Discriminator(lambda value: "<list>" if isinstance(value, list) else "<string>")
-STRING_OR_OBJECT = Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>")
-Content = Annotated[
-    Annotated[Text, Tag("<string>")]
-    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
-    STRING_OR_LIST,
+String = TypeVar("String")
+Other = TypeVar("Other")
+StringOrList = Annotated[
+    Annotated[String, Tag("<string>")] | Annotated[Other, Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<string>"),
 ]
-Stop = Annotated[
-    Annotated[StopString, Tag("<string>")]
-    | Annotated[list[StopString], Field(max_length=limits.MAX_STOP), Tag("<list>")],
-    STRING_OR_LIST,
+WordOrObject = Annotated[
+    Annotated[String, Tag("<string>")] | Annotated[Other, Tag("<object>")],
+    Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>"),
 ]
+Content = StringOrList[Text, Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]]
+Stop = StringOrList[StopString, Annotated[list[StopString], Field(max_length=limits.MAX_STOP)]]
 Prompt = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<strings>")]
@@ -173,6 +173,7 @@ TemplateValue = Annotated[
 TemplateKwargs = Annotated[dict[Name, TemplateValue], Field(max_length=MAX_TEMPLATE_KWARGS)]
 
 
+ToolWord = Literal["none", "auto", "required"]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -359,12 +360,6 @@ class GenerationRequest(EngineRequest):
         return self
 
 
-ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedTool, Tag("<object>")],
-    STRING_OR_OBJECT,
-]
-
-
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -375,7 +370,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None  # default: auto with tools, none without
+    tool_choice: WordOrObject[ToolWord, NamedTool] | None = None  # default: auto with tools, none without
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
     max_thinking_tokens: Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)] | None = None

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from octavo.errors import InvalidValueError, UnknownResponseError
 from octavo.outputs import CompletionOutput
@@ -23,7 +23,7 @@ from octavo.server.chat import Chat, chat_request, prepare
 from octavo.server.chunks import encode
 from octavo.server.errors import Failure
 from octavo.server.front import Caller, Front
-from octavo.server.protocol import STRING_OR_LIST, STRING_OR_OBJECT, Count, FunctionName, Name, Strict, Text
+from octavo.server.protocol import Count, FunctionName, Name, Strict, StringOrList, Text, ToolWord, WordOrObject
 from octavo.server.tools import Delta
 
 MAX_STORED = 1024
@@ -42,7 +42,7 @@ class Part(Strict):
 
 
 Parts = Annotated[list[Part], Field(max_length=protocol.MAX_PARTS)]
-Content = Annotated[Annotated[Text, Tag("<string>")] | Annotated[Parts, Tag("<list>")], STRING_OR_LIST]
+Content = StringOrList[Text, Parts]
 
 
 _NEEDED = {
@@ -91,12 +91,6 @@ class NamedFunction(protocol.FunctionReference):
     type: Literal["function"]
 
 
-Choice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedFunction, Tag("<object>")],
-    STRING_OR_OBJECT,
-]
-
-
 class TextFormat(Strict):
     """Text, any JSON object, or JSON of a schema."""
 
@@ -126,17 +120,13 @@ class ResponsesRequest(protocol.EngineRequest):
 
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = UNBUILT
 
-    input: Annotated[
-        Annotated[Text, Tag("<string>")]
-        | Annotated[list[InputItem], Field(min_length=1, max_length=protocol.MAX_MESSAGES), Tag("<list>")],
-        STRING_OR_LIST,
-    ]
+    input: StringOrList[Text, Annotated[list[InputItem], Field(min_length=1, max_length=protocol.MAX_MESSAGES)]]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=protocol.MAX_TOOLS)] | None = None
-    tool_choice: Choice | None = None
+    tool_choice: WordOrObject[ToolWord, NamedFunction] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions = Field(default_factory=TextOptions)
     stream: bool | None = None
