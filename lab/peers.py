@@ -39,7 +39,7 @@ def root() -> Path:
 
 def model_file() -> Path:
     """The GGUF that every engine's weights come from."""
-    return resolve_model("smollm2", quiet=True).path
+    return resolve_model("smollm2").path
 
 
 def run(command: Sequence[object], what: str) -> None:

@@ -47,7 +47,7 @@ def load_text(name: str, folder: Path | None = None) -> str:
     folder = folder or cache_folder() / "texts"
     path = folder / text.file_name
     if not path.exists():
-        fetch(text, folder, quiet=False)
+        fetch(text, folder)
     elif not is_verified(path, text.file):
         verify(path, text.file)
     return path.read_text(encoding="utf-8")

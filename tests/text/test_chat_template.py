@@ -66,7 +66,7 @@ def test_published_templates_equal_transformers(tools: list[dict[str, Any]] | No
 def test_smollm2_template_equals_transformers() -> None:
     from octavo.models.hub import resolve_model
 
-    tokenizer = load_tokenizer(resolve_model("smollm2", quiet=True))
+    tokenizer = load_tokenizer(resolve_model("smollm2"))
     assert tokenizer.chat_template is not None
     template = ChatTemplate(tokenizer.chat_template, tokenizer)
     for messages in (MESSAGES, MESSAGES[1:2], MESSAGES[1:]):

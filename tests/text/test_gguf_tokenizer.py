@@ -64,7 +64,7 @@ def test_gpt2_equals_its_tokenizer_json() -> None:
 def smollm2() -> tuple[Tokenizer, Path]:
     from octavo.models.hub import resolve_model
 
-    path = resolve_model("smollm2", quiet=True).path
+    path = resolve_model("smollm2").path
     return load_tokenizer(path), path
 
 
