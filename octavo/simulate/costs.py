@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
@@ -13,7 +16,8 @@ from octavo.errors import ConfigError
 from octavo.scheduler.cost import CostModel, StepWork, fit
 from octavo.simulate.simulator import Machine
 
-FORMAT = "octavo-costs-1"
+Size = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +27,14 @@ class Costs:
     model: str
     runtime: str  # "native (avx512, 2 threads)"
     dtype: str
-    num_blocks: int
-    block_size: int
-    max_model_len: int
+    num_blocks: Size
+    block_size: Size
+    max_model_len: Size
     seconds: CostModel
     num_steps: int  # timed
-    kv_windows: tuple[int, ...] = (0,)  # per KV group
-    block_bytes: int = 0  # 0: not known
+    kv_windows: Annotated[tuple[Count, ...], Meta(min_length=1)] = (0,)  # per KV group
+    block_bytes: Count = 0  # 0: not known
+    format: Literal["octavo-costs-1"] = "octavo-costs-1"
     typical_error: float  # median of |predicted / measured - 1| over the steps
 
     @classmethod
@@ -74,7 +79,7 @@ class Costs:
     def write(self, path: Path) -> None:
         """Writes the file. Raises ConfigError where it cannot be written."""
         try:
-            path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error}") from error
 
@@ -82,22 +87,11 @@ class Costs:
     def read(cls, path: Path) -> Costs:
         """Reads the file. Raises ConfigError for one that is missing, of another format, or holds no sane numbers."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw.pop("format", None) != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            cost = CostModel(**{f.name: float(raw["seconds"].get(f.name, f.default)) for f in fields(CostModel)})
-            if not all(math.isfinite(value) and value >= 0 for value in asdict(cost).values()):
-                raise ValueError("a step cost is negative or no number")
-            if not cost.seconds(StepWork(1, 1, 1, 0)):
-                raise ValueError("a step takes no time")
-            windows = tuple(int(window) for window in raw.get("kv_windows", (0,)))
-            costs = cls(**{**raw, "seconds": cost, "kv_windows": windows})
-            if min(costs.num_blocks, costs.block_size, costs.max_model_len, len(windows)) < 1:
-                raise ValueError("num_blocks, block_size, max_model_len and KV groups must be at least 1")
-            if min(costs.block_bytes, *windows) < 0:
-                raise ValueError("block_bytes and kv_windows must not be negative")
+            costs = msgspec.json.decode(path.read_bytes(), type=cls)
+            if min(astuple(costs.seconds)) < 0 or not costs.seconds.seconds(StepWork(1, 1, 1, 0)):
+                raise ValueError("a step takes no time, or a part of it less than none")
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist: make it with octavo simulate --calibrate MODEL") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
             raise ConfigError(f"{path} holds no step costs ({error}): octavo simulate --calibrate makes it") from error
         return costs

@@ -18,7 +18,7 @@ from octavo.messages import AddRequest, StepRecord
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.copying import CopyChoice
 from octavo.scheduler.cost import CostModel, StepWork
-from octavo.simulate.costs import FORMAT, Costs
+from octavo.simulate.costs import Costs
 from octavo.simulate.outcome import Outcome, Seen, max_min_shares, percentile
 from octavo.simulate.real import run_real
 from octavo.simulate.simulator import Machine, capacity, simulate
@@ -385,7 +385,7 @@ def test_a_costs_file_that_is_none_is_refused(costs_file, capfd) -> None:
     assert run(["simulate", "--costs", str(costs_file) + "x"]) == 2
     assert "--calibrate" in capfd.readouterr().err
     free = json.dumps(json.loads(costs_file.read_text()) | {"seconds": {}})
-    for broken in ('{"format": "other"}', "[]", json.dumps({"format": FORMAT, "seconds": {"fixed": -1}})):
+    for broken in ('{"format": "other"}', "[]", json.dumps({"seconds": {"fixed": -1}})):
         costs_file.write_text(broken)
         assert run(["simulate", "--costs", str(costs_file)]) == 2
     costs_file.write_text(free)

@@ -45,11 +45,6 @@ def default_name(settings: dict[str, Any], date: str) -> str:
 
 def details(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What every request saw, as parallel lists. Seconds."""
-    return {
-        "input_lens": [o.prompt_tokens for o in outcomes],
-        "output_lens": [o.output_tokens for o in outcomes],
-        "ttfts": [o.ttft for o in outcomes],
-        "itls": [o.itls for o in outcomes],
-        "generated_texts": [o.text for o in outcomes],
-        "errors": [o.error for o in outcomes],
-    }
+    names = {"input_lens": "prompt_tokens", "output_lens": "output_tokens", "ttfts": "ttft", "itls": "itls"}
+    names |= {"generated_texts": "text", "errors": "error"}
+    return {name: [getattr(outcome, field) for outcome in outcomes] for name, field in names.items()}
