@@ -16,7 +16,7 @@ from typing import Any
 
 from lab.cpu import COMPARED, CONFIGURATIONS, RESULTS, title
 from lab.figures import Figure
-from lab.nodes import CASES, RATES, cells
+from lab.nodes import CASES, OPEN, RATES, cells
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "benchmarks-cpu.md", DOCS / "benchmarks-cpu.svg"
@@ -130,7 +130,24 @@ def whole_steps(saved: dict[str, Any]) -> str:
         )
     commands = dict.fromkeys(found["command"] for found in saved["results"])
     source = f"{', '.join(f'`{command}`' for command in commands)}; {saved['machine']}, {saved['date']}"
-    return f"{table(head, lines)}\n\n{source}; by node in `lab/results/nodes-levels.json`."
+    return "\n\n".join([table(head, lines), f"{source}; by node in `lab/results/nodes-levels.json`.", *by_op(saved)])
+
+
+def by_op(saved: dict[str, Any]) -> Iterator[str]:
+    """A table a number type: a line an op, a column a level and number of rows, cells what it reaches of the limit."""
+    yield f"By op, percent of the limit at {', '.join(CASES)} rows; bold is open, under {OPEN:.0%}:"
+    for dtype in dict.fromkeys(found["dtype"] for found in saved["results"]):
+        of_dtype = [found for found in saved["results"] if found["dtype"] == dtype]
+        ops = dict.fromkeys(node["op"] for found in of_dtype for node in found["rows"]["1"]["nodes"].values())
+        head = [dtype, *(f"{found['level']}, {rows}" for found in of_dtype for rows in CASES)]
+        yield table(head, [[op, *(share(f["rows"][rows], op) for f in of_dtype for rows in CASES)] for op in ops])
+
+
+def share(step: dict[str, Any], op: str) -> str:
+    """What all nodes of an op reach of the limit."""
+    nodes = [node for node in step["nodes"].values() if node["op"] == op]
+    reached = sum(n["of_limit"] * n["us"] for n in nodes) / max(sum(n["us"] for n in nodes), 0.1)
+    return f"{100 * reached:.0f}" if reached >= OPEN else f"**{100 * reached:.0f}**"
 
 
 def plot(saved: dict[str, Any]) -> str:
