@@ -21,8 +21,14 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avxvnni {
+extern const PackedKernels int8;
+}
 namespace avx512 {
 extern const Kernels kernels;
+}
+namespace avx512vnni {
+extern const PackedKernels int8;
 }
 namespace avx512bf16 {
 extern const PackedKernels packed;
@@ -46,9 +52,20 @@ static bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+static bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
 static bool has_avx512bf16() {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vnni");
+    return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
+
+// Byte dot products without AVX-512: those of its encoding compute the same on machines that have them.
+static bool has_avxvnni() {
+#if defined(OCTAVO_EVEX_AVXVNNI)
+    return has_avx512vnni();
+#else
+    unsigned eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+#endif
 }
 
 // Tiles for bf16 and bytes, and leave of the system to use them: their state is large, so that Linux wants to be asked once.
@@ -66,14 +83,19 @@ static bool has_amx() {
 #endif
 }
 
+// A level with another Linear for int8 weights.
+static Kernels with_int8(Kernels kernels, const char* name, const PackedKernels& int8) {
+    kernels.name = name;
+    kernels.int8 = &int8;
+    return kernels;
+}
+
 // AVX-512 with another Linear for packed weights, and another attention.
 static Kernels avx512_with(const char* name, const PackedKernels& packed, const PackedKernels& int8, const KVKernels& kv,
                            double (*multiply_adds)(size_t, float*)) {
-    Kernels kernels = avx512::kernels;
+    Kernels kernels = with_int8(avx512::kernels, name, int8);
     kernels.kv = &kv;
-    kernels.name = name;
     kernels.packed = &packed;
-    kernels.int8 = &int8;
     kernels.multiply_adds = multiply_adds;
     return kernels;
 }
@@ -88,7 +110,11 @@ const Kernels* find_kernels(const char* wanted) {
     static const Kernels tiles = avx512_with("amx", amx::packed, int8_tiles, amx::kv, amx::multiply_adds);
     if ((any || std::strcmp(wanted, "amx") == 0) && has_amx()) return &tiles;
     if ((any || std::strcmp(wanted, "avx512bf16") == 0) && has_avx512bf16()) return &bf16;
+    static const Kernels wide_dots = with_int8(avx512::kernels, "avx512vnni", avx512vnni::int8);
+    if ((any || std::strcmp(wanted, "avx512vnni") == 0) && has_avx512vnni()) return &wide_dots;
     if ((any || std::strcmp(wanted, "avx512") == 0) && has_avx512()) return &avx512::kernels;
+    static const Kernels dots = with_int8(avx2::kernels, "avxvnni", avxvnni::int8);
+    if ((any || std::strcmp(wanted, "avxvnni") == 0) && has_avxvnni()) return &dots;
     if ((any || std::strcmp(wanted, "avx2") == 0) && has_avx2()) return &avx2::kernels;
 #endif
     if (any || std::strcmp(wanted, "portable") == 0) return &portable::kernels;

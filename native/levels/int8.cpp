@@ -1,8 +1,8 @@
 // The int8 Linear (int8.h): bytes are multiplied as they lie in memory, whatever the number of rows.
 //
-// A strip is what one instruction multiplies: with byte dot products a line, whose lanes are the 16 channels; else some
-// channels of a line as int16, because products of bytes added in pairs of int16 would saturate. There a lane has two
-// of the four k, and neighbours are added at the end.
+// A strip is what one instruction multiplies: with byte dot products a line, or half of one, whose lanes are channels; else
+// some channels of a line as int16, because products of bytes added in pairs of int16 would saturate. There a lane has
+// two of the four k, and neighbours are added at the end.
 #include "../int8.h"
 
 #include "epilogue.h"
@@ -20,12 +20,18 @@ constexpr size_t kTileRows = kLanes == 16 ? 8 : 6;  // what the registers hold b
 constexpr int kFetchTo = 2;                         // of the caches, the second
 constexpr size_t kTail = 64;                        // of a rounded row: Int8Tail, and rows start on cache lines
 
+// Narrows codes.
+template <class To>
+inline void store_narrow(To* out, Ints codes) {
+    typedef To Narrow __attribute__((vector_size(kLanes * sizeof(To))));
+    const Narrow narrow = __builtin_convertvector(codes, Narrow);
+    std::memcpy(out, &narrow, sizeof narrow);
+}
+
 #if defined(__AVX512VNNI__)
 
 typedef int8_t Activation;
 typedef __m512i Strip;
-constexpr size_t kStrips = 1;  // of a line
-constexpr size_t kGroups = 4;  // of one row together: one sum alone would wait for its own latency
 
 inline Strip load_strip(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
@@ -43,12 +49,34 @@ inline void store_codes(Activation* out, Ints codes) {
     std::memcpy(out, &bytes, sizeof bytes);
 }
 
+#elif defined(__AVXVNNI__)
+
+typedef int8_t Activation;
+typedef __m256i Strip;
+
+inline Strip load_strip(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+
+inline Strip load_quad(const uint8_t* x) {
+    int quad;
+    std::memcpy(&quad, x, sizeof quad);
+    return _mm256_set1_epi32(quad);
+}
+
+inline Ints multiply_add(Strip w, Strip x, Ints total) {
+#if defined(OCTAVO_EVEX_AVXVNNI)
+    asm("%{evex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(w), "x"(x));
+    return total;
+#else
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, w, x);
+#endif
+}
+
+inline void store_codes(Activation* out, Ints codes) { store_narrow(out, codes); }
+
 #else
 
 typedef int16_t Activation;
 typedef int16_t Strip __attribute__((vector_size(kLanes * 4)));
-constexpr size_t kStrips = kInt8LineBytes / (2 * kLanes);
-constexpr size_t kGroups = 2;
 
 inline Strip load_strip(const uint8_t* p) {
 #if defined(__AVX512F__)
@@ -84,17 +112,15 @@ inline Ints multiply_add(Strip w, Strip x, Ints total) {
 #endif
 }
 
-inline void store_codes(Activation* out, Ints codes) {
-    typedef int16_t Narrow __attribute__((vector_size(kLanes * 2)));
-    const Narrow narrow = __builtin_convertvector(codes, Narrow);
-    std::memcpy(out, &narrow, sizeof narrow);
-}
+inline void store_codes(Activation* out, Ints codes) { store_narrow(out, codes); }
 
 #endif
 
-constexpr size_t kStripBytes = kInt8LineBytes / kStrips;
-constexpr size_t kVectors = kStrips == 1 ? kGroups : 2;  // strips that one pass multiplies, at most
-constexpr size_t kTotals = kStrips * kLanes;             // integers that hold the sums of a group
+constexpr size_t kStripBytes = sizeof(Strip) / sizeof(Activation);
+constexpr size_t kStrips = kInt8LineBytes / kStripBytes;  // of a line
+constexpr size_t kVectors = 4;                    // strips of one row together: a sum alone would wait for its own latency
+constexpr size_t kGroups = kStrips == 1 ? kVectors : 2;
+constexpr size_t kTotals = kStrips * kLanes;  // integers that hold the sums of a group
 
 using Totals = int32_t[kTileRows][kGroups][kTotals];
 using Sums = float[kTileRows][kGroups][kChannels];
@@ -117,7 +143,7 @@ void dot(const uint8_t* const* strips, size_t ahead, const uint8_t* x, size_t st
 #pragma GCC unroll 4
         for (size_t v = 0; v < VECTORS; ++v) {
             strip[v] = load_strip(w[v]);
-            __builtin_prefetch(w[v] + ahead, 0, kFetchTo);
+            if (v % kStrips == 0) __builtin_prefetch(w[v] + ahead, 0, kFetchTo);  // of one line once
             w[v] += kInt8LineBytes;
         }
 #pragma GCC unroll 8
@@ -166,7 +192,7 @@ struct Tile {
 inline void scale_sums(const int32_t* totals, const Int8Tail& tail, const float* scales, float* out) {
     for (size_t c = 0; c < kChannels; c += kLanes) {
         Ints sums;
-        if constexpr (kStrips == 1) {
+        if constexpr (kTotals == kChannels) {
             std::memcpy(&sums, totals + c, sizeof sums);
         } else {
             for (size_t i = 0; i < kLanes; ++i) sums[i] = totals[2 * (c + i)] + totals[2 * (c + i) + 1];
@@ -182,14 +208,12 @@ void multiply(const Tile& tile, const Part& part, Sums& sums) {
     for (size_t g = 0; g < kGroups; ++g)  // what would lie past the last is computed twice
         groups[g] = part.data + (tile.group + (g < tile.count ? g : tile.count - 1)) * part.group_bytes;
     alignas(64) Totals totals;
-    if constexpr (kStrips == 1)
-        dot_rows(tile.rows, tile.count, groups, ahead, tile.x(), tile.stride, lines, totals[0][0]);
-    else
-        for (size_t g = 0; g < tile.count; ++g)
-            for (size_t s = 0; s < kStrips; s += 2) {
-                const uint8_t* strips[] = {groups[g] + s * kStripBytes, groups[g] + (s + 1) * kStripBytes};
-                dot_rows(tile.rows, 2, strips, ahead, tile.x(), tile.stride, lines, totals[0][g] + s * kLanes);
-            }
+    const size_t all = tile.count * kStrips, together = tile.rows == 1 && all > 2 ? kVectors : 2;
+    for (size_t first = 0; first < all; first += together) {
+        const uint8_t* strips[kVectors];
+        for (size_t v = 0; v < together; ++v) strips[v] = groups[(first + v) / kStrips] + (first + v) % kStrips * kStripBytes;
+        dot_rows(tile.rows, together, strips, ahead, tile.x(), tile.stride, lines, totals[0][0] + first * kLanes);
+    }
     for (size_t r = 0; r < tile.rows; ++r) {
         Int8Tail tail;
         std::memcpy(&tail, tile.x() + r * tile.stride + a.depth * sizeof(Activation), sizeof tail);

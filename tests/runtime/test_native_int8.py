@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from native_harness import LEVELS, Piece, RandomWeights, Steps, load, row_program, run, vector
+from native_harness import INT8_LEVELS, Piece, RandomWeights, Steps, load, row_program, run, vector
 
 from octavo.errors import UnsupportedError
 from octavo.program.ops import Buffer, Linear, Weight
@@ -18,7 +18,7 @@ from octavo.runtime.reference.int8 import norm, prime_factors, quantise, rotate
 
 ROWS = [64, 33, 17, 9, 8, 7, 5, 3, 2, 1]
 
-every_level = pytest.mark.parametrize("level", LEVELS)
+every_level = pytest.mark.parametrize("level", INT8_LEVELS)
 
 
 def linear_program(depth: int, *part_rows: int, plain: bool = False, activation: str = "none") -> Program:

@@ -27,12 +27,16 @@ _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"]
 _X86_LEVELS = {
     "portable": [],
     "avx2": _AVX2,
+    "avxvnni": [*_AVX2, "-mavxvnni"],
     "avx512": _AVX512,
+    "avx512vnni": [*_AVX512, "-mavx512vnni"],
     "avx512bf16": _AVX512_BF16,
     "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mprfchw"],
 }
-# The files of native/levels that make a level; the last two are avx512 but for theirs.
+# The files of native/levels that make a level which is avx2 or avx512 but for them.
 _LEVEL_FILES = {
+    "avxvnni": {"int8"},
+    "avx512vnni": {"int8"},
     "avx512bf16": {"attention", "cache", "int8", "packed", "probe"},
     "amx": {"attention", "attention_tiles", "cache", "int8_tiles", "packed_tiles", "probe"},
 }

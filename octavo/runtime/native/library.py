@@ -13,7 +13,7 @@ from octavo.errors import ConfigError, EngineError, MemoryPlanError, Unsupported
 ABI_VERSION = 7
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
-LEVELS = ("auto", "portable", "avx2", "avx512", "avx512bf16", "amx")
+LEVELS = ("auto", "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 _OPS = ("Embedding", "Norm", "Add", "Linear", "RopeKVWrite", "Attention", "GatherRows", "Experts")
 OP_CODES = {name: code for code, name in enumerate(_OPS)}
