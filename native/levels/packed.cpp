@@ -148,8 +148,10 @@ inline void dot(const Strips& w, const Activation* x, size_t depth, size_t lines
     for (size_t line = 0; line < lines; ++line) {
         const uint8_t *first_at = w.first + line * w.line_bytes, *second_at = w.second + line * w.line_bytes;
         const Strip first = load_strip(first_at), second = load_strip(second_at);
-        __builtin_prefetch(first_at + w.ahead, 0, kFetchTo);
-        __builtin_prefetch(second_at + w.ahead, 0, kFetchTo);
+        if constexpr (kStrips == 1) {  // decoded panels are in the cache
+            __builtin_prefetch(first_at + w.ahead, 0, kFetchTo);
+            __builtin_prefetch(second_at + w.ahead, 0, kFetchTo);
+        }
 #pragma GCC unroll 8
         for (size_t r = 0; r < ROWS; ++r) {
             const Strip pair = load_pair(x + r * depth + 2 * line);
