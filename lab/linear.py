@@ -196,7 +196,7 @@ def limits(level: str, threads: int, dtype: str) -> None:
     runtime.close()
     print(
         f"RESULT limit level={level} dtype={dtype} threads={threads} GB/s={found.bytes_per_second / 1e9:.1f} "
-        f"GFLOP/s={found.operations_per_second / 1e9:.0f}",
+        f"GFLOP/s={found.operations_per_second['int8' if dtype == 'int8' else 'bfloat16'] / 1e9:.0f}",
         flush=True,
     )
 

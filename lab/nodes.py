@@ -1,17 +1,21 @@
 """`python -m lab.nodes`: what the nodes of a step reach of what this machine can do, for several models and types.
 
 A step of 1 row (one request decoding), of 32 rows (32 requests) and of 256 rows (a prompt), each timed by the
-runtime's own profile. A node's limit is the roofline (Williams et al. 2009) of two rates measured here: bytes read
-from memory by all threads, and multiply-adds at the level that runs. What stays under OPEN of it is listed.
+runtime's own profile. A node's limit is the roofline (Williams et al. 2009) of rates measured here: bytes read from
+memory by all threads, and multiply-adds of the level in what the node computes in (float32, bfloat16, int8). What stays
+under OPEN of it is listed.
 
     python -m lab.nodes                                    the default model and three others, at the best level
     python -m lab.nodes --models smollm2 --levels all --save-as levels      every op, type and level
+
+Stopped and called again with --resume, it goes on behind what was measured of the same build of the library.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -31,10 +35,13 @@ from octavo.models.reader import read_spec
 from octavo.models.weights import open_weights
 from octavo.program.profile import Profile
 from octavo.runtime.base import SamplingInputs, StepInputs
+from octavo.runtime.native import library
+from octavo.runtime.native.library import LIBRARY, resolve_level
 from octavo.runtime.native.runtime import NativeRuntime
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = Path(__file__).parent / "shapes"
+PACKAGE = Path(library.__file__).parent
 CASES = {"1": (1, 1), "32": (32, 1), "256": (1, 256)}  # rows: (requests, tokens of each)
 RATES = {"1": ("gb_s", "GB/s"), "32": ("gflop_s", "GFLOP/s"), "256": ("gflop_s", "GFLOP/s")}  # what decides
 BARS = {"1": 0.75, "32": 0.60, "256": 0.75}  # of the limit, whole step
@@ -65,7 +72,8 @@ def measure(model: str, dtype: str, kv_dtype: str, level: str, threads: int) -> 
     runtime.load(program, weights, dtype=dtype, max_num_tokens=256, max_num_logits=32, max_num_requests=32)
     blocks = 32 * (CONTEXT // BLOCK_SIZE + 1)
     runtime.allocate_kv(blocks, BLOCK_SIZE, kv_dtype)
-    found: dict[str, Any] = {"model": model, "dtype": dtype, "kv": kv_dtype, "level": runtime.level, "rows": {}}
+    found: dict[str, Any] = {"model": model, "dtype": dtype, "kv": kv_dtype, "level": runtime.level}
+    found |= {"build": build_digest(), "rows": {}}
     random = np.random.default_rng(0)
     for rows, (num_requests, num_tokens) in CASES.items():
         case = (num_requests, CONTEXT if num_tokens == 1 else 0, num_tokens)
@@ -78,10 +86,16 @@ def measure(model: str, dtype: str, kv_dtype: str, level: str, threads: int) -> 
         for inputs in steps:
             run(runtime, inputs)
         profile = runtime.stop_profile()
-        found["limits"] = [profile.limits.bytes_per_second / 1e9, profile.limits.operations_per_second / 1e9]
+        rates = {"bytes": profile.limits.bytes_per_second, **profile.limits.operations_per_second}
+        found["limits"] = {name: round(rate / 1e9, 1) for name, rate in rates.items()}
         found["rows"][rows] = numbers(profile, decode=num_tokens == 1)
     runtime.close()
     return found
+
+
+def build_digest() -> str:
+    """Which library was measured."""
+    return hashlib.sha256((PACKAGE / LIBRARY).read_bytes()).hexdigest()[:12]
 
 
 def step_inputs(
@@ -141,11 +155,7 @@ def numbers(profile: Profile, *, decode: bool) -> dict[str, Any]:
 def show(results: Sequence[dict[str, Any]], console: Console) -> None:
     """A table a model and type: a line a node; then what is open."""
     for found in results:
-        read, compute = found["limits"]
-        title = (
-            f"{found['model']}, {found['dtype']}, KV {found['kv']}, {found['level']}; "
-            f"limits {read:.1f} GB/s, {compute:.0f} GFLOP/s"
-        )
+        title = f"{found['model']}, {found['dtype']}, KV {found['kv']}, {found['level']}; {limits_of(found)}"
         table = Table(title=title, title_justify="left")
         for heading in ("node", "op"):
             table.add_column(heading)
@@ -163,6 +173,13 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
         console.print(table)
     for line in open_cells(results):
         console.print(line, markup=False, highlight=False)
+
+
+def limits_of(found: dict[str, Any]) -> str:
+    """What its nodes were held against."""
+    limits = found["limits"]
+    rates = [f"{limits[name]:.0f} in {name}" for name in ("float32", "bfloat16", "int8")]
+    return f"limits {limits['bytes']:.1f} GB/s, {', '.join(rates)} GFLOP/s"
 
 
 def cells(nodes: dict[str, Any], name: str, rows: str) -> tuple[str, str, str]:
@@ -198,6 +215,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--levels", nargs="+", default=["auto"], help="instruction levels, or all; default: the best")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-as", default="models", metavar="NAME", help="lab/results/nodes-NAME.json")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has of this build of the library")
     options = parser.parse_args(arguments)
     if options.dtypes and not options.models:
         parser.error("--dtypes needs --models: which models are to be measured in these types?")
@@ -210,11 +228,16 @@ def main(arguments: Sequence[str]) -> int:
     known = MODELS if options.models is None else [(m, d) for m in options.models for d in types_of(m, options.dtypes)]
     levels = available_levels() if options.levels == ["all"] else options.levels
     console, status = Console(width=150), Console(stderr=True)
+    build, saved = build_digest(), saved_results(RESULTS / f"nodes-{options.save_as}.json")
+    done = {case_of(result): result for result in saved if options.resume and result.get("build") == build}
     results: list[dict[str, Any]] = []
     failed = 0
-    for level in levels:
+    for level in map(resolve_level, levels):
         for model, dtype in known:
             for kv_dtype in options.kv or [KV.get(dtype, "bfloat16")]:
+                if result := done.get((model, dtype, kv_dtype, level)):
+                    results.append(result)
+                    continue
                 status.print(f"{level}: {model}, {dtype}, KV {kv_dtype}", style="dim")
                 try:
                     results.append(measure(model, dtype, kv_dtype, level, options.threads))
@@ -232,7 +255,7 @@ def save(results: Sequence[dict[str, Any]], name: str, arguments: Sequence[str])
     path = RESULTS / f"nodes-{name}.json"
     command = "python -m lab.nodes " + " ".join(arguments)
     merged = {case_of(result): result for result in saved_results(path)}
-    merged |= {case_of(result): result | {"command": command.rstrip()} for result in results}
+    merged |= {case_of(result): {"command": command.rstrip()} | result for result in results}
     results = list(merged.values())
     saved = {
         "what": "Nodes of a step against the limits of the machine",

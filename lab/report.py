@@ -16,7 +16,7 @@ from typing import Any
 
 from lab.cpu import COMPARED, CONFIGURATIONS, RESULTS, title
 from lab.figures import Figure
-from lab.nodes import CASES, OPEN, RATES, cells
+from lab.nodes import CASES, OPEN, RATES, cells, limits_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "benchmarks-cpu.md", DOCS / "benchmarks-cpu.svg"
@@ -95,10 +95,8 @@ def nodes(saved: dict[str, Any]) -> str:
     commands = dict.fromkeys(found["command"] for found in saved["results"])
     parts = [f"{', '.join(f'`{command}`' for command in commands)}; {saved['machine']}, {saved['date']}"]
     for found in saved["results"]:
-        read, compute = found["limits"]
         parts.append(
-            f"**{found['model']}, {found['dtype']}**, KV {found['kv']}, level {found['level']}; "
-            f"limits {read:.1f} GB/s, {compute:.0f} GFLOP/s"
+            f"**{found['model']}, {found['dtype']}**, KV {found['kv']}, level {found['level']}; {limits_of(found)}"
         )
         head = ["node"]
         for rows in CASES:

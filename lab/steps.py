@@ -126,7 +126,8 @@ def measure(store: str, spec: ModelSpec, program: Program, options: argparse.Nam
         profile = runtime.stop_profile()
         kind = profile.decode if case[2] == 1 else profile.other
         limits = profile.limits
-        print(f"limits {limits.bytes_per_second / 1e9:.1f} GB/s {limits.operations_per_second / 1e9:.0f} GFLOP/s")
+        rates = [f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limits.operations_per_second.items()]
+        print(f"limits {limits.bytes_per_second / 1e9:.1f} GB/s {', '.join(rates)}")
         for (node, op), line in kind.lines.items():
             us = line.seconds / kind.count * 1e6 * case[3]
             if us > 20:

@@ -107,8 +107,8 @@ int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step) {
     return guarded([&] { engine->step(*step); });
 }
 
-int32_t octavo_probe(OctavoEngine* engine, double* bytes_per_second, double* operations_per_second) {
-    return guarded([&] { engine->probe(*bytes_per_second, *operations_per_second); });
+int32_t octavo_probe(OctavoEngine* engine, double* rates) {
+    return guarded([&] { engine->probe(rates); });
 }
 
 const float* octavo_logits(OctavoEngine* engine) { return engine->logits(); }

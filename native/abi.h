@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define OCTAVO_ABI_VERSION 7
+#define OCTAVO_ABI_VERSION 8
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
 enum OctavoCode : int32_t {
@@ -161,8 +161,9 @@ OCTAVO_API int32_t octavo_copy_blocks(OctavoEngine* engine, const int64_t* pairs
 // Runs the whole program and the sampler.
 OCTAVO_API int32_t octavo_step(OctavoEngine* engine, const OctavoStep* step);
 // What the engine's threads can do at most, measured for a fraction of a second: bytes a second read from memory, and
-// floating-point operations a second (a multiply-add counts two) of the level's fastest instruction, from registers.
-OCTAVO_API int32_t octavo_probe(OctavoEngine* engine, double* bytes_per_second, double* operations_per_second);
+// operations a second (a multiply-add counts two) of the level's fastest instruction, from registers, for float32, bf16
+// and int8. rates: [4], in this order.
+OCTAVO_API int32_t octavo_probe(OctavoEngine* engine, double* rates);
 // The raw logits of the last step, [num_logits, vocab]; valid until the next call on this engine.
 OCTAVO_API const float* octavo_logits(OctavoEngine* engine);
 // The last states of the last step, [num_states, hidden]; valid as long.

@@ -27,7 +27,7 @@ public:
     void allocate_kv(int64_t num_blocks, int64_t block_size, int32_t kv_type);
     void copy_blocks(const int64_t* pairs, int64_t num_pairs);
     void step(const OctavoStep& step);
-    void probe(double& bytes_per_second, double& operations_per_second);
+    void probe(double* rates);
     const float* logits() const { return data(logits_); }
     const float* states() const { return data(hidden_) + num_logits_ * width(hidden_); }
 

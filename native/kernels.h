@@ -186,6 +186,7 @@ struct Kernels {
     // multiply-adds in registers and returns how many operations that was. Both return through *sink.
     void (*read_all)(const float* values, size_t count, float* sink);
     double (*multiply_adds)(size_t turns, float* sink);
+    double (*float_multiply_adds)(size_t turns, float* sink);  // those of float32
 };
 
 // The level named `wanted`, or the best of this machine for "auto"; null when the machine or the build lacks it.

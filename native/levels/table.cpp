@@ -17,6 +17,7 @@ const Kernels kernels = {OCTAVO_TEXT(OCTAVO_LEVEL),
                          chunk_maxima,
                          sum_exp,
                          read_all,
+                         multiply_adds,
                          multiply_adds};
 
 }  // namespace octavo::OCTAVO_LEVEL

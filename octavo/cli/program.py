@@ -46,7 +46,8 @@ def program(
     from octavo.program.ops import Sizes
     from octavo.program.printer import describe
     from octavo.runtime.choose import choose, choose_kv, choose_weights
-    from octavo.runtime.native.packing import kept_bytes
+    from octavo.runtime.native.library import load_library
+    from octavo.runtime.native.packing import Packer
 
     files = resolve_model_of(config)
     spec = read_spec(files, max_model_len=config.max_model_len)
@@ -59,7 +60,8 @@ def program(
     if runtime == "reference":
         kv_bytes = 4.0
     if runtime == "native":
-        kept = kept_bytes(recorded, open_weights(files, spec, load_format=config.load_format), computed)
+        weights = open_weights(files, spec, load_format=config.load_format)
+        kept = Packer(load_library(), recorded, weights, computed).bytes()
 
     def resident_bytes(weight: Weight) -> int:
         return kept.get(weight.parts, 4 * math.prod(weight.shape))

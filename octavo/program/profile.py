@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from octavo.program.ops import AnyOp, Sizes, WeightBytes
@@ -18,11 +18,11 @@ class Limits:
     """What the machine can do at most with the runtime's threads, measured."""
 
     bytes_per_second: float  # read from memory
-    operations_per_second: float  # floating point, a multiply-add counts two
+    operations_per_second: Mapping[str, float]  # in float32, bfloat16 and int8; a multiply-add counts two
 
-    def seconds(self, cost: Cost) -> float:
+    def seconds(self, cost: Cost, arithmetic: str) -> float:
         """The least time a cost can take (roofline: Williams et al. 2009)."""
-        return max(cost.moved / self.bytes_per_second, cost.operations / self.operations_per_second)
+        return max(cost.moved / self.bytes_per_second, cost.operations / self.operations_per_second[arithmetic])
 
 
 @dataclass(slots=True)
@@ -49,9 +49,12 @@ class Profile:
     A tied embedding's bytes count where they are read. Nodes that work from a cache can pass 100 % of the limit.
     """
 
-    def __init__(self, program: Program, limits: Limits, weight_bytes: WeightBytes, kv_bytes: float) -> None:
+    def __init__(
+        self, program: Program, limits: Limits, weight_bytes: WeightBytes, kv_bytes: float, arithmetics: list[str]
+    ) -> None:
         self.limits = limits
         self._nodes = program.nodes
+        self._arithmetics = [*arithmetics, "float32"]
         self._keys = [_key(node) for node in program.nodes]
         self._weight_bytes = weight_bytes
         self._kv_bytes = kv_bytes
@@ -73,18 +76,20 @@ class Profile:
             for node in self._nodes
         ]
         costs.append(Cost(4 * sizes.num_logits * self._vocab_size, sizes.num_logits * self._vocab_size))
-        for key, (nanoseconds, barriers), cost in zip((*self._keys, _SAMPLER), times, costs, strict=True):
+        keys = (*self._keys, _SAMPLER)
+        for key, (nanoseconds, barriers), cost, arithmetic in zip(keys, times, costs, self._arithmetics, strict=True):
             line = steps.lines[key]
             line.seconds += nanoseconds * 1e-9
             line.barriers += barriers
             line.cost += cost
-            line.least_seconds += self.limits.seconds(cost)
+            line.least_seconds += self.limits.seconds(cost, arithmetic)
 
     def describe(self) -> str:
         """Tables of both kinds of steps, as plain text."""
+        rates = [f"{rate / 1e9:.0f} in {name}" for name, rate in self.limits.operations_per_second.items()]
         text = [
             f"limits measured here: read {self.limits.bytes_per_second / 1e9:.1f} GB/s, "
-            f"multiply-add {self.limits.operations_per_second / 1e9:.0f} GFLOP/s"
+            f"multiply-add {', '.join(rates)}, in GFLOP/s"
         ]
         for title, steps in (("decode steps", self.decode), ("prompt steps", self.other)):
             if steps.count:

@@ -18,7 +18,9 @@ from tests.model.tiny import make_tiny
 @pytest.fixture
 def profile(tmp_path: Path) -> Profile:
     program = record(read_spec(make_tiny("gemma3", tmp_path)))
-    return Profile(program, Limits(1e9, 1e10), lambda w: 4 * math.prod(w.shape), 4)
+    return Profile(
+        program, Limits(1e9, {"float32": 1e10}), lambda w: 4 * math.prod(w.shape), 4, ["float32"] * len(program.nodes)
+    )
 
 
 def test_layers_and_steps_are_summed_and_kinds_kept_apart(profile: Profile) -> None:
@@ -37,9 +39,10 @@ def test_layers_and_steps_are_summed_and_kinds_kept_apart(profile: Profile) -> N
 
 
 def test_the_limit_is_the_roofline() -> None:
-    limits = Limits(bytes_per_second=100.0, operations_per_second=1000.0)
-    assert limits.seconds(Cost(moved=200, operations=10)) == 2.0
-    assert limits.seconds(Cost(moved=200, operations=5000)) == 5.0
+    limits = Limits(bytes_per_second=100.0, operations_per_second={"float32": 1000.0, "int8": 4000.0})
+    assert limits.seconds(Cost(moved=200, operations=10), "float32") == 2.0
+    assert limits.seconds(Cost(moved=200, operations=5000), "float32") == 5.0
+    assert limits.seconds(Cost(moved=200, operations=16000), "int8") == 4.0
 
 
 @pytest.mark.parametrize(("window", "read"), [(0, 20), (4, 13), (100, 20)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from octavo.errors import ConfigError, EngineError, MemoryPlanError, UnsupportedError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY = "liboctavo.dylib" if sys.platform == "darwin" else "liboctavo.so"  # as build.py names it
 REBUILD = "rebuild it with `python -m octavo.runtime.native.build`, or reinstall the package"
 LEVELS = ("auto", "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
@@ -113,7 +113,7 @@ _SIGNATURES = {
     "octavo_allocate_kv": (c_int32, [c_void_p, c_int64, c_int64, c_int32]),
     "octavo_copy_blocks": (c_int32, [c_void_p, c_void_p, c_int64]),
     "octavo_step": (c_int32, [c_void_p, POINTER(StepTable)]),
-    "octavo_probe": (c_int32, [c_void_p, POINTER(c_double), POINTER(c_double)]),
+    "octavo_probe": (c_int32, [c_void_p, POINTER(c_double)]),
     "octavo_logits": (c_void_p, [c_void_p]),
     "octavo_states": (c_void_p, [c_void_p]),
 }

@@ -20,16 +20,11 @@ from octavo.program.ops import Linear, Weight
 from octavo.program.program import Program
 from octavo.runtime.base import Tensor, WeightSource
 from octavo.runtime.native import codes
-from octavo.runtime.native.library import check, load_library
+from octavo.runtime.native.library import check
 from octavo.runtime.reference.tensors import stack, to_float32
 
 _BFLOAT16 = "BF16"  # the store of floats
 _INT8 = "INT8"
-
-
-def kept_bytes(program: Program, source: WeightSource, dtype: str) -> dict[tuple[str, ...], int]:
-    """Resident bytes of each weight, by its parts; no tensor is read."""
-    return Packer(load_library(), program, source, dtype).bytes()
 
 
 class Packer:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import StepError, UnsupportedError
-from octavo.program.ops import Experts, Linear, Rows, Sizes
+from octavo.program.ops import AnyOp, Attention, Experts, Linear, Rows, Sizes
 from octavo.program.profile import Limits, Profile
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Runtime, SamplerOutput, SamplingInputs, StepInputs, WeightSource
@@ -20,6 +20,7 @@ from octavo.runtime.native.packing import Packer
 from octavo.runtime.native.table import Tables, build_tables
 
 _FLOAT_BYTES = 4
+_ARITHMETICS = ("float32", "bfloat16", "int8")  # whose limits are measured
 _ROUNDED_ROWS = 16  # rows whose inputs a Linear lays out together (kRoundedRows there)
 _SLOTS_OF_PIECE = 16  # slots of the KV cache that lie together (kGroup in native/kernels.h)
 
@@ -69,7 +70,7 @@ class NativeRuntime(Runtime):
         self._inputs: StepInputs | None = None
         self._filled: tuple[StepInputs, SamplingInputs, SamplerOutput] | None = None  # what the step table is made of
         self._weight_bytes: dict[tuple[str, ...], int] = {}
-        self._kv_dtype = "float32"
+        self._dtype = self._kv_dtype = "float32"
         self._profile: Profile | None = None
 
     def load(
@@ -88,7 +89,7 @@ class NativeRuntime(Runtime):
         ids = packer.pack(self._handle())
         self._tables = build_tables(program, ids, (max_num_tokens, max_num_logits, max_num_requests))
         self._call(self._library.octavo_set_program, ctypes.byref(self._tables.program))
-        self._program, self._weight_bytes = program, packer.bytes()
+        self._program, self._weight_bytes, self._dtype = program, packer.bytes(), dtype
         return f"native ({self.level}, {self.num_threads} threads, {dtype})"
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
@@ -180,12 +181,21 @@ class NativeRuntime(Runtime):
         """Measures the machine's limits (half a second), then times every node of each step until stop_profile()."""
         if self._program is None:
             raise StepError("start_profile() before load()")
-        reads, operations = ctypes.c_double(), ctypes.c_double()
-        self._call(self._library.octavo_probe, ctypes.byref(reads), ctypes.byref(operations))
+        rates = (ctypes.c_double * (1 + len(_ARITHMETICS)))()
+        self._call(self._library.octavo_probe, rates)
         block_bytes = self.kv_bytes_per_block(self._program, _SLOTS_OF_PIECE, self._kv_dtype)
         kv_bytes = block_bytes / max(1, self._program.kv_elements_per_block(_SLOTS_OF_PIECE))
-        limits = Limits(reads.value, operations.value)
-        self._profile = Profile(self._program, limits, lambda w: self._weight_bytes[w.parts], kv_bytes)
+        limits = Limits(rates[0], dict(zip(_ARITHMETICS, rates[1:], strict=True)))
+        kinds = [self._arithmetic(node) for node in self._program.nodes]
+        self._profile = Profile(self._program, limits, lambda w: self._weight_bytes[w.parts], kv_bytes, kinds)
+
+    def _arithmetic(self, node: AnyOp) -> str:
+        """What a node's multiply-adds are of."""
+        if isinstance(node, Attention):
+            return "float32" if self._kv_dtype == "float32" else "bfloat16"
+        if not isinstance(node, Linear | Experts) or node.weights[0].is_exact:
+            return "float32"
+        return {"quantized": "bfloat16"}.get(self._dtype, self._dtype)
 
     def stop_profile(self) -> Profile:
         """What was measured since start_profile(). Steps pay nothing from here on."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
-from octavo.program.ops import AnyOp, Buffer, Rope, RopeKVWrite, Rows, Weight
+from octavo.program.ops import AnyOp, Rope, RopeKVWrite, Rows, Weight
 from octavo.program.program import Program
 from octavo.runtime.base import Float32
 from octavo.runtime.native import library as lib
@@ -35,13 +36,11 @@ def build_tables(program: Program, weight_ids: dict[tuple[str, ...], int], limit
     """Turns nodes, buffers and RoPE factors into tables; ids are positions in their lists. `limits`: most tokens,
     logits and requests of a step, which buffers are made for."""
     buffer_ids = {b: i for i, b in enumerate(program.buffers)}
-    rope_ids: dict[Rope, int] = {}
-    for node in program.nodes:
-        if isinstance(node, RopeKVWrite) and node.rope is not None:
-            rope_ids.setdefault(node.rope, len(rope_ids))
+    used = [node.rope for node in program.nodes if isinstance(node, RopeKVWrite) and node.rope is not None]
+    rope_ids = {rope: i for i, rope in enumerate(dict.fromkeys(used))}
     ropes = [rope_arrays(rope, program.max_model_len) for rope in rope_ids]
-    translator = _Translator(buffer_ids, weight_ids, rope_ids)
-    nodes = [translator.node(node) for node in program.nodes]
+    ids: dict[Any, int] = {None: _ABSENT, **lib.WORD_CODES, **weight_ids, **buffer_ids, **rope_ids}
+    nodes = [_node(node, ids) for node in program.nodes]
     plan = program.plan_buffers()
     buffers = [
         lib.BufferEntry(slot=slot, logits_rows=int(b.rows is Rows.LOGITS), width=b.width)
@@ -77,32 +76,12 @@ def rope_arrays(rope: Rope, max_positions: int) -> tuple[Float32, Float32]:
     return np.cos(angles) * scale, np.sin(angles) * scale
 
 
-@dataclass(slots=True)
-class _Translator:
-    """Names to ids, for one program."""
-
-    buffers: dict[Buffer, int]
-    weights: dict[tuple[str, ...], int]
-    ropes: dict[Rope, int]
-
-    def node(self, op: AnyOp) -> lib.Node:
-        """The op as the library has it: each field under its own name, or the one that ops share."""
-        values: dict[str, float] = {**dict.fromkeys(_POINTERS, _ABSENT), "scale": 1.0}
-        for f in fields(op):
-            if f.name != "label":
-                values[_NODE_FIELD.get(f.name, f.name)] = self._number(getattr(op, f.name))
-        return lib.Node(op=lib.OP_CODES[type(op).__name__], **values)
-
-    def _number(self, value: Buffer | Weight | Rope | str | float | None) -> float:
-        match value:
-            case None:
-                return _ABSENT
-            case Buffer():
-                return self.buffers[value]
-            case Weight():
-                return self.weights[value.parts]
-            case Rope():
-                return self.ropes[value]
-            case str():
-                return lib.WORD_CODES[value]
-        return value
+def _node(op: AnyOp, ids: dict[Any, int]) -> lib.Node:
+    """The op as the library has it: each field under its own name, or the one that ops share."""
+    values: dict[str, Any] = {**dict.fromkeys(_POINTERS, _ABSENT), "scale": 1.0}
+    for f in fields(op):
+        if f.name != "label":
+            value = getattr(op, f.name)
+            named = value.parts if isinstance(value, Weight) else value
+            values[_NODE_FIELD.get(f.name, f.name)] = ids.get(named, named)  # numbers are themselves
+    return lib.Node(op=lib.OP_CODES[type(op).__name__], **values)
