@@ -6,31 +6,21 @@ offsets count from the end of the header. Source: the format's specification in 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta
 
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.runtime.base import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
-Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # BF16 as bit patterns
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-class _Entry(msgspec.Struct):
-    """One entry as the file has it."""
-
-    dtype: str
-    shape: Annotated[list[Count], Meta(max_length=8)]
-    data_offsets: tuple[Count, Count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +69,25 @@ class SafetensorsFile:
 
     def _parse(self, raw: bytes, data_start: int, size: int) -> dict[str, StoredTensor]:
         try:
-            header = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            header = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise self._corrupt(f"the header is no JSON object ({error})") from None
+            raise self._corrupt(f"the header is not valid JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise self._corrupt("the header is not a JSON object")
         header.pop("__metadata__", None)
         return {name: self._entry(name, value, data_start, size) for name, value in header.items()}
 
-    def _entry(self, name: str, value: msgspec.Raw, data_start: int, size: int) -> StoredTensor:
-        try:
-            entry = msgspec.json.decode(value, type=_Entry)
-        except ValueError as error:
-            raise self._corrupt(f"tensor {name[:200]!r}: {error}") from None
-        dtype, shape, (begin, end) = entry.dtype, entry.shape, entry.data_offsets
+    def _entry(self, name: str, value: Any, data_start: int, size: int) -> StoredTensor:
+        if not isinstance(value, dict):
+            raise self._corrupt(f"the entry of tensor {name[:200]!r} is not an object")
+        dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+        if not isinstance(dtype, str):
+            raise self._corrupt(f"tensor {name!r} has no dtype")
+        if not isinstance(shape, list) or not all(map(_is_count, shape)) or len(shape) > 8:
+            raise self._corrupt(f"tensor {name!r} has shape {shape!r:.80}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+            raise self._corrupt(f"tensor {name!r} has data_offsets {offsets!r:.80}")
+        begin, end = offsets
         if not begin <= end <= size - data_start:
             raise self._corrupt(
                 f"tensor {name!r} lies at bytes {begin} to {end}, but the file holds {size - data_start} bytes of data"
@@ -102,3 +99,7 @@ class SafetensorsFile:
 
     def _corrupt(self, reason: str) -> ModelFileError:
         return ModelFileError(f"{self.path} is truncated or corrupt: {reason}; fetch it again")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62

@@ -19,6 +19,7 @@ llm = LLM(sys.argv[1], load_format="dummy", skip_tokenizer_init=True, runtime="r
 params = SamplingParams(max_tokens=20, ignore_eos=True)
 outputs = llm.generate(None, params, [[5] * 25, [7] * 25, [9] * 25], use_tqdm=False)
 assert [len(output.outputs[0].token_ids) for output in outputs] == [20, 20, 20]
+import octavo.models.safetensors_weights  # what a checkpoint is read with
 print("preempted", int(llm.core.log.total("num_preempted")))
 """
 
