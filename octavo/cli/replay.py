@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from octavo.cli.simulate import progress, say_figures
+from octavo.cli.simulate import say_figures
 from octavo.cli.sizes import parse_size
-from octavo.cli.terminal import say, say_error, say_table
+from octavo.cli.terminal import progress, say, say_error, say_table
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 
@@ -46,7 +46,7 @@ def replay(
     from octavo.simulate.replay import Replay
 
     run = Replay(file)
-    with progress(1.0, "Replaying") as tell:
+    with progress("Replaying") as tell:
         divergence = run.run(until=until, tell=tell)
     if divergence is not None:
         _say_divergence(divergence)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
@@ -13,7 +11,7 @@ from typer import Option
 
 from octavo.cli.files import write_json
 from octavo.cli.flags import engine_flags, flag_name
-from octavo.cli.terminal import console, say, say_table
+from octavo.cli.terminal import progress, say, say_table
 from octavo.config import EngineConfig, SchedulingPolicy
 from octavo.errors import ConfigError
 from octavo.simulate.trace import Arrival, Workload, clipped, read_trace
@@ -112,7 +110,7 @@ def simulate(
     arrivals = _arrivals(trace, machine, config)
     policies = get_args(SchedulingPolicy) if compare else (config.scheduling_policy,)
     outcomes = {}
-    with progress(len(arrivals) * len(policies), "Simulating") as tell:
+    with progress("Simulating", len(arrivals) * len(policies)) as tell:
         for place, policy in enumerate(policies):
             outcomes[policy] = run(
                 arrivals,
@@ -183,12 +181,12 @@ def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, num_runs: 
         core, timed, measured = llm.core, [], []
         arrivals: list[Arrival] = []
         for number in range(num_runs + 1):
-            with progress(1.0, "Calibrating") as tell:
+            with progress("Calibrating") as tell:
                 timed += timed_steps(core, seconds=CALIBRATION_SECONDS / (num_runs + 1), tell=tell)
             costs = Costs.of(config.model, core, timed)
             if number < num_runs:
                 arrivals = arrivals or _arrivals(trace, costs.machine(config), config)
-                with progress(len(arrivals), f"Running {number + 1}/{num_runs}") as tell:
+                with progress(f"Running {number + 1}/{num_runs}", len(arrivals)) as tell:
                     measured.append(run_real(arrivals, core, salt=f"run {number}", tell=tell))
     costs.write(path)
     _say_costs(costs, path)
@@ -254,22 +252,3 @@ def say_figures(outcomes: dict[str, Outcome], config: EngineConfig) -> None:
     for name in next(iter(figures.values())):
         digits = 3 if name == "Jain fairness" else 0 if name in ("preemptions", "refused") else 2
         typer.echo(f"{name:24}" + "".join(f"{values[name]:12,.{digits}f}" for values in figures.values()))
-
-
-@contextmanager
-def progress(total: float, name: str) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal; it is told how far things are."""
-    from tqdm.auto import tqdm
-
-    with tqdm(
-        total=total,
-        desc=name,
-        disable=not console().is_terminal,
-        leave=False,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining}",
-    ) as bar:
-
-        def tell(done: float) -> None:
-            bar.update(done - bar.n)
-
-        yield tell

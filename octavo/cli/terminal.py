@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,17 @@ def say_table(title: str, rows: list[tuple[str, str]]) -> None:
     console().print(Text(title, "bold"))
     for name, value in rows:
         console().print(Text.assemble("  ", (f"{name:<{width}}", "dim"), "  ", value))
+
+
+@contextlib.contextmanager
+def progress(title: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, which is told how much is done; nothing elsewhere."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def size_text(num_bytes: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from octavo.cli.bench.results import save
 from octavo.cli.client import Server
 from octavo.cli.flags import grouped_flags
 from octavo.cli.talk import served_model
-from octavo.cli.terminal import console, say
+from octavo.cli.terminal import progress, say
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -221,8 +222,6 @@ def serve(server: ServerFlags, prompts: PromptFlags, load: LoadFlags, result: Re
 async def _measure(
     server: ServerFlags, prompts: PromptFlags, load: LoadFlags, result: ResultFlags
 ) -> tuple[Target, list[Outcome], Report]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     target = await server.target()
     tokenizer = load_tokenizer_of(server.tokenizer or target.model)
     made = prompts.dataset().prompts(tokenizer, tokenizer.vocab_size)
@@ -230,11 +229,10 @@ async def _measure(
     jobs = [to_job(p, target.kind, tokenizer, at) for p, at in zip(made, times, strict=True)]
     say(f"{len(jobs)} requests to {target.server.url}{target.endpoint} ({target.model})")
     await check(target, Job(jobs[0].prompt, jobs[0].prompt_tokens, jobs[0].output_len, 0.0))
-    columns = (TextColumn("Requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
-        task = progress.add_task("", total=len(jobs))
+    num_done = itertools.count(1)
+    with progress("Requests", len(jobs)) as tell:
         outcomes, duration = await run_load(
-            target, jobs, max_concurrency=load.max_concurrency, on_done=lambda _: progress.advance(task)
+            target, jobs, max_concurrency=load.max_concurrency, on_done=lambda _: tell(next(num_done))
         )
     run = report(outcomes, duration, percentiles=result.percentiles(), goodput=result.objectives())
     return target, outcomes, run
