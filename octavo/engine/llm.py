@@ -6,6 +6,7 @@ The same frontend and engine core as the server's; messages are handed over unen
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -44,7 +45,8 @@ TextAndIds = tuple[str | None, list[int]]
 class LLM:
     """A model, loaded, that answers batches of prompts.
 
-    Keyword arguments are the fields of `EngineConfig` (dtype, max_model_len, max_num_seqs, ...).
+    Keyword arguments are the fields of `EngineConfig` (dtype, max_model_len, max_num_seqs, ...). Calls from several
+    threads are answered one after the other: one call with many prompts is faster.
 
     Raises ConfigError, ModelError or MemoryPlanError when it cannot be built; each says what to do next.
     """
@@ -64,6 +66,7 @@ class LLM:
             self._text.tokenizer, self.core.info.spec, config, max_model_len=self.core.info.spec.max_model_len
         )
         self._numbers = itertools.count()  # of requests, as vLLM's
+        self._turn = threading.Lock()
 
     def generate(
         self,
@@ -190,12 +193,10 @@ class LLM:
         return scores
 
     def _beam(self, output: RequestOutput, answer: CompletionOutput) -> BeamSearchSequence:
-        tokens = output.prompt_token_ids + answer.token_ids
-        text = self._text.tokenizer.decode(tokens) if self._text.tokenizer is not None else None
-        logprob = answer.cumulative_logprob or 0.0
-        return BeamSearchSequence(
-            tokens, answer.logprobs or [], logprob, text, answer.finish_reason, answer.stop_reason
-        )
+        ids = output.prompt_token_ids + answer.token_ids
+        text = self._text.tokenizer.decode(ids) if self._text.tokenizer is not None else None
+        told, logprob = answer.logprobs or [], answer.cumulative_logprob or 0.0
+        return BeamSearchSequence(ids, told, logprob, text, answer.finish_reason, answer.stop_reason)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends; plain defaults where it has none."""
@@ -258,22 +259,23 @@ class LLM:
     ) -> list[RequestOutput]:
         groups: list[Group] = []
         requests = []
-        try:
-            for (text, ids), p, priority in zip(tokenized, params, priorities or [0] * len(params), strict=True):
-                wanted = replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
-                grammar = compile_here(p.structured_outputs) if p.structured_outputs else None
-                number = str(next(self._numbers))
-                group, added = self._frontend.add(
-                    number, text, ids, wanted, priority=priority, grammar=grammar, pooling=pooling
-                )
-                groups.append(group)
-                requests.extend(added)
-            for request in requests:
-                self.core.handle(request)
-            return self._collect(groups, use_tqdm)
-        except BaseException:  # Ctrl-C too: what was started must not run on in the next call
-            self._abandon(groups)
-            raise
+        with self._turn:
+            try:
+                for (text, ids), p, priority in zip(tokenized, params, priorities or [0] * len(params), strict=True):
+                    wanted = replace(p, output_kind=RequestOutputKind.FINAL_ONLY)
+                    grammar = compile_here(p.structured_outputs) if p.structured_outputs else None
+                    number = str(next(self._numbers))
+                    group, added = self._frontend.add(
+                        number, text, ids, wanted, priority=priority, grammar=grammar, pooling=pooling
+                    )
+                    groups.append(group)
+                    requests.extend(added)
+                for request in requests:
+                    self.core.handle(request)
+                return self._collect(groups, use_tqdm)
+            except BaseException:  # Ctrl-C too: what was started must not run on in the next call
+                self._abandon(groups)
+                raise
 
     def _collect(self, groups: list[Group], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
@@ -331,10 +333,8 @@ class _Progress:
     def tokens(self, count: int) -> None:
         self._out += count
         if self._bar is not None and count:
-            elapsed = self._bar.format_dict["elapsed"] or 1e-9
-            self._bar.set_postfix_str(
-                f"in {self._in / elapsed:.0f}, out {self._out / elapsed:.0f} tok/s", refresh=False
-            )
+            past = self._bar.format_dict["elapsed"] or 1e-9
+            self._bar.set_postfix_str(f"in {self._in / past:.0f}, out {self._out / past:.0f} tok/s", refresh=False)
             self._bar.update(0)
 
     def finished(self, output: RequestOutput) -> None:
@@ -350,7 +350,7 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt] | None, ids: Any) -> list[Pr
         many = bool(ids) and not isinstance(ids[0], int)
         return [{"prompt_token_ids": list(p)} for p in (ids if many else [ids])]
     assert prompts is not None
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [{"prompt_token_ids": list(prompts)}]

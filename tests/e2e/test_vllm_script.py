@@ -1,5 +1,6 @@
 """A script written for vLLM's offline LLM runs after its import is changed, and gives what it would expect there."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -136,6 +137,7 @@ def test_what_is_wrong_is_refused_and_harms_no_later_call(ran):
         lambda: llm.generate(["a", "b"], [greedy]),
         lambda: llm.generate([[1, 10**6]], greedy),
         lambda: llm.generate("x" * 10**6, greedy),
+        lambda: llm.generate(5, greedy),
         lambda: llm.generate("lone \ud800", greedy),
         lambda: llm.chat([{"role": "user", "content": "fine"}, "oops"], greedy),
         lambda: llm.chat([{"role": "user", "content": [{"type": "image_url"}]}], greedy),
@@ -149,6 +151,14 @@ def test_what_is_wrong_is_refused_and_harms_no_later_call(ran):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert texts(llm.generate(ran["prompts"], greedy, use_tqdm=False)) == before
+
+
+def test_calls_from_several_threads_take_turns(ran):
+    """In one step at once they would write to the same buffers."""
+    ask = partial(ran["llm"].generate, sampling_params=ran["greedy"], use_tqdm=False)
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(ask, ran["prompts"]))
+    assert [texts(answer) for answer in answers] == [[text] for text in texts(ran["outputs"])]
 
 
 def _raises(**_):
