@@ -91,6 +91,9 @@ class Gate:
         if kind != "application/json":
             message = f"Content-Type is {kind[:80] or 'missing'}: send JSON with 'Content-Type: application/json'"
             return Failure(400, message, code="invalid_content_type")
+        if (packed := headers.get("content-encoding", "identity")) != "identity":
+            message = f"Content-Encoding is {packed[:80]}: send the JSON as it is"
+            return Failure(400, message, code="invalid_content_type")
         return key.admit()
 
 

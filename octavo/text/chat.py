@@ -187,7 +187,7 @@ def _bounded(value: Any) -> Any:
     """What a concatenation, a filter, a sum or a call gave, unless it is too large."""
     size = value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, _SIZED) else 0
     if size > MAX_SIZE:
-        raise TemplateLimitError(f"it made a value larger than {MAX_SIZE}")
+        raise TemplateLimitError(f"it made a value larger than {MAX_SIZE} characters: shorten the messages")
     return value
 
 

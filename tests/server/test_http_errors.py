@@ -56,6 +56,8 @@ def test_other_content_types_are_told_the_right_one(shared: Server) -> None:
     answer = shared.http.post("/v1/completions", data={"prompt": "a"})
     assert answer.status_code == 400
     assert "application/json" in error_of(answer)["message"]
+    packed = shared.http.post("/v1/completions", content=b"", headers={**JSON, "content-encoding": "gzip"})
+    assert (packed.status_code, error_of(packed)["code"]) == (400, "invalid_content_type")
 
 
 def test_an_endless_head_is_not_read(shared: Server) -> None:
