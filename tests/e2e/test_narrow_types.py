@@ -1,4 +1,4 @@
-"""What a narrow KV cache does to the default model's logits, against a float32 cache, on the same float32 weights."""
+"""What narrow weights, and a narrow KV cache, do to the default model's logits, against float32 throughout."""
 
 from __future__ import annotations
 
@@ -25,34 +25,41 @@ hand of me, that it requires a strong moral principle to prevent me from deliber
 methodically knocking people's hats off - then, I account it high time to get to sea as soon as I can."""
 
 
+CASES = {  # (weights, KV): KL divergence in nats, mean and worst; share of positions with the same likeliest token
+    ("float32", "bfloat16"): (2e-4, 2e-3, 0.98),
+    ("float32", "int8"): (2e-3, 2e-2, 0.95),
+    ("bfloat16", "float32"): (4e-4, 4e-3, 0.97),
+    ("quantized", "float32"): (4e-4, 4e-3, 0.97),
+    ("int8", "float32"): (1e-2, 0.2, 0.92),  # the default of a GGUF file
+}
+
+
 @pytest.fixture(scope="module")
-def logits() -> dict[str, Float32]:
-    """Log probabilities of every position of TEXT, for each KV type."""
+def logits() -> dict[tuple[str, str], Float32]:
+    """Log probabilities of every position of TEXT, for each type of weights and KV."""
     files = resolve_model("smollm2")
     spec = read_spec(files, max_model_len=512)
     program, weights = record(spec), open_weights(files, spec)
     ids = load_tokenizer(files).encode(TEXT)
     found = {}
-    for kv in ("float32", "bfloat16", "int8"):
+    for dtype in ("float32", "bfloat16", "quantized", "int8"):
         runtime = NativeRuntime(2)
-        runtime.load(program, weights, dtype="float32", max_num_tokens=512, max_num_logits=len(ids), max_num_requests=1)
-        runtime.allocate_kv(32, 16, kv)
-        runtime.execute(one_request(ids, first_logits=0))
-        runtime.sample(SamplingInputs.greedy(len(ids)))
-        raw = runtime.logits().astype(np.float64)
-        raw -= raw.max(axis=1, keepdims=True)
-        found[kv] = raw - np.log(np.exp(raw).sum(axis=1, keepdims=True))
+        runtime.load(program, weights, dtype=dtype, max_num_tokens=512, max_num_logits=len(ids), max_num_requests=1)
+        for kv in ("float32", "bfloat16", "int8") if dtype == "float32" else ("float32",):
+            runtime.allocate_kv(32, 16, kv)
+            runtime.execute(one_request(ids, first_logits=0))
+            runtime.sample(SamplingInputs.greedy(len(ids)))
+            raw = runtime.logits().astype(np.float64)
+            raw -= raw.max(axis=1, keepdims=True)
+            found[dtype, kv] = raw - np.log(np.exp(raw).sum(axis=1, keepdims=True))
         runtime.close()
     return found
 
 
-@pytest.mark.parametrize(
-    ("kv", "mean", "worst", "agreement"), [("bfloat16", 2e-4, 2e-3, 0.98), ("int8", 2e-3, 2e-2, 0.95)]
-)
-def test_narrow_kv_stays_within_its_bounds(
-    logits: dict[str, Float32], kv: str, mean: float, worst: float, agreement: float
-) -> None:
-    exact, found = logits["float32"], logits[kv]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_narrow_types_stay_within_their_bounds(logits: dict[tuple[str, str], Float32], case: tuple[str, str]) -> None:
+    mean, worst, agreement = CASES[case]
+    exact, found = logits["float32", "float32"], logits[case]
     divergence = (np.exp(exact) * (exact - found)).sum(axis=1)  # [positions], nats
     assert 0 < divergence.mean() < mean
     assert divergence.max() < worst
