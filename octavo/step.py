@@ -84,6 +84,7 @@ class ModelRunnerOutput(Struct, gc=False):
     token_ids: list[list[int]]  # new tokens per scheduled row; [] in mid-prefill
     logprobs: list[list[TokenLogprobs] | None]  # one entry per new token where asked for
     foreign_seconds: float = 0.0  # of the step, inside compiled code
+    num_foreign_calls: int = 0  # into it
     # by row: of the tokens behind the prompt positions that this step computed, where asked for
     prompt_logprobs: dict[int, list[TokenLogprobs]] = struct_field(default_factory=dict)
     vectors: dict[int, bytes] = struct_field(default_factory=dict)  # by row, of prompts that are embedded: float32

@@ -136,7 +136,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """True while step() has something to do or to publish."""
-        return bool(self._pending or self._held or self._is_busy)
+        return bool(self._pending or self._held) or self._is_busy
 
     def handle(self, message: ToEngine) -> None:
         """Takes one message from the front; it acts at the next step."""
@@ -162,18 +162,18 @@ class EngineCore:
                 since, held = self._held.popleft()
                 waited = self._clock() - since
                 self._let_in(replace(held, timeout=None if held.timeout is None else max(0.0, held.timeout - waited)))
-        for message, error in self._rules.opened() if self._rules.is_opening else ():
+        for message, error in self._rules.opened() if self._rules.opening else ():
             if error is None:
                 self._add(message)
             else:
                 self._pending.append(_failed(message.request_id, str(error), type(error).__name__))
-        if self.scheduler.door.has_deadlines:
+        if self.scheduler.door.deadlines:
             self._pending.extend(self.scheduler.expire())
         launched = len(self._in_flight) < self._depth and self._launch()
         records: list[StepRecord] = []
         if self._in_flight and (len(self._in_flight) == self._depth or not launched):
             records += self._finish_oldest()
-        if not (records or launched or self._pending) and self._rules.is_opening:
+        if not (records or launched or self._pending) and self._rules.opening:
             time.sleep(OPENING_SECONDS)  # nothing else to do
         deltas, self._pending = self._pending, []
         if self._rules.live:
@@ -188,7 +188,7 @@ class EngineCore:
 
     @property
     def _is_busy(self) -> bool:
-        return bool(self._in_flight or self._rules.is_opening or self.scheduler.has_unfinished)
+        return bool(self._in_flight or self._rules.opening or self.scheduler.has_unfinished)
 
     def _let_in(self, message: AddRequest) -> None:
         """Begins a request. A beam search that ran when an engine died is followed by nobody until it has ended: it
@@ -262,15 +262,13 @@ class EngineCore:
         if not output.scheduled:
             return False
         self.scheduler.fill(record, output)
-        if self.announce and (alone := self._alone(output)):
+        if self.announce and (self._secluded or self.scheduler.suspects) and (alone := self._alone(output)):
             self.announce(StepOutputs([RequestDelta(alone, alone=True)], []))
         scheduled_at = self._clock()
         record.schedule_seconds = scheduled_at - record.time
-        calls = self._executor.num_foreign_calls
         self._executor.execute(output)
         result = self._executor.sample(self._rules.masks(output) if self._rules.live else None)
         record.launch_seconds = record.execute_seconds = self._clock() - scheduled_at
-        record.num_foreign_calls = self._executor.num_foreign_calls - calls
         self._in_flight.append(_InFlight(output, record, result))
         return True
 
@@ -291,11 +289,12 @@ class EngineCore:
             return self._fail_all(oldest, f"{type(error).__name__}: {error}")
         done_at = self._clock()
         record.execute_seconds += done_at - waiting_since
-        record.foreign_seconds = result.foreign_seconds
+        record.foreign_seconds, record.num_foreign_calls = result.foreign_seconds, result.num_foreign_calls
         deltas = self.scheduler.update(oldest.output, result)
         record.num_sampled = sum(map(len, result.token_ids))
         for delta in deltas:
-            record.num_finished += delta.finish_reason is not None
+            if delta.finish_reason is not None:
+                record.num_finished += 1
         if self.copies is not None:
             self._follow_costs(self.copies, StepWork.of(record), done_at - max(record.time, self._done_at))
         self._done_at = done_at

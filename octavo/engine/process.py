@@ -42,13 +42,15 @@ def main(fd: int) -> int:
     channel.send(core.ready())
     for message in first[1:]:
         core.handle(message)
+    is_working = core.has_work
     while not channel.closed:
-        for message in channel.receive(wait=not core.has_work):
+        for message in channel.receive(wait=not is_working):
             if isinstance(message, Shutdown):
                 core.close()
                 return 0
             core.handle(message)
-        if core.has_work:
+        is_working = core.has_work
+        if is_working:
             channel.publish(core.step())
     core.close()
     return 0

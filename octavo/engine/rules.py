@@ -123,25 +123,20 @@ class RuleBook:
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
         self.live: dict[str, Rules] = {}  # by request id
-        self._opening: dict[str, tuple[AddRequest, Future[Rules]]] = {}
+        self.opening: dict[str, tuple[AddRequest, Future[Rules]]] = {}  # whose rules are being made
         self._failed: list[tuple[str, Exception]] = []
-
-    @property
-    def is_opening(self) -> bool:
-        """True while rules are being made."""
-        return bool(self._opening)
 
     def open(self, message: AddRequest) -> None:
         """Begins to make the rules of a request; `opened` hands it back."""
         self._thread = self._thread or ThreadPoolExecutor(1, "rules")
-        self._opening[message.request_id] = (message, self._thread.submit(self._make, message))
+        self.opening[message.request_id] = (message, self._thread.submit(self._make, message))
 
     def opened(self) -> Iterator[tuple[AddRequest, Exception | None]]:
         """Requests whose rules are made since the last call, or why they could not be: InvalidValueError where it is
         the request's fault."""
-        for request_id, (message, future) in list(self._opening.items()):
+        for request_id, (message, future) in list(self.opening.items()):
             if future.done():
-                del self._opening[request_id]
+                del self.opening[request_id]
                 try:
                     self.live[request_id] = future.result()
                 except Exception as error:  # of this request, and of no other
@@ -152,7 +147,7 @@ class RuleBook:
     def forget(self, request_id: str) -> bool:
         """A Request has ended; True if its rules were still being made."""
         self.live.pop(request_id, None)
-        return self._opening.pop(request_id, None) is not None
+        return self.opening.pop(request_id, None) is not None
 
     def masks(self, output: SchedulerOutput) -> dict[int, Mask]:
         """By row, what the sampling Requests of a step may choose; those without rules are not in it."""

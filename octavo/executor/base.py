@@ -32,11 +32,6 @@ class Executor(Protocol):
         what some rows may choose."""
         ...
 
-    @property
-    def num_foreign_calls(self) -> int:
-        """Calls into compiled code so far."""
-        ...
-
     def close(self) -> None:
         """Ends the workers."""
         ...

@@ -25,7 +25,7 @@ class LocalExecutor:
             self._failure = self._failed.failure  # it would compute from what that step did not leave
             return
         try:
-            self.worker.execute(output)
+            self.worker.runner.execute(output)
         except Exception as error:  # the step's failure, wherever it happens, is reported by its result
             self._failure = error
 
@@ -33,15 +33,11 @@ class LocalExecutor:
         failure, self._failure = self._failure, None
         if failure is None:
             try:
-                return self.worker.sample(masks)
+                return self.worker.runner.sample(masks)
             except Exception as error:
                 failure = error
         self._failed = _Failed(failure)
         return self._failed
-
-    @property
-    def num_foreign_calls(self) -> int:
-        return self.worker.num_foreign_calls
 
     def close(self) -> None:
         self.worker.close()

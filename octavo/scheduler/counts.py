@@ -74,14 +74,18 @@ class Counts(_Counted):
         record.num_running = len(output.scheduled)
         record.num_tokens = output.num_tokens
         pool, host = kv.pool, kv.host
-        record.num_saved_blocks, record.num_loaded_blocks = host.num_saved, host.num_loaded
-        host.num_saved = host.num_loaded = 0
-        record.host_usage = len(host) / host.num_blocks if host.num_blocks else 0.0
-        record.num_copied_blocks = len(output.copy_blocks) - record.num_saved_blocks - record.num_loaded_blocks
+        if host.num_blocks:
+            record.num_saved_blocks, record.num_loaded_blocks = host.num_saved, host.num_loaded
+            host.num_saved = host.num_loaded = 0
+            record.host_usage = len(host) / host.num_blocks
+        if output.copy_blocks:
+            record.num_copied_blocks = len(output.copy_blocks) - record.num_saved_blocks - record.num_loaded_blocks
+        num_idle_slots = 0
         for request in running:
-            record.num_idle_slots += request.num_slots - request.num_computed_tokens
+            num_idle_slots += request.num_slots - request.num_computed_tokens
+        record.num_idle_slots = num_idle_slots
         record.num_evicted_blocks = pool.num_evictions - self._evictions_told
         self._evictions_told = pool.num_evictions
-        free, cached = pool.num_free, pool.num_cached
-        record.num_free_blocks, record.num_cached_blocks = free, cached
-        record.num_used_blocks = pool.num_blocks - free - cached
+        record.num_free_blocks = free = pool.num_free
+        record.num_cached_blocks = pool.num_available - free
+        record.num_used_blocks = pool.num_blocks - pool.num_available

@@ -23,13 +23,8 @@ class Door:
         self._max_num_tokens = max_num_tokens
         self._num_tokens = 0  # prompt tokens of those never admitted yet
         self._admissions: deque[float] = deque(maxlen=RECENT)
-        self._deadlines: list[tuple[float, str]] = []  # a heap; what has ended leaves lazily
+        self.deadlines: list[tuple[float, str]] = []  # a heap; what has ended leaves lazily
         self._deadline_of: dict[str, float] = {}  # of what has not
-
-    @property
-    def has_deadlines(self) -> bool:
-        """Whether anybody has one."""
-        return bool(self._deadlines)
 
     def enter(self, request: Request, num_waiting: int, now: float) -> None:
         """Lets a Request in. Raises QueueFullError, with the predicted wait, when the queue is full."""
@@ -38,7 +33,7 @@ class Door:
         self._num_tokens += request.num_prompt_tokens
         if request.deadline is not None:
             self._deadline_of[request.request_id] = request.deadline
-            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+            heapq.heappush(self.deadlines, (request.deadline, request.request_id))
 
     def check(self, num_waiting: int, num_tokens: int, num_new: int, now: float) -> None:
         """Raises QueueFullError, with the predicted wait, where so many Requests with so many prompt tokens wait that
@@ -66,9 +61,9 @@ class Door:
         if request.first_scheduled_time is None:
             self._num_tokens -= request.num_prompt_tokens
         self._deadline_of.pop(request.request_id, None)
-        if len(self._deadlines) > 2 * len(self._deadline_of) + STALE:
-            self._deadlines = [(deadline, request_id) for request_id, deadline in self._deadline_of.items()]
-            heapq.heapify(self._deadlines)
+        if len(self.deadlines) > 2 * len(self._deadline_of) + STALE:
+            self.deadlines = [(deadline, request_id) for request_id, deadline in self._deadline_of.items()]
+            heapq.heapify(self.deadlines)
 
     def predicted_wait(self, num_waiting: int, now: float) -> float:
         """Seconds until as many as wait now are admitted, at the pace of the last RECENT admissions."""
@@ -79,8 +74,8 @@ class Door:
 
     def expired(self, now: float) -> Iterator[str]:
         """Ids of the live Requests whose deadline has passed; each is to end before the next is asked for."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
+        while self.deadlines and self.deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self.deadlines)
             if self._deadline_of.get(request_id) == deadline:  # else it has ended; a namesake may run
                 yield request_id
 

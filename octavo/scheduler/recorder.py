@@ -64,7 +64,7 @@ class Ring(LeftOut):
         self.path = path
         self.older = path.with_name(path.name + ".1")
         self._half = max_bytes // 2
-        self._size = self._state_size = 0
+        self._size = self._limit = 0  # bytes of this half, and with how many it is full
         self._lines: list[str] = []
         self._file = -1
         try:
@@ -76,7 +76,7 @@ class Ring(LeftOut):
     @property
     def is_full(self) -> bool:
         """True when a new half should begin, with a state."""
-        return self._size >= max(self._half, HALF_IN_STATES * self._state_size)
+        return self._size >= self._limit
 
     def turn(self) -> None:
         """Begins a new half; the older one is dropped."""
@@ -110,7 +110,7 @@ class Ring(LeftOut):
         if self._file < 0:
             return
         self._size += len(data)
-        self._state_size = self._state_size or self._size  # a half begins with one, flushed by itself
+        self._limit = self._limit or max(self._half, HALF_IN_STATES * self._size)  # it begins with a state, by itself
         try:
             while data:
                 data = data[os.write(self._file, data) :]
@@ -127,7 +127,7 @@ class Ring(LeftOut):
 
     def _give_up(self, error: OSError) -> None:
         log.error("recording to %s ends: %s", self.path, error)
-        self._size = self._state_size = 0
+        self._size, self._limit = 0, self._half
         with contextlib.suppress(OSError):  # the disk that failed a moment ago
             self._shut()
 
@@ -138,7 +138,7 @@ class Ring(LeftOut):
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._size = self._state_size = 0
+        self._size = self._limit = 0
 
 
 class Describer(LeftOut):
@@ -202,7 +202,7 @@ class RecordingScheduler(Scheduler):
         self._write_state(ring)
 
     def add(self, request: Request) -> None:
-        self._tick()
+        self._time = self._real_clock()
         if self._ring is None:
             return super().add(request)
         numbers = self._describer.numbers
@@ -236,7 +236,7 @@ class RecordingScheduler(Scheduler):
         super().finish(request_id, num_kept)
 
     def expire(self) -> list[RequestDelta]:
-        self._tick()
+        self._time = self._real_clock()
         deltas = super().expire()
         if deltas:
             self._write({"e": "expire", "t": self._time})
@@ -247,7 +247,7 @@ class RecordingScheduler(Scheduler):
         if ring is not None and ring.is_full:
             ring.turn()
             self._write_state(ring)
-        self._tick()
+        self._time = self._real_clock()
         output = super().schedule()
         if ring is not None:
             event = {"e": "step", "t": self._time, **self._describer.step(output, self.preempted)}
@@ -260,7 +260,7 @@ class RecordingScheduler(Scheduler):
         return output
 
     def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestDelta]:
-        self._tick()
+        self._time = self._real_clock()
         deltas = super().update(output, result)
         if self._ring is not None:
             event = {"e": "done", "t": self._time, **_result(output, result, deltas)}
@@ -280,9 +280,6 @@ class RecordingScheduler(Scheduler):
         super()._end(request)
         for member in members:
             self._describer.numbers.pop(member.request_id, None)
-
-    def _tick(self) -> None:
-        self._time = self._real_clock()
 
     def _held(self) -> float:
         return self._time
@@ -316,9 +313,9 @@ class RecordingScheduler(Scheduler):
 def _result(output: SchedulerOutput, result: ModelRunnerOutput, deltas: list[RequestDelta]) -> dict[str, Any]:
     """What update() was given, as far as it is not the usual."""
     event: dict[str, Any] = {"n": output.step}
-    counts, usual = [len(tokens) for tokens in result.token_ids], [item.samples for item in output.scheduled]
-    if counts != usual:
-        event["tokens"] = [[place, count] for place, count in enumerate(counts) if count != usual[place]]
+    pairs = zip(output.scheduled, result.token_ids, strict=True)
+    if unusual := [[at, len(tokens)] for at, (item, tokens) in enumerate(pairs) if len(tokens) != item.samples]:
+        event["tokens"] = unusual
     stopped = {}
     for delta in deltas:
         if delta.finish_reason is None:  # most: a cheaper question than the next

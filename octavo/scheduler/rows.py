@@ -28,12 +28,7 @@ class Rows:
         self.running: dict[str, Request] = {}
         self._kv = kv
         self._headroom = headroom
-        self._free = list(range(num_rows))  # a heap: the lowest is taken first
-
-    @property
-    def num_free(self) -> int:
-        """Rows that nobody has."""
-        return len(self._free)
+        self.free = list(range(num_rows))  # those that nobody has; a heap: the lowest is taken first
 
     def ranked(self, policy: Policy) -> list[Request]:
         """The running Requests, in the order of admission; where blocks may run out, in the policy's order behind the
@@ -50,7 +45,7 @@ class Rows:
         Of all tokens, although the first chunk may be shorter: so a prefill never preempts anybody, nor starts what the
         pool cannot hold.
         """
-        if len(self._free) < len(members):
+        if len(self.free) < len(members):
             return None
         spare = int(self._headroom * len(self.running))
         starts: list[int] = []
@@ -69,7 +64,7 @@ class Rows:
             request.first_scheduled_time = now
         request.num_computed_tokens = num_computed_tokens
         request.status = RequestStatus.RUNNING
-        request.row = heapq.heappop(self._free)
+        request.row = heapq.heappop(self.free)
         request.plain_from = max(request.num_lost_tokens, request.num_prompt_tokens, request.num_tokens - 1)
         if request.params.use_beam_search:
             request.plain_from = NEVER
@@ -88,7 +83,7 @@ class Rows:
             self._kv.hash_full(request, request.num_tokens - 1)
         self._kv.free(request)
         del self.running[request.request_id]
-        heapq.heappush(self._free, request.row)
+        heapq.heappush(self.free, request.row)
         request.row = -1
         request.epoch += 1
         request.num_lost_tokens = max(request.num_lost_tokens, request.num_computed_tokens)

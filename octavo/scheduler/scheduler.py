@@ -174,7 +174,8 @@ class Scheduler:
             self._fork(output, step, 0)
         else:
             self._schedule_running(output, step)
-            self._schedule_waiting(output, step)
+            if self._ready or len(self.policy):
+                self._schedule_waiting(output, step)
         if output.scheduled:
             if self.kv.host.copies:
                 output.copy_blocks = self.kv.take_copies()
@@ -247,10 +248,10 @@ class Scheduler:
 
     def _schedule_waiting(self, output: SchedulerOutput, step: _Step) -> None:
         """Forks what can be forked, then admits the queue's first, again and again, until something is used up."""
-        self._fork(output, step, self._rows.num_free)
+        self._fork(output, step, len(self._rows.free))
         while (request := self.policy.first(self._now)) is not None and self._try_admit(output, step, request):
             self.policy.remove(request)
-            self._fork(output, step, self._rows.num_free)
+            self._fork(output, step, len(self._rows.free))
 
     def _fork(self, output: SchedulerOutput, step: _Step, limit: int) -> None:
         """Children of a Request whose prompt this step completes sample from its logits; those over the limit queue up.

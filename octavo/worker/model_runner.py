@@ -24,9 +24,11 @@ class ModelRunner:
         self._rows = rows
         self._batches = Batches(rows)
         self._batch: Batch | None = None
+        self._num_calls = 0  # into compiled code, before this step
 
     def execute(self, output: SchedulerOutput) -> None:
         """Starts the step. A runtime may defer the work to sample()."""
+        self._num_calls = self._runtime.num_foreign_calls
         for new in output.new_rows:
             self._rows.admit(new)
         self._rows.extend_tables(output.scheduled)
@@ -48,11 +50,14 @@ class ModelRunner:
         if masks:
             _set_masks(batch, masks)
         wait = self._runtime.sample_later(batch.sampling)
+        num_calls = self._runtime.num_foreign_calls - self._num_calls
 
         def finish() -> ModelRunnerOutput:
             out = wait()
             if batch.is_decode:
-                return self._finish_decode(batch, out)
+                new = [[token] for token in self._batches.take(batch, out.token_ids)]
+                told = [None if entry is None else [entry] for entry in _logprobs(batch, out)]
+                return ModelRunnerOutput(new, told, out.foreign_seconds, num_calls)
             num_sampled = len(batch.tokens_of.rows)
             tokens, logprobs = out.token_ids[:num_sampled], _logprobs(batch, out)
             self._rows.append(batch.tokens_of, tokens)
@@ -61,15 +66,10 @@ class ModelRunner:
                 result.prompt_logprobs[row] = cast("list[TokenLogprobs]", logprobs[num_sampled : num_sampled + count])
                 num_sampled += count
             _pool(batch, out, result)
-            result.foreign_seconds = out.foreign_seconds
+            result.foreign_seconds, result.num_foreign_calls = out.foreign_seconds, num_calls
             return result
 
         return finish
-
-    def _finish_decode(self, batch: Batch, out: SamplerOutput) -> ModelRunnerOutput:
-        tokens = self._batches.take(batch, out.token_ids)
-        logprobs = [None if entry is None else [entry] for entry in _logprobs(batch, out)]
-        return ModelRunnerOutput([[token] for token in tokens], logprobs, out.foreign_seconds)
 
 
 def _pool(batch: Batch, out: SamplerOutput, result: ModelRunnerOutput) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.runtime.base import Float32, Int32, Int64
-from octavo.step import NewRow, ScheduledRow
+from octavo.step import NO_BLOCKS, NewRow, ScheduledRow
 from octavo.worker.pools import Pool
 
 _SETTINGS = (
@@ -104,7 +104,7 @@ class Rows:
     def extend_tables(self, scheduled: list[ScheduledRow]) -> None:
         """Appends the blocks that this step added to running rows."""
         for item in scheduled:
-            for group, ids in enumerate(item.new_block_ids):
+            for group, ids in enumerate(item.new_block_ids if item.new_block_ids is not NO_BLOCKS else ()):
                 if ids:
                     start = self.num_blocks[group, item.row]
                     self.block_tables[group, item.row, start : start + len(ids)] = ids

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from octavo.runtime.base import Int32
-from octavo.step import ScheduledRow
+from octavo.step import NO_BLOCKS, ScheduledRow
 from octavo.worker.batch import Batch, build_batch
 from octavo.worker.rows import Rows
 
@@ -81,7 +81,7 @@ class SteadyBatch:
             self._lengths[at] = self._next[at] = position + 1
             self._drawn[at] += 1
             for group in self._groups:
-                if position % size and not any(item.new_block_ids):
+                if position % size and item.new_block_ids is NO_BLOCKS:
                     self._slots[group, at] += 1
                 else:
                     block = self._row_tables[group, item.row, position // size]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
-import numpy.typing as npt
 
 from octavo.config import PROMPT_ROWS, EngineConfig
 from octavo.models.decoder import record
@@ -19,7 +16,7 @@ from octavo.runtime.base import Runtime, WeightSource
 from octavo.runtime.choose import choose, choose_kv, choose_weights, create
 from octavo.runtime.half import HalfWeights
 from octavo.sampling_params import SamplingParams
-from octavo.step import ModelRunnerOutput, NewRow, ScheduledRow, SchedulerOutput
+from octavo.step import NewRow, ScheduledRow, SchedulerOutput
 from octavo.worker.memory import Appetite, MemoryPlan, first_that_fits, free_memory, plan_memory
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.rows import Rows
@@ -40,13 +37,13 @@ class WorkerInfo:
 
 
 class Worker:
-    """Loads in `start`, then `execute` and `sample` once per step."""
+    """Loads in `start`; from then on `runner` runs steps."""
 
     def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
         self._config = config
         self._files = files
         self._runtime: Runtime | None = None
-        self._runner: ModelRunner | None = None
+        self.runner: ModelRunner
 
     def start(self) -> WorkerInfo:
         """Reads the model, packs the weights, reserves KV, runs one step.
@@ -91,7 +88,7 @@ class Worker:
         clock.ends("rehearsal")
         runtime.allocate_kv(plan.num_blocks, config.block_size, kv_dtype, plan.num_host_blocks)
         rows = Rows(config.max_num_seqs, spec.max_model_len, config.block_size, program.num_kv_groups)
-        self._runner = ModelRunner(runtime, rows)
+        self.runner = ModelRunner(runtime, rows)
         clock.ends("kv cache")
         self._warm_up(program.num_kv_groups)
         clock.ends("warm-up")
@@ -101,25 +98,10 @@ class Worker:
         return WorkerInfo(spec, plan, shown, told, appetite.windows, runtime.max_depth, copy_seconds, clock.seconds)
 
     @property
-    def num_foreign_calls(self) -> int:
-        """Calls into compiled code so far."""
-        return self._runtime.num_foreign_calls if self._runtime else 0
-
-    @property
     def runtime(self) -> Runtime:
         """The loaded runtime."""
         assert self._runtime is not None, "start() first"
         return self._runtime
-
-    def execute(self, output: SchedulerOutput) -> None:
-        """Starts a step."""
-        assert self._runner is not None, "start() first"
-        self._runner.execute(output)
-
-    def sample(self, masks: Mapping[int, npt.NDArray[np.uint32]] | None = None) -> Callable[[], ModelRunnerOutput]:
-        """Launches the rest of it; what this returns waits for the result."""
-        assert self._runner is not None, "start() first"
-        return self._runner.sample(masks)
 
     def close(self) -> None:
         """Frees weights, KV and threads."""
@@ -166,8 +148,8 @@ class Worker:
         new = NewRow(0, "warm-up", 0, [0], 1, tables, 0, SamplingParams(temperature=0.0), frozenset(), 0)
         step = SchedulerOutput(step=0, new_rows=[new], scheduled=[ScheduledRow(0, "warm-up", 0, 0, 1, True)])
         step.num_tokens, step.copy_blocks = 1, list(copies)
-        self.execute(step)
-        self.sample()()
+        self.runner.execute(step)
+        self.runner.sample()()
 
 
 class _PhaseClock:

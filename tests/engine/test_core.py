@@ -139,7 +139,7 @@ def test_a_failing_request_ends_alone(files, naive, monkeypatch):
     core = make_core(files, max_num_batched_tokens=64)
     prompts = prompts_with_shared_prefixes()
     poison = prompts[2]
-    runner = core._executor.worker._runner
+    runner = core._executor.worker.runner
     execute = runner.execute
 
     def fail_on_poison(output):

@@ -240,7 +240,7 @@ def test_a_mask_is_as_wide_as_the_vocabulary(vocab_size: int) -> None:
     message = AddRequest("1", [5], SamplingParams(allowed_token_ids=[5, 70, 71]), 5, seed=0)
     message.grammar = to_grammar("regex", "[a-z]+")
     book.open(message)
-    while book.is_opening:
+    while book.opening:
         assert [error for _, error in book.opened()] in ([], [None])
     step = SchedulerOutput(0, scheduled=[ScheduledRow(3, "1", 0, 0, 1, True)])
     mask = book.masks(step)[3]

@@ -37,7 +37,6 @@ class KnownCosts:
     def __init__(self) -> None:
         self.now = 0.0
         self.cost = COST
-        self.num_foreign_calls = 0
         self._output: SchedulerOutput
 
     def clock(self) -> float:

@@ -126,7 +126,7 @@ class Walk:
             self.step()
         assert not self.scheduler.has_unfinished, "livelock"
         assert self.kv.pool.num_used == 0
-        assert sorted(self.scheduler._rows._free) == list(range(self.rows))
+        assert sorted(self.scheduler._rows.free) == list(range(self.rows))
         for answer_id, tokens in self.expected.items():
             if answer_id not in self.failed:
                 assert self.received[answer_id] == tokens, answer_id

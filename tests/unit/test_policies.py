@@ -303,7 +303,7 @@ def test_who_left_before_its_turn_and_its_deadline_is_not_remembered(name: str) 
         engine.add(make_request(f"r{number}", prompt(3), priority=1 << 30, arrival=1.0, timeout=86_400.0))
         engine.scheduler.abort(f"r{number}")
     heap = policy._heap if isinstance(policy, PriorityPolicy) else policy._hopeful
-    assert max(len(engine.scheduler.door._deadlines), len(heap._heap)) <= 100
+    assert max(len(engine.scheduler.door.deadlines), len(heap._heap)) <= 100
     assert policy.first(engine.now) is engine.scheduler.find("waits")
     engine.now = 9.0
     assert [delta.request_id for delta in engine.scheduler.expire()] == ["waits"]

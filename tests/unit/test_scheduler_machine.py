@@ -372,7 +372,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         rows = [r.row for r in self.live.values() if r.status is RequestStatus.RUNNING]
         assert not any(r.num_computed_tokens for r in self.live.values() if r.status is not RequestStatus.RUNNING)
-        assert sorted(rows + self.scheduler._rows._free) == list(range(self.max_num_seqs))
+        assert sorted(rows + self.scheduler._rows.free) == list(range(self.max_num_seqs))
         assert self.scheduler.num_running == len(rows)
         assert self.scheduler.num_waiting == len(self.live) - len(rows)
 
@@ -399,7 +399,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine_step()
         assert not self.live, f"never finished: {self.live}"
         assert self.kv.pool.num_used == 0
-        assert sorted(self.scheduler._rows._free) == list(range(self.max_num_seqs))
+        assert sorted(self.scheduler._rows.free) == list(range(self.max_num_seqs))
         if self.recording is not None:
             self.scheduler.close()
             replay = Replay(self.recording)
