@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -111,22 +110,14 @@ def copy_output(output: CompletionOutput) -> CompletionOutput:
 
 def tell_finished(group: Group, metrics: Metrics, unfinished: FinishReason = FinishReason.ABORT) -> None:
     """Tells the metrics how each answer of a group ended; `unfinished` is for those that were cut off."""
-    times = group.metrics
-    longest: int | None = max((len(child.output.token_ids) for child in group.children), default=0)
-    n: int | None = group.params.n
     for child in group.children:
+        times = replace(group.metrics, first_token_time=child.first_token_time, last_token_time=child.last_token_time)
         metrics.on_finished(
             child.output.finish_reason or unfinished,
+            times,
             prompt_tokens=len(group.prompt_token_ids),
             output_tokens=len(child.output.token_ids),
             cached_tokens=group.num_cached_tokens,
-            n=n,
-            longest=longest,
             max_tokens=group.params.max_tokens,
-            arrival=times.arrival_time,
-            queue_seconds=times.queue_seconds,
-            first_token=child.first_token_time,
-            last_token=child.last_token_time,
-            finished=times.finished_time or time.monotonic(),
         )
-        n = longest = None  # once a request
+    metrics.on_answers(group.params.n, max((len(child.output.token_ids) for child in group.children), default=0))

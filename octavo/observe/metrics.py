@@ -7,12 +7,14 @@ dashboards and autoscalers made for vLLM work unchanged. prometheus_client is im
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from octavo.errors import ConfigError
 from octavo.messages import StepRecord
 from octavo.observe.instruments import Counter, Gauge, Histogram
+from octavo.outputs import RequestMetrics
 from octavo.request import FinishReason
 
 if TYPE_CHECKING:
@@ -93,33 +95,28 @@ class Metrics:
         else:
             request.inter_token.observe((now - previous) / count, count * times)
 
+    def on_answers(self, n: int, longest: int) -> None:
+        """Takes a finished request: how many answers it asked for, and the tokens of the longest."""
+        self._request.num_answers.observe(n)
+        self._request.longest.observe(longest)
+
     def on_finished(
         self,
         reason: str,
+        times: RequestMetrics,
         *,
         prompt_tokens: int,
         output_tokens: int,
         cached_tokens: int,
-        n: int | None,
-        longest: int | None,
         max_tokens: int | None,
-        arrival: float,
-        queue_seconds: float,
-        first_token: float | None,
-        last_token: float | None,
-        finished: float,
     ) -> None:
-        """Takes one finished answer; `n`, and the tokens of the longest of them, are told with the first of a request.
-        Times are seconds of one monotonic clock; None: it never got that far."""
-        request = self._request
+        """Takes one finished answer, and when it got how far."""
+        request, arrival, queue_seconds = self._request, times.arrival_time, times.queue_seconds
+        first_token, last_token = times.first_token_time, times.last_token_time
         request.success.add(1, (str(reason),))
-        if n is not None:
-            request.num_answers.observe(n)
-        if longest is not None:
-            request.longest.observe(longest)
         if max_tokens is not None:
             request.max_tokens.observe(max_tokens)
-        request.end_to_end.observe(finished - arrival)
+        request.end_to_end.observe((times.finished_time or time.monotonic()) - arrival)
         request.output_length.observe(output_tokens)
         if first_token is None or last_token is None:
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from octavo.errors import ConfigError
 from octavo.messages import StepRecord
 from octavo.observe.metrics import Metrics
+from octavo.outputs import RequestMetrics
 
 NAMES = (
     "num_requests_running",
@@ -47,19 +50,8 @@ NAMES = (
     "request_params_max_tokens",
     "admission_rejections",
 )
-FINISHED = {
-    "prompt_tokens": 30,
-    "output_tokens": 5,
-    "cached_tokens": 16,
-    "n": 2,
-    "longest": 7,
-    "max_tokens": 64,
-    "arrival": 10.0,
-    "queue_seconds": 0.5,
-    "first_token": 11.0,
-    "last_token": 13.0,
-    "finished": 13.25,
-}
+FINISHED = {"prompt_tokens": 30, "output_tokens": 5, "cached_tokens": 16, "max_tokens": 64}
+TIMES = RequestMetrics(10.0, 11.0, 13.0, 13.25, 0.5)
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -79,7 +71,8 @@ def make(compat: str = "octavo") -> Metrics:
 
 
 def finish(metrics: Metrics, reason: str, **changes: object) -> None:
-    metrics.on_finished(reason, **{**FINISHED, **changes})
+    times = replace(TIMES, **{name: changes.pop(name) for name in [*changes] if name.endswith("_time")})
+    metrics.on_finished(reason, times, **{**FINISHED, **changes})
 
 
 @pytest.mark.parametrize(("compat", "prefixes"), [("octavo", ["octavo:"]), ("vllm", ["octavo:", "vllm:"])])
@@ -152,6 +145,7 @@ def test_token_arrivals() -> None:
 def test_finished_requests_add_up() -> None:
     metrics = make()
     finish(metrics, "stop")
+    metrics.on_answers(2, 7)
     found = {k.removeprefix("octavo:"): v for k, v in samples(metrics).items()}
     assert found["request_success_total|stop"] == 1
     assert found["request_success_total|length"] == 0
@@ -170,7 +164,7 @@ def test_finished_requests_add_up() -> None:
 
 def test_a_request_aborted_in_the_queue_has_no_phases() -> None:
     metrics = make()
-    finish(metrics, "abort", output_tokens=0, first_token=None, last_token=None, max_tokens=None)
+    finish(metrics, "abort", output_tokens=0, first_token_time=None, last_token_time=None, max_tokens=None)
     found = samples(metrics)
     assert found["octavo:request_success_total|abort"] == 1
     assert found["octavo:e2e_request_latency_seconds_count"] == 1
