@@ -7,6 +7,7 @@ by name.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -94,7 +95,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             if get_origin(_HINTS[f.name]) is Literal:
-                _one_of(f.name, getattr(self, f.name), get_args(_HINTS[f.name]))
+                one_of(f.name, getattr(self, f.name), get_args(_HINTS[f.name]))
             else:
                 _of_type(f.name, getattr(self, f.name), str(f.type))
         num_seqs, num_tokens = ON_GPU if _has_gpu(self.runtime) else ON_CPU
@@ -139,15 +140,10 @@ class EngineConfig:
     def _refuse_unbuilt(self) -> None:
         if self.quantization not in (None, "int8"):
             raise UnsupportedError(f"quantization={self.quantization!r} is not built; int8 is, or leave it out")
-        unbuilt = {
-            "tensor_parallel_size": self.tensor_parallel_size != 1,
-            "pipeline_parallel_size": self.pipeline_parallel_size != 1,
-            "trust_remote_code": self.trust_remote_code,
-            "enable_chunked_prefill": not self.enable_chunked_prefill,
-        }
-        for name, asked in unbuilt.items():
-            if asked:
-                raise UnsupportedError(f"{name}={getattr(self, name)!r} is not built; leave it at its default")
+        only = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "trust_remote_code": False}
+        for name, built in {**only, "enable_chunked_prefill": True}.items():
+            if (asked := getattr(self, name)) != built:
+                raise UnsupportedError(f"{name}={asked!r} is not built; leave it at its default")
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
@@ -196,9 +192,10 @@ def _of_type(name: str, value: object, declared: str) -> None:
         raise ConfigError(f"{name} must be {words}, not {value!r:.60}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str | None, allowed: Collection[str | None]) -> None:
+    """Raises ConfigError for a value that a setting cannot have."""
     if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(filter(None, allowed))}, not {value!r}")
 
 
 def _range(name: str, value: float | None, low: float, high: float, unit: str = "") -> None:

@@ -118,8 +118,6 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._refuse_unbuilt()
         _integer("n", self.n, 1, MAX_N)
-        if self.best_of is not None:
-            _integer("best_of", self.best_of, self.n, MAX_N)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
@@ -127,18 +125,19 @@ class SamplingParams:
         _number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise InvalidValueError("top_p must be above 0 and at most 1; for greedy use temperature=0", param="top_p")
+        for name, low, high in (
+            ("best_of", self.n, MAX_N),
+            ("seed", -MAX_SEED - 1, MAX_SEED),
+            ("max_tokens", 1, MAX_TOKENS),
+            ("max_thinking_tokens", 0, MAX_TOKENS),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+        ):
+            if (value := getattr(self, name)) is not None:
+                _integer(name, value, low, high)
         _integer("top_k", self.top_k, -1, 1 << 30)
         _number("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else MAX_TOKENS)
-        if self.max_thinking_tokens is not None:
-            _integer("max_thinking_tokens", self.max_thinking_tokens, 0, MAX_TOKENS)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if _stop_list(self.stop) and not self.detokenize:
             raise InvalidValueError("stop strings need detokenize=True; use stop_token_ids", param="stop")
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
@@ -199,12 +198,8 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
     def _refuse_unbuilt(self) -> None:
-        unbuilt = {
-            "logits_processors": bool(self.logits_processors),
-            "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
-        }
-        for name, asked in unbuilt.items():
-            if asked:
+        for name in ("logits_processors", "truncate_prompt_tokens"):
+            if getattr(self, name) not in (None, []):
                 raise UnsupportedParameterError(f"{name} is not supported yet: leave it out", param=name)
 
     def _check_beams(self) -> None:

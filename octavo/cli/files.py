@@ -1,4 +1,4 @@
-"""Files that verbs write: a result is JSON, and where it cannot be written the verb says so."""
+"""Files that verbs read and write: a result is JSON, and what cannot be read or written the verb says so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import ConfigError
+
+
+def read_text(flag: str, path: Path) -> str:
+    """The text of a file that a flag names. Raises ConfigError where it cannot be read, or is none."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag} {path}: {getattr(error, 'strerror', error)}") from error
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from octavo.cli.sizes import parse_size
-from octavo.config import DEFAULT_MODEL, DEFAULT_QUEUE, EngineConfig
-from octavo.errors import ConfigError, OctavoError
+from octavo.config import DEFAULT_MODEL, DEFAULT_QUEUE, EngineConfig, one_of
+from octavo.errors import OctavoError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -178,8 +178,7 @@ def grouped_flags(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 def set_log_level(name: str) -> None:
     """Sets how much is logged; `debug` also shows tracebacks of errors. Raises ConfigError for an unknown name."""
-    if name not in LOG_LEVELS:
-        raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {name!r}")
+    one_of("log_level", name, LOG_LEVELS)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("octavo").setLevel(name.upper())
 

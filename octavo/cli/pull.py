@@ -32,15 +32,14 @@ def list_models(download_dir: str | None) -> None:
     """The aliases: what each is, what fetching it costs, and which are here already."""
     from octavo.models.aliases import ALIASES
     from octavo.models.hub import cache_folder, cached_models
+    from octavo.program.printer import line_up
 
     here = cached_models(download_dir)
     rows = [("alias", "download", "licence", "here", "what it is")]
     for alias in ALIASES.values():
         size = f"{size_text(alias.download_size)} {alias.registry}"
         rows.append((alias.name, size, alias.license, "yes" if alias.name in here else "-", alias.description))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        typer.secho(line, bold=number == 0)
+    heading, *lines = line_up(rows, num_text_columns=len(rows[0])).split("\n")
+    typer.echo("\n".join([typer.style(heading, bold=True), *lines]))
     say(f"\nCache: {cache_folder(download_dir)}", style="dim")
     say("Also: a Hugging Face folder, a .gguf file, or a Hub repository OWNER/NAME.", style="dim")

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from typer import Option
 
 from octavo import __version__
+from octavo.cli.files import read_text
 from octavo.cli.flags import engine_flags
 from octavo.cli.terminal import console, process_age, say, say_table
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, one_of
 from octavo.errors import ConfigError
 from octavo.server.address import bind
 from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS
@@ -88,12 +89,9 @@ class HttpFlags:
     metrics_compat: Annotated[str, Option(help="vllm: every metric as vllm:, too.", metavar="octavo|vllm")] = "octavo"
 
     def __post_init__(self) -> None:
-        if self.metrics_compat not in ("octavo", "vllm"):
-            raise ConfigError(f"--metrics-compat must be octavo or vllm, not {self.metrics_compat!r}")
-        if self.tool_call_parser not in (None, *TOOL_PARSERS):
-            raise ConfigError(f"--tool-call-parser must be one of {', '.join(TOOL_PARSERS)}")
-        if self.reasoning_parser not in (None, *REASONING_PARSERS):
-            raise ConfigError(f"--reasoning-parser must be one of {', '.join(REASONING_PARSERS)}")
+        one_of("--metrics-compat", self.metrics_compat, ("octavo", "vllm"))
+        one_of("--tool-call-parser", self.tool_call_parser, (None, *TOOL_PARSERS))
+        one_of("--reasoning-parser", self.reasoning_parser, (None, *REASONING_PARSERS))
 
 
 @dataclass(frozen=True)
@@ -187,12 +185,7 @@ def find_model(config: EngineConfig) -> None:
 
 def read_template(path: Path | None) -> str | None:
     """The source of a chat template. Raises ConfigError when the file cannot be read."""
-    if path is None:
-        return None
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path}: {getattr(error, 'strerror', error)}") from error
+    return None if path is None else read_text("--chat-template", path)
 
 
 def curl_lines(engine: AsyncEngine, url: str, *, with_key: bool = False) -> str:

@@ -126,7 +126,7 @@ def test_a_server_that_refuses_ends_the_run_at_once(capsys: pytest.CaptureFixtur
     [
         (["--backend", "vllm2"], "--backend must be one of openai, openai-chat"),
         (["--request-rate", "0"], "must be above 0"),
-        (["--ramp-up-strategy", "steep"], "linear or exponential"),
+        (["--ramp-up-strategy", "steep"], "one of linear, exponential"),
         (["--ramp-up-strategy", "linear"], "--ramp-up-start-rps"),
         (["--ramp-up-strategy", "linear", "--request-rate", "2"], "leave --request-rate out"),
         (["--goodput", "itl:5"], "write ttft:200"),

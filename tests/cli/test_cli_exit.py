@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["serve", "--tensor-parallel-size", "2"], 2, "--tensor-parallel-size=2 is not built"),
         (["serve", "-q", "awq"], 2, "--quantization='awq' is not built"),
         (["serve", "--enable-lora"], 2, "--enable-lora"),
-        (["serve", "--metrics-compat", "tgi"], 2, "octavo or vllm"),
+        (["serve", "--metrics-compat", "tgi"], 2, "one of octavo, vllm"),
         (["serve", "--log-level", "loud"], 2, "log_level must be one of"),
         (["serve", "--chat-template", "/no/such/file"], 2, "No such file"),
         (["run-batch", "-i", __file__, "-o", "/no/such/folder/out"], 2, "-o /no/such/folder/out: No such file"),

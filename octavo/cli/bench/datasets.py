@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.cli.files import read_text
+from octavo.config import one_of
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,8 +51,7 @@ class Dataset:
     fixed_output_len: int | None = None  # sharegpt and custom: instead of what the file says
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ConfigError(f"--dataset-name must be one of {', '.join(NAMES)}, not {self.name!r}")
+        one_of("--dataset-name", self.name, NAMES)
         if (self.path is None) == (self.name in ("sharegpt", "custom")):
             verb = "needs" if self.path is None else "reads no"
             raise ConfigError(f"--dataset-name {self.name} {verb} --dataset-path FILE")
@@ -119,10 +120,7 @@ class Dataset:
 
     def _read(self) -> str:
         assert self.path is not None
-        try:
-            return self.path.expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--dataset-path {self.path}: {error}") from error
+        return read_text("--dataset-path", self.path)
 
     def _load_json(self, text: str, where: str = "") -> Any:
         try:

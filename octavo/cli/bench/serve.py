@@ -21,6 +21,7 @@ from octavo.cli.client import Server
 from octavo.cli.flags import grouped_flags
 from octavo.cli.talk import served_model
 from octavo.cli.terminal import progress, say
+from octavo.config import one_of
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class ServerFlags:
     ignore_eos: Annotated[bool, Option("--ignore-eos", help="Every answer has its full length.")] = False
 
     def __post_init__(self) -> None:
-        if self.backend not in ENDPOINTS:
-            raise ConfigError(f"--backend must be one of {', '.join(ENDPOINTS)}, not {self.backend!r}")
+        one_of("--backend", self.backend, ENDPOINTS)
 
     async def target(self) -> Target:
         """Where and how to make requests; asks the server for its model where none was named."""
@@ -125,8 +125,7 @@ class LoadFlags:
             raise ConfigError("--request-rate and --burstiness must be above 0")
         if self.ramp_up_strategy is None:
             return
-        if self.ramp_up_strategy not in ("linear", "exponential"):
-            raise ConfigError(f"--ramp-up-strategy must be linear or exponential, not {self.ramp_up_strategy!r}")
+        one_of("--ramp-up-strategy", self.ramp_up_strategy, ("linear", "exponential"))
         if self.request_rate != math.inf:
             raise ConfigError("--ramp-up-strategy sets the rate itself: leave --request-rate out")
         if self.ramp_up_start_rps <= 0 or self.ramp_up_end_rps <= 0:
