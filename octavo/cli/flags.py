@@ -154,11 +154,11 @@ def engine_flags(
             set_log_level(values.pop("log_level"))
             given = {name: values.pop(name) for name in ("model", *names) if name in values}
             try:
-                config = EngineConfig(**given)
-            except OctavoError as error:  # it names fields; who typed flags looks for those
-                said = re.sub(r"\w+", lambda word: flag_name(word[0]) if word[0] in names else word[0], str(error))
-                raise type(error)(said) from error
-            return verb(config=config, **build_groups(values))
+                return verb(config=EngineConfig(**given), **build_groups(values))
+            except OctavoError as error:  # it names fields, first of all or in the words of code; flags were typed
+                said = re.sub(r"^\w+|\w+_\w+", lambda w: flag_name(w[0]) if w[0] in names else w[0], str(error))
+                error.args = (said,)
+                raise
 
         return _declare(with_flags, [*_model_first(model_as), *own, *_field_parameters(names), _log_level_parameter()])
 
@@ -178,7 +178,7 @@ def grouped_flags(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 def set_log_level(name: str) -> None:
     """Sets how much is logged; `debug` also shows tracebacks of errors. Raises ConfigError for an unknown name."""
-    one_of("log_level", name, LOG_LEVELS)
+    one_of("--log-level", name, LOG_LEVELS)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("octavo").setLevel(name.upper())
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["serve", "-q", "awq"], 2, "--quantization='awq' is not built"),
         (["serve", "--enable-lora"], 2, "--enable-lora"),
         (["serve", "--metrics-compat", "tgi"], 2, "one of octavo, vllm"),
-        (["serve", "--log-level", "loud"], 2, "log_level must be one of"),
+        (["serve", "--log-level", "loud"], 2, "--log-level must be one of"),
         (["serve", "--chat-template", "/no/such/file"], 2, "No such file"),
         (["run-batch", "-i", __file__, "-o", "/no/such/folder/out"], 2, "-o /no/such/folder/out: No such file"),
         (["complete", "x", "--model", "no-such-model"], 2, "no model 'no-such-model'"),
@@ -92,6 +92,8 @@ def test_program_prints_nodes_of_a_bare_config(tmp_path: Path, capsys: pytest.Ca
     assert "7x64" in qkv
     assert f"{64 * 32 * 4 / 1024:.1f} KiB" in qkv, "bytes of the stacked float32 weight"
     assert "1000 positions attended" in captured.out
+    assert run(["program", str(tmp_path), "--max-model-len", "999"]) == 2
+    assert "--max-model-len 999 is more than the model's 128 positions" in capsys.readouterr().err
 
 
 def test_bare_octavo_and_bench_show_their_help(capsys: pytest.CaptureFixture[str]) -> None:
