@@ -82,6 +82,7 @@ class EngineReady:
     kv_bytes: int
     runtime: str  # "native (portable, 2 threads)"
     dtype: str
+    kv_cache_dtype: str
     timings: dict[str, float]  # phase -> seconds; they add up to the start-up time
     plan: str  # the memory plan, as printed
     record: str | None = None  # file that the scheduler is recorded to

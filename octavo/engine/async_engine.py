@@ -225,9 +225,9 @@ class AsyncEngine:
 
     def describe(self) -> dict[str, Any]:
         """The settings and what came of them, for people."""
-        config = asdict(self.config)
-        config.pop("prefix_caching_hash_key")  # a secret
         ready = asdict(self.ready)
+        config = asdict(self.config) | {name: ready[name] for name in ("dtype", "kv_cache_dtype", "max_model_len")}
+        config.pop("prefix_caching_hash_key")  # a secret
         return {"version": __version__, "config": config, "engine": ready, "start_up_seconds": self.timings}
 
     @property
@@ -273,7 +273,7 @@ class AsyncEngine:
             cache_config={
                 "block_size": str(ready.block_size),
                 "num_kv_groups": str(ready.num_kv_groups),
-                "cache_dtype": self.config.kv_cache_dtype,
+                "cache_dtype": ready.kv_cache_dtype,
                 "enable_prefix_caching": str(self.config.enable_prefix_caching),
                 "num_gpu_blocks": str(ready.num_blocks),
                 "gpu_memory_utilization": str(self.config.gpu_memory_utilization),

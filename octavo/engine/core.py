@@ -127,6 +127,7 @@ class EngineCore:
             kv_bytes=plan.kv_bytes,
             runtime=self.info.runtime,
             dtype=self.info.dtype,
+            kv_cache_dtype=plan.kv_dtype,
             timings=self.info.timings,
             plan=plan.describe(),
             record=self.record,
