@@ -47,7 +47,6 @@ class Request:
     weight: float = 1.0  # of that tenant
     deadline: float | None = None  # on the clock of arrival_time: ended when it passes
     cache_salt: str | None = None
-    adapter_id: int = 0
     fork_of: str | None = None  # the Request, with the same prompt, whose prefill serves this one too
     pooling: Pooling | None = None  # nothing is sampled: its prompt becomes one vector
     reads_prompt: bool = False  # more than KV is wanted of its prompt: cached blocks do not do

@@ -37,7 +37,6 @@ class NewRow:
     params: SamplingParams
     stop_ids: frozenset[int]  # banned while fewer than params.min_tokens tokens were generated
     seed: int
-    adapter_id: int = 0
     num_logprobs: int = -1  # most likely tokens to tell at each position; 0: the sampled one alone, -1: none
     num_prompt_logprobs: int = -1  # the same of the prompt's tokens
     pooling: Pooling | None = None  # nothing is sampled: the prompt becomes one vector

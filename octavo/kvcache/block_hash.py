@@ -25,10 +25,10 @@ class BlockHasher:
         self._block = hashlib.blake2b(key, digest_size=DIGEST_SIZE, person=b"block")
         self._root = hashlib.blake2b(key, digest_size=DIGEST_SIZE, person=b"root")
 
-    def root(self, cache_salt: str | None, adapter_id: int) -> bytes:
+    def root(self, cache_salt: str | None) -> bytes:
         """Where a chain begins. Requests with different extra keys share no block."""
         state = self._root.copy()
-        state.update(struct.pack("<Q?", adapter_id, cache_salt is not None))
+        state.update(struct.pack("?", cache_salt is not None))
         state.update((cache_salt or "").encode("utf-8", "surrogatepass"))
         return state.digest()
 

@@ -83,7 +83,7 @@ class KVCacheManager:
 
     def add(self, request: Request) -> None:
         """Begins an empty table."""
-        root = self._hasher.root(request.cache_salt, request.adapter_id)
+        root = self._hasher.root(request.cache_salt)
         self._tables[request.request_id] = _Table(root, tuple([] for _ in self._windows), [0] * len(self._windows))
 
     def most_blocks(self, num_tokens: int) -> int:

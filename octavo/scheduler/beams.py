@@ -302,7 +302,6 @@ def _member(first: Request, index: int) -> Request:
         arrival_time=first.arrival_time,
         priority=first.priority,
         cache_salt=first.cache_salt,
-        adapter_id=first.adapter_id,
     )
     member.token_ids = []
     return member

@@ -21,7 +21,6 @@ def new_row(request: Request, block_ids: Blocks, num_logprobs: int) -> NewRow:
         params=request.params,
         stop_ids=request.stop_ids,
         seed=request.seed,
-        adapter_id=request.adapter_id,
         num_logprobs=num_logprobs,
         pooling=request.pooling,
         num_prompt_logprobs=-1 if wanted is None else wanted,

@@ -57,6 +57,4 @@ class Forks:
 
 def same_prefix(one: Request, other: Request) -> bool:
     """Whether two Requests' prompts may share all their KV."""
-    if (one.cache_salt, one.adapter_id) != (other.cache_salt, other.adapter_id):
-        return False
-    return one.prompt_token_ids == other.prompt_token_ids
+    return one.cache_salt == other.cache_salt and one.prompt_token_ids == other.prompt_token_ids

@@ -44,7 +44,7 @@ from octavo.step import NO_BLOCKS, ModelRunnerOutput, ScheduledRow, SchedulerOut
 from octavo.structs import asdict
 
 log = logging.getLogger("octavo.scheduler")
-FORMAT = "octavo-record-2"
+FORMAT = "octavo-record-3"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 HALF_IN_STATES = 2  # a half of the ring is at least so many times its state: as much of it are steps
 _USUAL = {f.name: f.default for f in fields(Request) if f.default is not MISSING} | {"params": False, "stop_ids": False}

@@ -110,8 +110,7 @@ class Replay:
     def __init__(self, path: Path) -> None:
         self._lines = _read(path)
         first = self._lines[0][1]
-        of_old: dict[str, Any] = {"num_host_blocks": 0, "host_copy_seconds": 0.0, "kv_windows": [0]}
-        self.settings: dict[str, Any] = of_old | first["settings"]
+        self.settings: dict[str, Any] = first["settings"]
         self.steps: list[tuple[StepWork, float]] = []
         self.requests: dict[int, Request] = {}  # by number
         self.arrivals: dict[int, float] = {}  # number -> clock

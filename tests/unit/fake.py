@@ -72,7 +72,6 @@ def make_request(
     min_tokens: int = 0,
     stop_token_ids: list[int] | None = None,
     cache_salt: str | None = None,
-    adapter_id: int = 0,
     needs_host_token: bool = False,
     fork_of: str | None = None,
     priority: int = 0,
@@ -99,7 +98,6 @@ def make_request(
         weight=weight,
         deadline=None if timeout is None else arrival + timeout,
         cache_salt=cache_salt,
-        adapter_id=adapter_id,
         fork_of=fork_of,
     )
 

@@ -96,12 +96,12 @@ def test_unhash_forgets_a_used_or_cached_block(used: bool) -> None:
 
 def test_digests_depend_on_key_parent_tokens_and_extra_keys() -> None:
     hasher = BlockHasher(4, b"key")
-    root = hasher.root(None, 0)
+    root = hasher.root(None)
     [digest] = hasher.chain(root, [1, 2, 3, 4])
     assert len(digest) == DIGEST_SIZE
     assert [digest] == BlockHasher(4, b"key").chain(root, [1, 2, 3, 4])
-    roots = {hasher.root(None, 0), hasher.root("", 0), hasher.root("a", 0), hasher.root("b", 0), hasher.root(None, 1)}
-    assert len(roots) == 5
+    roots = {hasher.root(None), hasher.root(""), hasher.root("a"), hasher.root("b")}
+    assert len(roots) == 4
     others = {
         *hasher.chain(digest, [1, 2, 3, 4]),
         *hasher.chain(root, [1, 2, 3, 5]),
@@ -113,7 +113,7 @@ def test_digests_depend_on_key_parent_tokens_and_extra_keys() -> None:
 
 def test_a_chain_has_a_digest_for_each_full_block_however_it_is_cut() -> None:
     hasher, token_ids = BlockHasher(4, b"key"), list(range(11))
-    root = hasher.root(None, 0)
+    root = hasher.root(None)
     first, second = hasher.chain(root, token_ids)
     assert [first] == hasher.chain(root, token_ids[:7])
     assert [second] == hasher.chain(first, token_ids[4:])
@@ -122,7 +122,7 @@ def test_a_chain_has_a_digest_for_each_full_block_however_it_is_cut() -> None:
 
 def test_a_key_of_any_length_counts_in_full() -> None:
     long = b"k" * 500
-    assert BlockHasher(1, long).root(None, 0) != BlockHasher(1, long + b"!").root(None, 0)
+    assert BlockHasher(1, long).root(None) != BlockHasher(1, long + b"!").root(None)
 
 
 def cached_pool(policy: str, num_blocks: int) -> BlockPool:

@@ -46,13 +46,12 @@ def test_a_hit_ends_at_the_first_difference() -> None:
     assert hits(kv, list(range(4, 16))) == 0  # known blocks, but not after this prefix
 
 
-def test_salts_and_adapters_do_not_share() -> None:
+def test_salts_do_not_share() -> None:
     kv = manager()
     computed(kv, make_request("a", list(range(9)), cache_salt="tenant"))
     assert hits(kv, list(range(9)), cache_salt="tenant") == 2
     assert hits(kv, list(range(9))) == 0
     assert hits(kv, list(range(9)), cache_salt="other") == 0
-    assert hits(kv, list(range(9)), cache_salt="tenant", adapter_id=1) == 0
 
 
 def test_hits_are_shared_blocks() -> None:

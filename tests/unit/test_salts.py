@@ -43,5 +43,5 @@ def test_digests_of_two_engines_say_nothing_about_each_other() -> None:
     chains = set()
     for key in (b"engine 1", b"engine 2"):
         hasher = BlockHasher(4, key)
-        chains |= {hasher.chain(hasher.root(salt, 0), [1, 2, 3, 4])[0] for salt in SALTS}
+        chains |= {hasher.chain(hasher.root(salt), [1, 2, 3, 4])[0] for salt in SALTS}
     assert len(chains) == 2 * len(SALTS)

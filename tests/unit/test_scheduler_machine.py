@@ -215,7 +215,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         hasher, size = BlockHasher(self.kv.block_size, KEY), self.kv.block_size
         token_ids = request.prompt_token_ids + naive(request.prompt_token_ids, request.max_tokens)[0]
         values = kv_of(token_ids)
-        digests = hasher.chain(hasher.root(request.cache_salt, request.adapter_id), token_ids)
+        digests = hasher.chain(hasher.root(request.cache_salt), token_ids)
         for start, digest in zip(range(0, len(token_ids), size), digests, strict=False):
             for group in range(len(self.executor.windows)):
                 own = [kv_in(group, value) for value in values[start : start + size]]
