@@ -134,7 +134,7 @@ def _footer(program: Program, sizes: Sizes, kv_bytes: float) -> str:
     )
 
 
-def line_up(table: list[Cells], *, num_text_columns: int = _NUM_TEXT_COLUMNS) -> str:
+def line_up(table: Sequence[Cells], *, num_text_columns: int = _NUM_TEXT_COLUMNS) -> str:
     """Rows of cells as text: the first columns line up left, the rest right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
