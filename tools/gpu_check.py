@@ -159,12 +159,18 @@ def run_shape(shape: str, only: list[str], repetitions: int) -> None:
     works = gpu_workloads()
     time_work(llm, shape, works["warm"], 1, keep=False)
     counts = {"G2": 5, "G4": 3}
+    if "G6" in only and "G1" not in only:
+        only = [*only, "G1"]  # at whose rate it comes
     for name in [n for n in only if n in works]:
         guarded(f"{shape} {name}", lambda w=works[name], n=name: time_work(llm, shape, w, counts.get(n, repetitions)))
     if "G6" in only:
-        rates = [r["out_tok_s"] for r in RESULTS if r["name"] == f"{shape} G1 throughput"]
-        rate = 0.8 * max(rates, default=10_000.0) / works["G1"].num_out * len(works["G1"].requests)
-        guarded(f"{shape} G6", lambda: poisson(llm, shape, works["G1"], rate, result))
+        g1 = works["G1"]
+
+        def arrivals() -> None:
+            whole = max(r["out_tok_s"] for r in RESULTS if r["name"] == f"{shape} G1 throughput")
+            poisson(llm, shape, g1, 0.8 * whole / g1.num_out * len(g1.requests), result)
+
+        guarded(f"{shape} G6", arrivals)
     if "sync" in only:
         llm.core._depth, llm.core.scheduler._budget.max_run_ahead = 1, 0
         for name in ("G2", "G1"):
