@@ -308,7 +308,10 @@ class Frontend:
             self._add_logprobs(output, delta.token_ids, delta.logprobs or [])
         if delta.cumulative_logprob is not None:
             output.cumulative_logprob = delta.cumulative_logprob
-        if child.stream is not None and (stopped := self._add_text(child, child.stream, delta)) is not None:
+        stream = child.stream
+        if stream is not None and stream.is_plain and delta.finish_reason is None:
+            output.text += stream.decode(delta.token_ids)
+        elif stream is not None and (stopped := self._add_text(child, stream, delta)) is not None:
             return stopped
         if delta.finish_reason is not None:
             output.finish_reason, output.stop_reason = str(delta.finish_reason), delta.stop_reason

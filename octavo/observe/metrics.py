@@ -35,6 +35,7 @@ HTTP = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 NUM_ANSWERS = (1, 2, 5, 10, 20, 50, 100)
 MAX_MODEL_LEN = 1 << 17
+STEPS_AT_ONCE = 64
 
 
 class Metrics:
@@ -63,6 +64,7 @@ class Metrics:
         self._prefixes = ("octavo:", "vllm:") if compat == "vllm" else ("octavo:",)
         self._registry: CollectorRegistry | None = None
         self._step = _StepMetrics(cache_config)
+        self._records: list[StepRecord] = []  # not yet looked at
         self._request = _RequestMetrics(max_model_len)
         self._http_requests = Counter("http_requests", "HTTP requests by outcome.", ("handler", "method", "status"))
         self._http_seconds = Histogram(
@@ -70,12 +72,15 @@ class Metrics:
         )
 
     def on_steps(self, records: Iterable[StepRecord]) -> None:
-        """Takes what the engine counted in its latest steps."""
-        for record in records:
-            self._step.add(record)
+        """Takes what the engine counted in its latest steps. They are looked at many at a time, or when asked for: one
+        by one, what that needs would never be in the caches."""
+        self._records += records
+        if len(self._records) >= STEPS_AT_ONCE:
+            self._look()
 
     def on_idle(self) -> None:
         """Nothing runs and nothing waits: the last record's gauges no longer hold."""
+        self._look()
         self._step.clear()
 
     def on_restart(self) -> None:
@@ -146,11 +151,17 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What the registry asks for at each scrape."""
+        self._look()
         for prefix in self._prefixes:
             for metric in (*self._step.all(), *self._request.all()):
                 yield metric.family(prefix, self._labels)
         yield self._http_requests.family("", {})
         yield self._http_seconds.family("", {})
+
+    def _look(self) -> None:
+        for record in self._records:
+            self._step.add(record)
+        self._records.clear()
 
     def _make_registry(self) -> CollectorRegistry:
         from prometheus_client import GCCollector, PlatformCollector, ProcessCollector

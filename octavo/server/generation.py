@@ -138,6 +138,7 @@ class Generation(ABC):
             continuous=bool(options.continuous_usage_stats),
         )
         begun = [False] * len(self.prompts)
+        num_left = len(self.prompts)
         async with aclosing(self._outputs()) as outputs:
             async for number, output in outputs:
                 parts = []
@@ -149,10 +150,11 @@ class Generation(ABC):
                 parts += [self._chunks(writer, number, answer) for answer in output.outputs]
                 if output.finished:
                     self.timing.add(output)
+                    num_left -= 1
+                    parts += [] if num_left else [writer.last(self.timing)]
                 if part := b"".join(parts):
                     yield part
                 self._has_opened = True
-        yield writer.last(self.timing)
 
     def _relay(self, new: CompletionOutput) -> bool:
         """Sends what came while `_events` waits, without waking it. Its first output and its last are its own."""

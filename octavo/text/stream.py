@@ -47,6 +47,7 @@ class TextStream:
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._detokenize = params.detokenize
+        self.is_plain = params.detokenize and not params.stops  # decode() does, but for the last token
         self._rest = b""  # the beginning of a character
         self._stops = params.stops
         self._letters = frozenset("".join(params.stops))
@@ -69,11 +70,11 @@ class TextStream:
         silent = ends_with_stop_token and not self._include_stop
         shown = token_ids[:-1] if silent else token_ids
         if not self._stops:
-            return TextDelta(self._decode(shown))
+            return TextDelta(self.decode(shown))
         texts: list[str] = []
         for token in shown:
             self._num_tokens += 1
-            text, stop = self._search(self._decode((token,)))
+            text, stop = self._search(self.decode((token,)))
             texts.append(text)
             if stop is not None:
                 self._stopped = TextDelta("", stop, self._num_tokens)
@@ -89,7 +90,8 @@ class TextStream:
         self._held, self._rest = "", b""
         return text
 
-    def _decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text that the next tokens complete; stop strings are not looked for."""
         data = self._rest
         for token in tokens:
             if token not in self._skipped:

@@ -64,7 +64,8 @@ class Tokenizer:
         core.no_padding()
         self._core = core
         self._byte_level, self.strips_leading_space = _decoding(core)
-        self._bytes: dict[int, bytes] = {}  # filled as tokens are met
+        # the exact bytes that one token stands for, b"" for an id without a token; asked for each token, so no method
+        self.token_bytes = functools.cache(self._spell)
         self.vocab_size = vocab_size or core.get_vocab_size(with_added_tokens=True)
         self.special_tokens = special_tokens or {}
         self.bos_token_id = self._special_id("bos_token")
@@ -117,13 +118,6 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """Text of one token as people read it; parts of a character show as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """The exact bytes that one token stands for; b"" for an id without a token."""
-        known = self._bytes.get(token)
-        if known is None:
-            known = self._bytes[token] = self._spell(token)
-        return known
 
     def _spell(self, token: int) -> bytes:
         name = self._core.id_to_token(token) if 0 <= token < self.vocab_size else None
