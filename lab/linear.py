@@ -32,6 +32,7 @@ CHECK_ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 64)
 TIMED_ROWS = (1, 2, 4, 8, 16, 32, 256)
 CHECK_SHAPE = (83, 512)  # channels that fill no group, depth of whole blocks of every type
 TOLERANCE = 1e-5  # of the largest output: float32 sums in another order
+BARRIER_STEPS = 3000
 _TOKENS = 61
 _SCALE = 0.37  # makes activations that bf16 does not hold
 _HALF_AT = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
@@ -188,6 +189,26 @@ def measure(level: str, type_name: str, options: argparse.Namespace) -> None:
     runtime.close()
 
 
+def barrier(level: str) -> None:
+    """Prints what a node takes that has nearly nothing to compute, alone and handed to two threads: best of many steps.
+    The second is a whole barrier: waking the other thread, sharing out, and waiting until all is done."""
+    shape, num = (64, 64), 300
+    took = []
+    for threads in (1, 2):
+        runtime = load(level, threads, linear_program(shape, num), Blocks("BF16", shape), "bfloat16", 1)
+        best = float("inf")
+        for _ in range(BARRIER_STEPS):
+            start = time.perf_counter()
+            step(runtime, 1, 0)
+            best = min(best, time.perf_counter() - start)
+        runtime.start_profile()
+        step(runtime, 1, 0)
+        barriers = sum(line.barriers for line in runtime.stop_profile().decode.lines.values())
+        runtime.close()
+        took.append(f"{best / num * 1e6:.2f} (barriers {barriers})")
+    print(f"RESULT barrier level={level} us_a_node 1_thread={took[0]} 2_threads={took[1]}", flush=True)
+
+
 def limits(level: str, threads: int, dtype: str) -> None:
     """Prints what the machine can do at most in the arithmetic of a dtype, measured."""
     runtime = load(level, threads, linear_program((32, 256), 1), Blocks("BF16", (32, 256)), dtype, 1)
@@ -222,11 +243,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--megabytes", type=int, default=160, help="of weights in a pass; more than the caches hold")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument(
+        "--barrier", action="store_true", help="what it takes to hand a node to two threads, and no more"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="one thread by its own time, for busy machines")
     options = parser.parse_args(arguments)
     if options.cpu_time:
         options.threads = 1
     print(f"machine: {platform.machine()}, numpy {np.__version__}, library ABI {_abi(load_library())}")
+    if options.barrier:
+        barrier(options.levels[-1])
+        return 0
     failed = 0
     for level in options.levels:
         failed += sum(not check(level, store, options.threads) for store in options.stores)
