@@ -30,20 +30,22 @@ def test_the_flag_is_refused_where_no_operator_computes():
         CudaRuntime("float32", cuda_ops="cuda", device="cpu")
 
 
+SHAPES = [(4, 4, 128, 0, 0.0), (8, 2, 128, 70, 0.0), (16, 2, 128, 0, 5.0), (4, 1, 256, 0, 0.0), (6, 2, 64, 0, 0.0)]
+TYPES = {"bfloat16": torch.bfloat16, "fp8": FP8}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kept", [torch.bfloat16, FP8], ids=["bfloat16", "fp8"])
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("warps", [4, 8, 16])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "window", "softcap"),
-    [(4, 4, 128, 0, 0.0), (8, 2, 128, 70, 0.0), (16, 2, 128, 0, 5.0), (4, 1, 256, 0, 0.0), (6, 2, 64, 0, 0.0)],
+    ("kept", "heads", "kv_heads", "dim", "window", "softcap"),
+    [(kept, *shape) for kept in TYPES for shape in SHAPES if (kept, shape[2]) != ("fp8", 64)],
 )
 def test_decode_attention(device, monkeypatch, kept, splits, warps, heads, kv_heads, dim, window, softcap):
     monkeypatch.setattr(operators, "decode_warps", lambda _: warps)
-    lengths = [1, 0, 300, 16, 133]
+    lengths, kept = [1, 0, 300, 16, 133, 800], TYPES[kept]
     node = Attention("attention", HANDLE, HANDLE, 0, heads, kv_heads, dim, dim**-0.5, window, softcap)
-    if not operators.can_decode(node, 16, kept.itemsize):
-        pytest.skip("no C++ kernel for this shape: Triton's is tested in test_kernels")
+    assert operators.can_decode(node, 16, kept.itemsize)
     inputs, pools = paged(lengths, kv_heads, dim, device, kept)
     q = numbers((len(lengths), heads * dim), 4, device, torch.bfloat16)
     out, partials = torch.full_like(q, float("nan")), make_partials(len(lengths), heads, dim, splits, device)
@@ -60,21 +62,24 @@ def test_decode_attention(device, monkeypatch, kept, splits, warps, heads, kv_he
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize(("splits", "length"), [(1, 1), (1, 77), (4, 300), (4, 289)])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 4, 128, 0), (16, 2, 128, 0), (6, 2, 64, 70)])
+@pytest.mark.parametrize(
+    ("kept", "heads", "kv_heads", "dim", "window"),
+    [("bfloat16", 4, 4, 128, 0), ("bfloat16", 16, 2, 128, 0), ("bfloat16", 6, 2, 64, 70), ("fp8", 8, 2, 128, 0)],
+)
 def test_decode_attention_turns_the_heads_of_a_lone_token(
-    device, splits, length, has_norms, chained, heads, kv_heads, dim, window
+    device, splits, length, has_norms, chained, kept, heads, kv_heads, dim, window
 ):
     """What rope_kv_write() and it would do one after the other, the cache included."""
     node = Attention("attention", HANDLE, HANDLE, 0, heads, kv_heads, dim, dim**-0.5, window)
     turned = RopeKVWrite("rope", HANDLE, HANDLE, 0, heads, kv_heads, dim, eps=1e-5)
-    inputs, pools = paged([length], kv_heads, dim, device, torch.bfloat16)
+    inputs, pools = paged([length], kv_heads, dim, device, TYPES[kept])
     table = rope_tables(Rope(tuple(100.0 ** (-i / (dim // 2)) for i in range(dim // 2))), 512, torch.device(device))
     norms = (numbers((dim,), 5, device), numbers((dim,), 6, device)) if has_norms else None
     positions = torch.tensor([length - 1], dtype=torch.int32, device=device)
     slots = (inputs.tables[(length - 1) // 16] * 16 + (length - 1) % 16).reshape(1)
     qkv = numbers((1, (heads + 2 * kv_heads) * dim), 4, device, torch.bfloat16)
     for pool in pools:
-        pool[slots // 16, :, slots % 16] = float("nan")
+        pool[slots // 16, :, slots % 16] = torch.tensor(float("nan"), device=device).to(pool.dtype)
     pools_after = [pool.clone() for pool in pools]
     q = torch.empty(1, heads * dim, device=device, dtype=torch.bfloat16)
     rope_kv_write(1, turned, qkv, positions, slots, table, norms, q, *pools_after)
@@ -87,7 +92,8 @@ def test_decode_attention_turns_the_heads_of_a_lone_token(
     operators.decode_attention(inputs, node, 0, qkv, *pools, out, partials, **options, turn=turn)
     close(out, expected.float().cpu().numpy(), 1e-2)
     for pool, after in zip(pools, pools_after, strict=True):
-        close(torch.nan_to_num(pool), torch.nan_to_num(after).float().cpu().numpy(), 1e-2)
+        pool, after = pool.float(), after.float()
+        close(torch.nan_to_num(pool), torch.nan_to_num(after).cpu().numpy(), 1e-2)
         assert torch.equal(pool.isnan(), after.isnan()), "written elsewhere"
 
 
@@ -154,10 +160,11 @@ def test_gated_product_of_many_rows(device, rows, width, depth, activation, bias
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kept", TYPES)
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("rows", [1, 300, 2600])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 1, 128), (16, 8, 128), (9, 3, 64), (3, 3, 64)])
-def test_product_that_turns_its_heads(device, heads, kv_heads, dim, rows, norms):
+def test_product_that_turns_its_heads(device, heads, kv_heads, dim, rows, norms, kept):
     """Against the product in float32, and what the Triton kernel for heads does with it."""
     depth, width = 200, (heads + 2 * kv_heads) * dim
     rope = Rope(tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)))
@@ -175,10 +182,11 @@ def test_product_that_turns_its_heads(device, heads, kv_heads, dim, rows, norms)
     blocks = -(-(rows + 40) // 16)
 
     def pools(dtype):
-        return [torch.zeros((blocks, kv_heads, 16, dim), device=device, dtype=dtype) for _ in range(2)]
+        return [torch.zeros((blocks, kv_heads, 16, dim), device=device).to(dtype) for _ in range(2)]
 
     out = torch.full((rows + 3, heads * dim), float("nan"), device=device, dtype=torch.bfloat16)
-    found, wanted, q = pools(torch.bfloat16), pools(torch.float32), torch.zeros(rows, heads * dim, device=device)
+    found, wanted = pools(TYPES[kept]), pools(FP8 if kept == "fp8" else torch.float32)
+    q = torch.zeros(rows, heads * dim, device=device)
     product = operators.Product(linear, x, weight, bias, out, heads=node, table=table, norms=weights)
     for _ in range(2):
         product.place(positions, slots, *found)
@@ -187,7 +195,7 @@ def test_product_that_turns_its_heads(device, heads, kv_heads, dim, rows, norms)
     rope_kv_write(rows, node, qkv, positions, slots, table, weights, q, *wanted)
     close(out[:rows], q.cpu(), 5e-3)
     for pool, expected in zip(found, wanted, strict=True):
-        close(pool, expected.cpu(), 5e-3)
+        close(pool, expected.float().cpu(), 3e-2 if kept == "fp8" else 5e-3)  # a few of 256 values are a neighbour
     assert out[rows:].isnan().all(), "a row behind the last"
 
 

@@ -32,7 +32,8 @@ class AttentionBackend:
         self._is_asked_for = name == "cuda"
         self._dtype = dtype
         self._built: Future[None] | None = None
-        self.has_cpp = self.writes_kv = False  # whether C++ kernels are there, and one that writes such a KV pool
+        # whether there are C++ kernels; whether products of many rows, and a lone request's attention, write such KV
+        self.has_cpp = self.writes_kv = self.turns = False
         self.prefill: Callable[..., None] = attention.prefill_attention
         if self._is_asked_for and dtype != torch.bfloat16:
             raise UnsupportedError(f"--attention-backend cuda: its kernels compute in bfloat16, not {dtype}: take auto")
@@ -52,7 +53,8 @@ class AttentionBackend:
         """
         if self._built is not None and (waits or self._built.done()):
             self.has_cpp, self._built = self._can_build(self._built), None
-        self.writes_kv = self.has_cpp and block_size == 16 and kv_bytes == 2
+        self.writes_kv = self.has_cpp and block_size == 16 and kv_bytes <= 2
+        self.turns = self.writes_kv and all(operators.can_decode(n, block_size, kv_bytes) for n in nodes)
         in_cpp = self.has_cpp and all(operators.can_prefill(n, block_size, kv_bytes) for n in nodes)
         self.prefill = operators.prefill_attention if in_cpp else attention.prefill_attention
         tiles = set()

@@ -252,10 +252,10 @@ class Launches:
         Of one: else it might read what another program of it writes. The product is kept beside the slots for it, since
         its own output may have the memory of what it reads.
         """
-        if heads is None or not self._takes_many or heads.num_heads > 8 * heads.num_kv_heads:
+        if heads is None or not self._takes_many:
             return _never
         backend = self._backend
-        return lambda num_tokens: num_tokens == 1 and backend.writes_kv
+        return lambda num_tokens: num_tokens == 1 and backend.turns
 
     def _fused(self, node: ops.Linear) -> tuple[torch.Tensor, torch.Tensor, linear.Fused]:
         """What a product of few rows reads and writes, and what it takes over from the norms beside it."""

@@ -66,7 +66,8 @@ class _Product(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "positions", "slots")),
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", "q_norm", "k_norm", "keys", "values")),
-        *((name, ctypes.c_int) for name in ("rows", "depth", "width", "activation", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int) for name in ("rows", "depth", "width", "activation")),
+        *((name, ctypes.c_int) for name in ("num_heads", "num_kv_heads", "kv_bytes")),
         ("eps", ctypes.c_float),
     ]
 
@@ -178,7 +179,7 @@ def decode_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0), chained: bool = False, splits: int = 0, min_chunk: int = MIN_CHUNK,
     turn: Turn | None = None,
 ) -> None:  # fmt: skip
-    """kernels.attention.decode_attention in CUDA C++; head sizes 64 and 128 in bfloat16 with a `turn`."""
+    """kernels.attention.decode_attention in CUDA C++; no head size above 128 with a `turn`."""
     splits = splits or num_splits(inputs.num_decodes, node.num_kv_heads)
     turned: tuple[torch.Tensor | None, ...] = (None,) * len(_TURN_POINTERS)
     if turn is not None:
@@ -321,10 +322,10 @@ class Product:
             self._arguments.eps = heads.eps
 
     def place(self, positions: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Where tokens are: their positions, and slots (int32 [rows]) of a bfloat16 cache in blocks of 16."""
+        """Where tokens are: their positions, and slots (int32 [rows]) of a bfloat16 or fp8 cache in blocks of 16."""
         arguments = self._arguments
         arguments.positions, arguments.slots = positions.data_ptr(), slots.data_ptr()
-        arguments.keys, arguments.values = keys.data_ptr(), values.data_ptr()
+        arguments.keys, arguments.values, arguments.kv_bytes = keys.data_ptr(), values.data_ptr(), keys.element_size()
 
     def launch(self, num_rows: int) -> None:
         """Of heads after place(). Raises StepError: the card refused it."""

@@ -11,9 +11,11 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 struct Decode {
   const __nv_bfloat16* q;  // [T, heads, D]; with `cosines`, of q, k and v as the product left them
@@ -312,11 +314,13 @@ struct Head {
     }
   }
 
-  __device__ __forceinline__ void store(__nv_bfloat16* to, int lane) const {
+  // T: __nv_bfloat16, or __nv_fp8_e4m3, which saturates.
+  template <class T>
+  __device__ __forceinline__ void store(T* to, int lane) const {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      to[kPairs * lane + i] = __float2bfloat16(low[i]);
-      to[D / 2 + kPairs * lane + i] = __float2bfloat16(high[i]);
+      to[kPairs * lane + i] = T(low[i]);
+      to[D / 2 + kPairs * lane + i] = T(high[i]);
     }
   }
 
@@ -346,7 +350,7 @@ struct Head {
 
 // Norms and rotates the query heads of a KV head into `queries`, [group, D]. The part of a context that holds its last
 // position also writes k and v there; then all of it may be read.
-template <int D, int kWarps>
+template <int D, int kBytes, int kWarps>
 __device__ __forceinline__ void turn_heads(const Decode& d, __nv_bfloat16* queries, int token, int kv_head, int group,
                                            bool writes, const float (&cosines)[D / 64], const float (&sines)[D / 64]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -360,13 +364,14 @@ __device__ __forceinline__ void turn_heads(const Decode& d, __nv_bfloat16* queri
       if (d.q_norm != nullptr) head.norm(is_k ? d.k_norm : d.q_norm, d.eps, lane);
       head.rotate(cosines, sines);
     }
-    __nv_bfloat16* to = queries + i * D;
     if (is_k || is_v) {
+      using Kept = std::conditional_t<kBytes == 1, __nv_fp8_e4m3, __nv_bfloat16>;
       const int slot = d.slots[token];
       const int64_t at = ((int64_t(slot / kBlock) * d.num_kv_heads + kv_head) * kBlock + slot % kBlock) * D;
-      to = static_cast<__nv_bfloat16*>(is_k ? d.keys : d.values) + at;
+      head.store(static_cast<Kept*>(is_k ? d.keys : d.values) + at, lane);
+    } else {
+      head.store(queries + i * D, lane);
     }
-    head.store(to, lane);
   }
   __syncthreads();
 }
@@ -415,7 +420,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps / (D <= 128 ? 1 : 2))
   const __nv_bfloat16* query = d.q + (int64_t(token) * d.num_heads + kv_head * group) * D;
   if constexpr (kTurns) {
     __shared__ __align__(16) __nv_bfloat16 turned[kHeads * D];
-    turn_heads<D, kWarps>(d, turned, token, kv_head, group, seq_len > 0 && split == parts - 1, cosines, sines);
+    turn_heads<D, kBytes, kWarps>(d, turned, token, kv_head, group, seq_len > 0 && split == parts - 1, cosines, sines);
     query = turned;
   }
   uint32_t q[D / 16][2] = {};
@@ -484,7 +489,7 @@ int launch(const Decode& d, int num_decodes, bool chained, cudaStream_t stream) 
   config.attrs = &attribute;
   config.numAttrs = chained ? 1 : 0;
   if (d.cosines == nullptr) return cudaLaunchKernelEx(&config, decode_attention<D, kBytes, kWarps, false>, d);
-  if constexpr (D <= 128 && kBytes == 2) {
+  if constexpr (D <= 128) {
     return cudaLaunchKernelEx(&config, decode_attention<D, kBytes, kWarps, true>, d);
   }
   return cudaErrorInvalidValue;

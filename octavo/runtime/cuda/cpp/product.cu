@@ -10,6 +10,8 @@
 
 #include "hopper.cuh"
 
+#include <cuda_fp8.h>
+
 struct Product {
   const __nv_bfloat16* x;       // [rows, depth]
   const __nv_bfloat16* weight;  // [columns, depth]; of a gated product gate over up
@@ -21,12 +23,13 @@ struct Product {
   const float* sines;
   const float* q_norm;  // [D], or none
   const float* k_norm;
-  __nv_bfloat16* keys;  // [blocks, KV heads, 16, D]
-  __nv_bfloat16* values;
+  void* keys;  // [blocks, KV heads, 16, D], bfloat16 or e4m3
+  void* values;
   int rows, depth;
   int width;  // of `out` before heads are taken apart: columns, or half of them
   int activation;  // of the gate: 4 SiLU, 5 GELU by tanh
   int num_heads, num_kv_heads;
+  int kv_bytes;
   float eps;
 };
 
@@ -106,6 +109,16 @@ __device__ __forceinline__ float activated(float x, int activation) {
   return __fdividef(x, 1.0f + __expf(-2.0f * y));  // (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
 }
 
+__device__ __forceinline__ void put(__nv_bfloat16* to, uint4 value) { *reinterpret_cast<uint4*>(to) = value; }
+
+// Eight bfloat16 numbers as e4m3, the nearest; what is too large becomes the largest.
+__device__ __forceinline__ uint2 narrowed(uint4 value) {
+  const auto pair = [](uint32_t x) -> uint32_t {
+    return __nv_cvt_bfloat16raw2_to_fp8x2(reinterpret_cast<const __nv_bfloat162_raw&>(x), __NV_SATFINITE, __NV_E4M3);
+  };
+  return make_uint2(pair(value.x) | pair(value.y) << 16, pair(value.z) | pair(value.w) << 16);
+}
+
 template <int kKind>
 __device__ void produce(const Product& p, const CUtensorMap& x, const CUtensorMap& weight, Shared& shared, int num_pairs,
                         int num_columns) {
@@ -167,9 +180,9 @@ struct Consumer {
     release(turn - 1);
   }
 
-  // Stores 64 columns, from registers `kFirst` on, to what `target` says of a row; nowhere where that is none.
-  template <int kFirst, class Target>
-  __device__ __forceinline__ void store(const Target& target) {
+  // Hands 64 columns, from registers `kFirst` on, to `put`, eight of a row at a time.
+  template <int kFirst, class Put>
+  __device__ __forceinline__ void store(const Put& put) {
     auto& staged = shared.staged[me * 4 + warp];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -183,8 +196,7 @@ struct Consumer {
     for (int i = 0; i < 4; ++i) {
       const int row = i * 4 + lane / 8, chunk = lane % 8;
       const char* at = reinterpret_cast<const char*>(staged[row]) + ((chunk ^ (row % 8)) * 16);
-      const uint4 value = *reinterpret_cast<const uint4*>(at);
-      if (__nv_bfloat16* to = target(i, chunk * 8)) *reinterpret_cast<uint4*>(to) = value;
+      put(i, chunk * 8, *reinterpret_cast<const uint4*>(at));
     }
     __syncwarp();
   }
@@ -205,9 +217,9 @@ struct Consumer {
 
   __device__ __forceinline__ void finish(int row, int column) {
     const auto target = [&](int first) {
-      return [=](int i, int offset) -> __nv_bfloat16* {
+      return [=](int i, int offset, uint4 value) {
         const int64_t at = row + i * 4 + lane / 8;
-        return at < p.rows && first + offset < p.width ? p.out + at * p.width + first + offset : nullptr;
+        if (at < p.rows && first + offset < p.width) put(p.out + at * p.width + first + offset, value);
       };
     };
     if constexpr (kKind == kGated) {
@@ -302,14 +314,17 @@ struct Consumer {
     rotate_heads<D>(first / D, 1, lower);
     const auto target = [&](int chunk) {
       const int at = first + chunk * kSwizzled, head = at / D, column_of_head = at % D;
-      return [=](int i, int offset) -> __nv_bfloat16* {
+      return [=](int i, int offset, uint4 value) {
         const int64_t token = row + i * 4 + lane / 8;
-        if (token >= p.rows || at >= p.width) return nullptr;
-        if (head < p.num_heads) return p.out + (token * p.num_heads + head) * D + column_of_head + offset;
+        if (token >= p.rows || at >= p.width) return;
+        if (head < p.num_heads) return put(p.out + (token * p.num_heads + head) * D + column_of_head + offset, value);
         const bool is_key = head < p.num_heads + p.num_kv_heads;
         const int64_t kv_head = head - p.num_heads - (is_key ? 0 : p.num_kv_heads);
         const int64_t place = (slot[i] / kPage * p.num_kv_heads + kv_head) * kPage + slot[i] % kPage;
-        return (is_key ? p.keys : p.values) + place * D + column_of_head + offset;
+        const int64_t to = place * D + column_of_head + offset;
+        void* const pool = is_key ? p.keys : p.values;
+        if (p.kv_bytes == 2) return put(static_cast<__nv_bfloat16*>(pool) + to, value);
+        *reinterpret_cast<uint2*>(static_cast<uint8_t*>(pool) + to) = narrowed(value);
       };
     };
     store<0>(target(0));
