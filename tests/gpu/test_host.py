@@ -35,6 +35,12 @@ def test_blocks_of_any_size_come_back_whole(device, dtype):
         assert torch.equal(pool[6].float(), old[6].float())
 
 
+def test_host_memory_is_as_much_as_asked_for(device):
+    pools = [torch.zeros(3, 2, 16, size, device=device, dtype=torch.bfloat16) for size in (8, 80)]
+    blocks = HostBlocks(pools, num_blocks=37, first=3)
+    assert blocks._host.nbytes == 37 * (2 * 16 * (8 + 80)) * 2
+
+
 def test_no_copy_of_a_wave_touches_what_another_writes():
     draw = random.Random(0)
     for _ in range(200):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 import torch
 
+from octavo.errors import MemoryPlanError
 from octavo.runtime.cuda.kernels import blocks
 
 Pair = tuple[int, int]
@@ -18,14 +21,18 @@ class HostBlocks:
     Copies are queued on the stream that the steps run on, so nothing needs an event: what a step saves was written by
     the steps before it, and what it loads is there when it computes. The host waits for none of them. A block that is
     saved is one that this very step gives to somebody else, so its copy could not run beside the step anyway.
+
+    Raises:
+        MemoryPlanError: the driver cannot lock so much host memory.
     """
 
     def __init__(self, pools: list[torch.Tensor], num_blocks: int, first: int) -> None:
         self._pools, self._first = pools, first
         self._device = pools[0].device if pools else torch.device("cpu")
-        self._host = [torch.empty((num_blocks, *p.shape[1:]), dtype=p.dtype, pin_memory=p.is_cuda) for p in pools]
         words = [pool[0].numel() * pool.itemsize // _WORD.itemsize for pool in pools]
-        places = [[p.data_ptr(), h.data_ptr(), n] for p, h, n in zip(pools, self._host, words, strict=True)]
+        self._host = _locked(num_blocks * sum(words), self._device)
+        hosts = [self._host[num_blocks * before :] for before in accumulate(words[:-1], initial=0)]
+        places = [[p.data_ptr(), h.data_ptr(), n] for p, h, n in zip(pools, hosts, words, strict=False)]
         self._tensors = torch.tensor(places, dtype=_WORD).to(self._device)
         self._most_words = max(words, default=0)
 
@@ -38,6 +45,17 @@ class HostBlocks:
 
     def _id(self, block: int) -> int:
         return block if block < self._first else self._first - block - 1
+
+
+def _locked(num_words: int, device: torch.device) -> torch.Tensor:
+    """Memory that a card reads and writes by its address. Pinned by torch it would take the next power of two."""
+    memory = torch.empty(num_words, dtype=_WORD)
+    if device.type == "cuda" and num_words:
+        driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(driver.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
+            raise MemoryPlanError(f"--swap-space: {memory.nbytes >> 20} MiB of the host cannot be locked: ask for less")
+        weakref.finalize(memory, driver.cudaHostUnregister, memory.data_ptr())
+    return memory
 
 
 def waves(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
