@@ -20,6 +20,10 @@ LINEARS = [
     *((4096, 11008, "none"), (32000, 4096, "none"), (6144, 4096, "none"), (14336, 4096, "silu_mul")),
     *((4096, 14336, "none"), (128256, 4096, "none"), (2048, 2048, "none")),
 ]
+TILES = [  # outputs, columns of a turn, warps
+    *((1, 1024, 2), (1, 1024, 4), (1, 2048, 2), (1, 2048, 4), (2, 512, 1), (2, 1024, 1), (2, 2048, 2), (2, 2048, 4)),
+    *((2, 4096, 4), (4, 1024, 1)),
+]
 DECODES = [  # requests, heads, KV heads, head size, context
     *((1, 16, 8, 128, 192), (1, 32, 32, 128, 192), (1, 32, 8, 128, 8000), (8, 16, 8, 128, 600)),
     *((64, 32, 32, 128, 1100), (256, 16, 8, 128, 800), (256, 32, 32, 128, 800), (256, 32, 8, 128, 800)),
@@ -110,6 +114,29 @@ def time_linear(
         f"linear {rows}x{num_in}->{stacked}", us=behind * 1e6, alone_us=alone * 1e6, cublas_us=blas * 1e6, tbs=rate,
         percent=100 * rate / limits["tbs"],
     )  # fmt: skip
+
+
+def time_tiles(report: Report) -> None:
+    """TB/s of products of one and two rows in every tile of TILES; `chosen` is what tile_of() takes."""
+    import torch
+
+    from octavo.runtime.cuda.kernels.linear import Tile, few_rows, tile_of
+
+    for rows in (1, 2):
+        for num_out, num_in, activation in [*LINEARS, (8192, 2048, "silu_mul"), (2048, 8192, "none")]:
+            gated = activation.endswith("_mul")
+            num_bytes = num_out * num_in * (4 if gated else 2)
+            sets = sets_for(num_bytes)
+            shape = (num_out * (2 if gated else 1), num_in)
+            weights = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
+            x = torch.randn(rows, num_in, device=DEVICE, dtype=torch.bfloat16)
+            out = torch.empty(rows, num_out, device=DEVICE, dtype=torch.bfloat16)
+            rates = {}
+            for tile in [*(Tile(*t) for t in TILES if t[1] < 2 * num_in), tile_of(rows, num_out, num_in, gated=gated)]:
+                options = {"activation": activation, "chained": True, "tile": tile}
+                s = timed(lambda i, w=weights, x=x, o=out, k=options: few_rows(len(x), x, w[i], None, o, **k), sets)
+                rates[f"{tile.rows}x{tile.cols}/{tile.warps}"] = num_bytes / s / 1e12
+            report(f"tiles {rows} {num_in}->{shape[0]}", chosen=rates[f"{tile.rows}x{tile.cols}/{tile.warps}"], **rates)
 
 
 def attention_inputs(

@@ -147,7 +147,18 @@ def test_scales_of_the_cache_multiply_keys_and_values(device):
     close(out, expected_attention(doubled, q, pools, inputs) * 0.5, 1e-2)
 
 
-@pytest.mark.parametrize(("depth", "tile"), [(50, linear.Tile(4, 32, 1)), (1100, linear.Tile(2, 1024, 4))])
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_thread_of_a_tile_is_without_a_column(num_rows, gated):
+    for num_out in (64, 576, 2048, 4096, 32000):
+        for num_in in (20, 32, 50, 576, 1024, 2048, 4096, 8192, 11008):
+            tile = linear.tile_of(num_rows, num_out, num_in, gated=gated)
+            assert 32 * tile.warps <= max(tile.cols, 32) < 2 * max(num_in, 32)
+
+
+@pytest.mark.parametrize(
+    ("depth", "tile"), [(50, linear.Tile(4, 32, 1)), (1100, linear.Tile(2, 1024, 4)), (2100, None)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_rows", "activation"), [(1, "none"), (1, "silu_mul"), (2, "gelu_tanh_mul"), (2, "none")])
 def test_few_rows_with_norm_and_residual(device, dtype, num_rows, activation, depth, tile):

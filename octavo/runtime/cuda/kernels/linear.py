@@ -115,15 +115,18 @@ class Tile:
 
 
 def tile_of(num_rows: int, num_out: int, num_in: int, *, gated: bool) -> Tile:
-    """The tile by shape: narrow outputs take a row's depth at once with four warps, wide ones a warp a program.
+    """The tile by shape: one output and several warps a program where outputs are few or deep, else outputs and a warp.
 
     Swept over the shapes of 0.6B, 1B, 7B and 8B models (docs/kernels.md). No thread is without a column.
     """
     depth = triton.next_power_of_2(num_in)
-    if num_out <= 2048:
-        return Tile(2, depth if depth <= 4096 else 2048, min(4, max(depth // 32, 1)))
     if gated:
-        return Tile(2, min(depth, 1024 // num_rows), 1)
+        cols = min(depth, 4096 if num_rows == 1 else 512)
+        return Tile(2, cols, max(cols // 1024, 1))
+    if num_rows == 1 and num_out <= max(num_in, 2048):
+        return Tile(1, 1024, 4) if depth > 2048 else Tile(1, depth, min(2, max(depth // 32, 1)))
+    if num_rows == 2 and num_out <= 2048 < depth:
+        return Tile(2, 4096 if depth == 4096 else 2048, 4)
     return Tile(4 // num_rows, min(depth, 1024), 1)
 
 
