@@ -132,13 +132,13 @@ def whole_steps(saved: dict[str, Any]) -> str:
 
 
 def by_op(saved: dict[str, Any]) -> Iterator[str]:
-    """A table a number type: a line an op, a column a level and number of rows, cells what it reaches of the limit."""
+    """A table a number type: a line an op, a column a level, cells what it reaches of the limit by number of rows."""
     yield f"By op, percent of the limit at {', '.join(CASES)} rows; bold is open, under {OPEN:.0%}:"
     for dtype in dict.fromkeys(found["dtype"] for found in saved["results"]):
         of_dtype = [found for found in saved["results"] if found["dtype"] == dtype]
         ops = dict.fromkeys(node["op"] for found in of_dtype for node in found["rows"]["1"]["nodes"].values())
-        head = [dtype, *(f"{found['level']}, {rows}" for found in of_dtype for rows in CASES)]
-        yield table(head, [[op, *(share(f["rows"][rows], op) for f in of_dtype for rows in CASES)] for op in ops])
+        lines = [[op, *(", ".join(share(f["rows"][rows], op) for rows in CASES) for f in of_dtype)] for op in ops]
+        yield table([dtype, *(found["level"] for found in of_dtype)], lines)
 
 
 def share(step: dict[str, Any], op: str) -> str:
