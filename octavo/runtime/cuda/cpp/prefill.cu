@@ -349,7 +349,9 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     for (;; ++count) {
       barrier_wait(shared.q_full[count % 2], parity(count));
-      const Tile tile = shared.tiles[count % 2].uniform();
+      Tile tile{};
+      if (lane == 0) tile = shared.tiles[count % 2];  // who reads it is who says that it was read
+      tile = tile.uniform();
       if (tile.head < 0) return;
       attend(tile);
       read(shared.q_empty[count % 2]);
