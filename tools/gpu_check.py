@@ -3,13 +3,14 @@
     python tools/gpu_check.py [STAGE ...]     all by default: tests kernels and the shapes, qwen3-0.6b llama-2-7b
                                               llama-3-8b (grouped heads) llama-3.2-1b (heads of 64)
 
-`tests` runs tests/gpu there; `model` compares the tokens of `--model FILE` with the CPU's; `kernels` times each kernel
-against the card's limits, `sampler` those of sampling alone; the shapes run the workloads of lab/gpu_workloads.py with
-random weights in a process of their own. `--workloads G2,G4` chooses; beside G1 to G5 there are G6 (arrivals over time
-at 80 % of G1's rate), `sync` (G2 and G1 with one step in flight) and `channel` (G1 through AsyncEngine; needs msgspec
-and prometheus_client). Of G1 to G3 eight requests are checked token by token. Prints RESULT lines, writes them as JSON
-to $OUT (default: the current folder), and ends with status 1 where something failed. No stage but `channel` needs a web
-package, none but `model` a tokenizer.
+`tests` runs tests/gpu there, `sanitizer` those of kernels under memcheck and racecheck; `model` compares the tokens of
+`--model FILE` with the CPU's; `server` asks `octavo serve FILE`, and one of random weights, over HTTP; `kernels` times
+each kernel against the card's limits, `sampler` those of sampling alone, `tiles` products of few rows in every tile;
+the shapes run the workloads of lab/gpu_workloads.py with random weights in a process of their own. `--workloads G2,G4`
+chooses; beside G1 to G5 there are G6 (arrivals over time at 80 % of G1's rate), `sync` (G2 and G1 with one step in
+flight) and `channel` (G1 through AsyncEngine). Of G1 to G3 eight requests are checked token by token. Prints RESULT
+lines, writes them as JSON to $OUT (default: the current folder), and ends with status 1 where something failed. No
+stage but `channel` and `server` needs a web package, none but `model` and `server` a tokenizer.
 """
 
 from __future__ import annotations
@@ -95,11 +96,34 @@ def stage_model(model: str) -> None:
     check_model(model, result, guarded)
 
 
+def stage_sanitizer() -> None:
+    """tests/gpu's kernels under compute-sanitizer."""
+    from gpu_sanitizer import check_kernels
+
+    check_kernels(result, out_folder())
+
+
+def stage_server(model: str) -> None:
+    """`octavo serve` of a checkpoint, and of random weights."""
+    from gpu_server import check_server
+
+    shape = [str(ROOT / "lab" / "shapes" / SHAPES[0]), "--load-format", "dummy", "--skip-tokenizer-init"]
+    guarded("server", lambda: check_server("checkpoint", [model], "The capital of France is", result, out_folder()))
+    guarded("server", lambda: check_server("shape", shape, [*range(5, 105)], result, out_folder()))
+
+
 def stage_kernels() -> None:
     """Each kernel alone, against the card's limits; then the sampler."""
     from gpu_kernels import time_kernels
 
     stage_sampler(time_kernels(result, guarded))
+
+
+def stage_tiles() -> None:
+    """Products of few rows, tile by tile."""
+    from gpu_kernels import time_tiles
+
+    time_tiles(result)
 
 
 def stage_sampler(limits: dict[str, float] | None = None) -> None:
@@ -258,7 +282,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="G2,G4,G3,G1,G5")
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--engine", default="", help="settings of the engine, such as kv_cache_dtype=fp8,cuda_ops=cuda")
-    parser.add_argument("--model", default="smollm2", help="of the stage `model`")
+    parser.add_argument("--model", default="smollm2", help="of the stages `model` and `server`")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     args = parser.parse_args()
     ENGINE.update(engine_settings(args.engine))
@@ -273,10 +297,16 @@ def main() -> None:
             guarded(stage, stage_tests)
         elif stage == "model":
             guarded(stage, lambda: stage_model(args.model))
+        elif stage == "server":
+            guarded(stage, lambda: stage_server(args.model))
+        elif stage == "sanitizer":
+            guarded(stage, stage_sanitizer)
         elif stage == "kernels":
             guarded(stage, stage_kernels)
         elif stage == "sampler":
             guarded(stage, stage_sampler)
+        elif stage == "tiles":
+            guarded(stage, stage_tiles)
         else:
             guarded(stage, lambda s=stage: stage_shape(s, args))
     out = out_folder() / "gpu_check.json"
