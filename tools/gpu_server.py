@@ -72,7 +72,10 @@ def metric(name: str) -> float:
 
 
 def ask_all(prompt: str | list[int]) -> dict[str, Any]:
-    """One answer, the same as a stream, many at once, and what /metrics says of them."""
+    """One answer, the same as a stream, many at once, and what /metrics says of them.
+
+    `same`: how many of those at once are the one alone; in bfloat16 steps of other sizes round otherwise.
+    """
     model = json.loads(fetch("/v1/models"))["data"][0]["id"]
     wanted = {"model": model, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
     wanted["return_token_ids"] = True

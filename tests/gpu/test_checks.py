@@ -76,6 +76,18 @@ def test_a_failure_is_a_result_and_ends_with_status_1(gpu_check, monkeypatch, tm
     assert not ended.value.code
 
 
+def test_a_sanitizer_that_found_something_or_did_not_end_is_heard(gpu_check):
+    from gpu_sanitizer import read
+
+    passed, race = (
+        "..\n3 passed, 1 skipped in 2.1s\n",
+        "========= RACECHECK SUMMARY: 6 hazards displayed (5 errors, 1 warnings)",
+    )
+    assert read(f"{passed}{race}\n") == ({"passed": 3, "skipped": 1}, 5, 1)
+    assert read(f"{passed}========= ERROR SUMMARY: 0 errors\n") == ({"passed": 3, "skipped": 1}, 0, 0)
+    assert read("..========= Error: Race reported (0 errors)") == ({}, None, 0)
+
+
 def test_settings_are_literals_or_words(gpu_check):
     text = "kv_cache_dtype=fp8,fuse_ops=False,max_num_seqs=8,model=__import__('os')"
     expected = {"kv_cache_dtype": "fp8", "fuse_ops": False, "max_num_seqs": 8, "model": "__import__('os')"}
