@@ -97,6 +97,6 @@ def test_what_does_not_fit_is_one_line_from_the_engine_process(model: Path, capf
     flags = ["--load-format", "dummy", "--runtime", "reference", "--port", "0", "--num-gpu-blocks-override", "2"]
     assert run(["serve", str(model), *flags, "--max-model-len", "64"]) == 2
     lines = capfd.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: one request of max_model_len=64 tokens needs 4 KV blocks")
+    assert lines[-1].startswith("error: one request of --max-model-len=64 tokens needs 4 KV blocks")
     assert "largest --max-model-len that fits is 32" in lines[-1]
     assert not [line for line in lines if "Traceback" in line]
