@@ -205,9 +205,10 @@ class Scheduler:
         order = self._rows.ranked(self.policy)
         charge = self.policy.charge if self.policy.charges else None
         scheduled, requests = output.scheduled, step.requests
+        num_tokens, max_tokens = output.num_tokens, self._budget.max_tokens
         kv_read = 0
         for request in order:
-            if output.num_tokens == self._budget.max_tokens:
+            if num_tokens == max_tokens:
                 break
             start, num_pending = request.num_computed_tokens, request.num_pending
             if request.plain_from <= start:  # what most rows of most steps are, made short: one more token
@@ -220,16 +221,18 @@ class Scheduler:
                 requests.append(request)
                 request.num_computed_tokens = end = start + 1
                 request.num_pending = num_pending + 1
-                output.num_tokens += 1
+                num_tokens += 1
                 kv_read += end
                 if charge is not None:
                     charge(request, start, end)
                 continue
-            share = self._budget.share(request, output.num_tokens)
+            share = self._budget.share(request, num_tokens)
             if not share or request.status is not RequestStatus.RUNNING:  # preempted with another of its beams
                 continue
             if (blocks := self._allocate(output, request, start + share, order)) is not None:
                 self._schedule_row(output, step, request, share, blocks)
+                num_tokens += share
+        output.num_tokens = num_tokens
         self._counts.num_kv_read += kv_read
 
     def _allocate(self, output: SchedulerOutput, request: Request, end: int, order: list[Request]) -> Blocks | None:
@@ -330,20 +333,20 @@ class Scheduler:
         """Takes a step's tokens: hashes, appends, stops. What is of an old epoch is dropped."""
         step = self._in_flight.pop(output.step)
         deltas: list[RequestDelta] = []
-        has_suspects = bool(self.suspects)
+        is_plain = not self.suspects
         for request, item, tokens, logprobs in zip(
             step.requests, output.scheduled, result.token_ids, result.logprobs, strict=True
         ):
             if request.epoch != item.epoch:
                 continue
             if (  # again what most are: one more token, and not the last
-                request.plain_from <= item.start < request.max_length - 2
+                is_plain
                 and len(tokens) == 1
-                and tokens[0] not in request.stop_ids
-                and not has_suspects
+                and request.plain_from <= item.start < request.max_length - 2
+                and (token := tokens[0]) not in request.stop_ids
             ):
                 request.num_pending -= 1
-                request.token_ids.append(tokens[0])
+                request.token_ids.append(token)
                 deltas.append(RequestDelta(request.request_id, tokens, logprobs))  # the front knows the rest already
                 continue
             if item.start < request.plain_from:  # behind that, all at once when they are given back
