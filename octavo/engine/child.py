@@ -1,8 +1,10 @@
-"""The engine process as its front sees it: spawned with one end of a socket pair, watched, ended."""
+"""The engine process as its front sees it: spawned with its ends of a socket and a pipe, watched, ended."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -18,6 +20,7 @@ from octavo.models.spec import ModelFiles
 
 END_SECONDS = 5.0
 SOCKET_BYTES = 1 << 22
+PIPE_BYTES = 1 << 20  # the most that Linux gives everybody
 
 
 class EngineProcess:
@@ -27,18 +30,23 @@ class EngineProcess:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        for end in (self._socket, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
-        with theirs, unsignalled():
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        told, telling = os.pipe()
+        self._pipe = os.fdopen(told, "rb", 0)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # a user who has many pipes gets no more: outputs are merged sooner
+                fcntl.fcntl(told, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        with theirs, os.fdopen(telling, "wb"), unsignalled():
+            ends = (theirs.fileno(), telling)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "octavo.engine.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", "octavo.engine.process", *map(str, ends)],
+                pass_fds=ends,
                 stdin=subprocess.DEVNULL,
             )
 
     async def load(self, config: EngineConfig, files: ModelFiles) -> None:
         """Has it load a model; its first message says whether it could."""
-        self.channel = await FrontChannel.open(self._socket)
+        self.channel = await FrontChannel.open(self._socket, self._pipe)
         self.channel.send(StartEngine(config, files.name, files.format, str(files.path)))
 
     def status(self) -> str:
@@ -74,6 +82,7 @@ class EngineProcess:
         self._process.kill()
         self._process.wait()
         self._socket.close()
+        self._pipe.close()
 
     async def end(self) -> None:
         """Closes the channel, on which it ends by itself; kills it if it does not."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from octavo.engine.channel import encode, take_frames
 
@@ -16,7 +14,8 @@ from octavo.engine.channel import encode, take_frames
 class FrontChannel(asyncio.Protocol):
     """The front's end, on its event loop. Messages wait for receive(), or deliver() hands them on as they arrive."""
 
-    _transport: asyncio.Transport
+    _socket: asyncio.WriteTransport
+    _pipe: asyncio.BaseTransport
 
     def __init__(self) -> None:
         self._received = bytearray()
@@ -27,13 +26,13 @@ class FrontChannel(asyncio.Protocol):
         self._error: Exception | None = None
 
     @classmethod
-    async def open(cls, sock: socket.socket) -> FrontChannel:
-        """Wraps a connected socket."""
-        return (await asyncio.get_running_loop().create_unix_connection(cls, sock=sock))[1]
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The loop's."""
-        self._transport = transport
+    async def open(cls, sock: socket.socket, pipe: IO[bytes]) -> FrontChannel:
+        """Wraps a connected socket to write to, and the pipe to read."""
+        loop = asyncio.get_running_loop()
+        writer, _ = await loop.create_unix_connection(asyncio.Protocol, sock=sock)
+        reader, channel = await loop.connect_read_pipe(cls, pipe)
+        channel._socket, channel._pipe = writer, reader
+        return channel
 
     def data_received(self, data: bytes) -> None:
         """The loop's. What cannot be read, or taken, ends the channel."""
@@ -43,22 +42,20 @@ class FrontChannel(asyncio.Protocol):
                 self._take(message)
         except Exception as error:  # told to whoever waits
             self._error = error
-            self._transport.abort()
+            self._socket.abort()
+            self._pipe.close()
         if self._messages or self._error:
             self._news.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The loop's. Where it could not write to a process that died, what that had said last was not read yet."""
-        with contextlib.suppress(OSError):
-            while exc and (data := os.read(self._transport.get_extra_info("socket").fileno(), 1 << 16)):
-                self.data_received(data)
+        """The loop's: everything was read."""
         self._lost.set()
         self._news.set()
 
     def send(self, message: object) -> None:
         """Queues a message; the loop writes it."""
-        if not self._transport.is_closing():
-            self._transport.write(encode(message))
+        if not self._socket.is_closing():
+            self._socket.write(encode(message))
 
     async def receive(self) -> Any | None:
         """The next message, or None when the engine is gone. Raises what is wrong with what came."""
@@ -83,6 +80,7 @@ class FrontChannel(asyncio.Protocol):
             self._take = self._messages.append
 
     async def close(self) -> None:
-        """Closes the socket; the engine process ends on it."""
-        self._transport.close()
+        """Closes both ways; the engine process ends on it."""
+        self._socket.close()
+        self._pipe.close()
         await self._lost.wait()

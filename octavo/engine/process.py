@@ -1,4 +1,4 @@
-"""The engine process: `python -m octavo.engine.process FD`. Owns ids, blocks and the runtime; knows no text, no HTTP.
+"""The engine process: `python -m octavo.engine.process SOCKET PIPE`. Owns ids, blocks and the runtime; knows no text.
 
 One thread: messages are read between steps, outputs are written without blocking. It ends when the front does.
 """
@@ -22,11 +22,11 @@ from octavo.messages import EngineFailed, Shutdown
 from octavo.models.spec import ModelFiles
 
 
-def main(fd: int) -> int:
-    """Serves one front over the socket `fd`; returns the exit status."""
+def main(fd: int, pipe: int) -> int:
+    """Serves one front, heard over the socket `fd` and told through `pipe`; returns the exit status."""
     faulthandler.enable()  # a native crash writes where it was to the log
     faulthandler.register(signal.SIGUSR1)  # and so does an engine that stalls
-    channel = EngineChannel(socket.socket(fileno=fd))
+    channel = EngineChannel(socket.socket(fileno=fd), pipe)
     first = channel.receive(wait=True)
     if not first or not isinstance(first[0], StartEngine):
         return 0 if channel.closed else 1
@@ -72,4 +72,4 @@ def _build(start: StartEngine) -> EngineCore:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(*map(int, sys.argv[1:])))

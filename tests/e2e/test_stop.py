@@ -64,6 +64,7 @@ def test_an_engine_process_hears_no_signal_from_its_first_moment(number: signal.
     process = EngineProcess()
     os.kill(process.pid, number)
     process._socket.close()
+    process._pipe.close()
     assert process._process.wait(60) == 0, "it went on, until it found that its front was gone"
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "this process hears them"
 

@@ -1,6 +1,7 @@
 """The channel: frames survive any cut, a slow front gets merged deltas, nonsense is refused."""
 
 import asyncio
+import os
 import socket
 
 import pytest
@@ -15,7 +16,8 @@ from octavo.step import TokenLogprobs
 
 def pair():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    return ours, EngineChannel(theirs)
+    told, telling = os.pipe()
+    return ours, os.fdopen(told, "rb", 0), EngineChannel(theirs, telling)
 
 
 def add_request(name="r"):
@@ -24,7 +26,7 @@ def add_request(name="r"):
 
 
 def test_messages_survive_any_cut():
-    front, channel = pair()
+    front, pipe, channel = pair()
     messages = [add_request("a"), AbortRequests(["a", "b"]), add_request("c")]
     data = b"".join(encode(m) for m in messages)
     got = []
@@ -33,13 +35,14 @@ def test_messages_survive_any_cut():
         got += channel.receive(wait=False)
     assert got == messages
     front.close()
+    pipe.close()
     assert channel.receive(wait=True) == []
     assert channel.closed
     channel.close()
 
 
 def test_a_slow_front_gets_merged_deltas_and_loses_nothing():
-    front, channel = pair()
+    front, pipe, channel = pair()
     steps = 4000
     logprobs = [TokenLogprobs(-0.5, 1, [1], [-0.5])]
     for step in range(steps):
@@ -47,7 +50,7 @@ def test_a_slow_front_gets_merged_deltas_and_loses_nothing():
         if step == steps - 1:
             deltas[0].finish_reason = "length"
         channel.publish(StepOutputs(deltas, [StepRecord(step, 0.0)]))
-    assert channel._held is not None, "the socket should have been full"
+    assert channel._held is not None, "the pipe should have been full"
     assert len(channel._held.deltas) == 8, "what waits is one delta per request, however many steps went by"
 
     async def flush_on():
@@ -56,7 +59,7 @@ def test_a_slow_front_gets_merged_deltas_and_loses_nothing():
             await asyncio.sleep(0)
 
     async def read():
-        reader = await FrontChannel.open(front)
+        reader = await FrontChannel.open(front, pipe)
         tokens = {f"r{i}": [] for i in range(8)}
         reason = None
         flusher = asyncio.create_task(flush_on())
@@ -80,20 +83,21 @@ def test_nonsense_is_refused():
         decode(99, b"")
     with pytest.raises(EngineDeadError, match="malformed AddRequest"):
         decode(encode(add_request())[4], b"\xc1")
-    front, channel = pair()
+    front, pipe, channel = pair()
     front.sendall((MAX_FRAME + 1).to_bytes(4, "little") + b"\x01")
     with pytest.raises(EngineDeadError, match="over"):
         channel.receive(wait=False)
     front.close()
+    pipe.close()
     channel.close()
 
 
 def test_front_learns_that_the_engine_is_gone():
-    front, channel = pair()
+    front, pipe, channel = pair()
     channel.close()
 
     async def read():
-        reader = await FrontChannel.open(front)
+        reader = await FrontChannel.open(front, pipe)
         message = await reader.receive()
         await reader.close()
         return message
@@ -129,14 +133,14 @@ def test_merging_loses_no_field():
 
 def test_what_a_dying_engine_said_is_read_though_it_could_not_be_written_to():
     """Who runs alone is told before it may kill the engine, while the front still sends it others."""
-    front, channel = pair()
+    front, pipe, channel = pair()
 
     async def use():
-        reader = await FrontChannel.open(front)
+        reader = await FrontChannel.open(front, pipe)
         channel.publish(StepOutputs([RequestDelta("guilty", [], alone=True)], [StepRecord(1, 0.0)]))
         channel.close()
         reader.send(AbortRequests(["x"]))  # fails, before the loop has read anything
-        assert reader._transport.is_closing()
+        assert reader._socket.is_closing()
         told = await reader.receive()
         assert [(d.request_id, d.alone) for d in told.deltas] == [("guilty", True)]
         assert await reader.receive() is None
