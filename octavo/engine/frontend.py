@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from octavo.config import EngineConfig
-from octavo.engine.groups import Arrivals, Child, Group, Update, take_new
+from octavo.engine.groups import Arrivals, Child, Group, Update
 from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, RequestError, StepError, TimeLimitError
 from octavo.messages import AddRequest, Admission, FinishRequest, RequestDelta
 from octavo.models.spec import ModelSpec
@@ -363,7 +363,12 @@ class Frontend:
         update = touched.get(id(group))
         kind = group.params.output_kind
         if kind is RequestOutputKind.DELTA:
-            new = take_new(child, num_before)
+            full = child.output  # what is new of it; text and log probabilities are handed out, not kept
+            ids, told = full.token_ids[num_before:], full.logprobs
+            new = CompletionOutput(
+                full.index, full.text, ids, full.cumulative_logprob, told, full.finish_reason, full.stop_reason
+            )
+            full.text, full.logprobs = "", None if told is None else []
             if update is None and group.relay is not None and new.finish_reason is None and group.relay(new):
                 return
         if update is None:

@@ -86,22 +86,6 @@ class Update:
     output: RequestOutput | None
 
 
-def take_new(child: Child, num_tokens: int) -> CompletionOutput:
-    """What came behind the first `num_tokens`; text and log probabilities are handed out, not kept."""
-    full = child.output
-    text, full.text = full.text, ""
-    logprobs, full.logprobs = full.logprobs, None if full.logprobs is None else []
-    return CompletionOutput(
-        full.index,
-        text,
-        full.token_ids[num_tokens:],
-        full.cumulative_logprob,
-        logprobs,
-        full.finish_reason,
-        full.stop_reason,
-    )
-
-
 def copy_output(output: CompletionOutput) -> CompletionOutput:
     """A snapshot whose lists no later token changes."""
     logprobs = None if output.logprobs is None else list(output.logprobs)

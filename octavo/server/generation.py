@@ -58,6 +58,7 @@ class Generation(ABC):
         self.messages: list[Message] | None = None  # by choice, where text is not all there is
         self.is_named = False  # a function that must be called
         self._has_opened = False  # the stream's first chunks are sent
+        self._is_plain = False  # its chunks tell text alone
         self._answer: Answer
         self._writer: ChunkWriter
         self.usage = Usage()
@@ -137,6 +138,7 @@ class Generation(ABC):
             usage=usage if options.include_usage else None,
             continuous=bool(options.continuous_usage_stats),
         )
+        self._is_plain = self.messages is None and self.writers is None and not self.body.return_token_ids
         begun = [False] * len(self.prompts)
         num_left = len(self.prompts)
         async with aclosing(self._outputs()) as outputs:
@@ -161,7 +163,10 @@ class Generation(ABC):
         wire = self._answer.wire
         if not self._has_opened or wire is None or not wire.is_free:
             return False
-        if part := self._chunks(self._writer, 0, new):
+        if self._is_plain and new.text:  # what most are: no further function for it
+            self.usage.completion_tokens += len(new.token_ids)
+            wire.write(self._writer.text(new.index, new.text))
+        elif part := self._chunks(self._writer, 0, new):
             wire.write(part)
         return True
 
