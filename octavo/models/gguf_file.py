@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +110,8 @@ class GGUFFile:
 
     @classmethod
     def open(cls, path: Path | str) -> GGUFFile:
-        """Maps a file and parses its header.
+        """Maps a file and parses its header. As long as what this gave is held, and the file has not changed, it gives
+        the same again: a vocabulary takes long to read.
 
         Raises:
             ModelFileError: not a GGUF file, truncated or corrupt; names the field.
@@ -119,11 +122,15 @@ class GGUFFile:
             with path.open("rb") as file:
                 if file.seek(0, 2) < len(MAGIC):
                     raise ModelFileError(f"{path} is not a GGUF file: it has fewer than {len(MAGIC)} bytes")
+                state = os.fstat(file.fileno())
+                key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+                if known := _OPEN.get(key):
+                    return known
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ModelFileError(f"{path} cannot be read: {error.strerror}") from None
         metadata, tensors = _HeaderReader(path, mapped).read()
-        return cls(path, mapped, metadata, tensors)
+        return _OPEN.setdefault(key, cls(path, mapped, metadata, tensors))
 
     def data(self, name: str) -> npt.NDArray[Any]:
         """A read-only view of a tensor's bytes, as runtime.base.Tensor wants them.
@@ -135,6 +142,9 @@ class GGUFFile:
         if tensor.type in FLOAT_TYPES:
             return np.frombuffer(raw, dtype=FLOAT_TYPES[tensor.type]).reshape(tensor.shape)
         return raw.reshape(math.prod(tensor.shape[:-1]), -1)
+
+
+_OPEN: WeakValueDictionary[tuple[int, ...], GGUFFile] = WeakValueDictionary()  # by what a changed file has not
 
 
 class _HeaderReader:

@@ -19,3 +19,12 @@ def read_spec(files: ModelFiles, *, max_model_len: int | None = None) -> ModelSp
 
         return read_gguf_spec(files, max_model_len=max_model_len)
     return read_hf_spec(files, max_model_len=max_model_len)
+
+
+def hold(files: ModelFiles) -> object:
+    """What is read of the files is not read again while the result of this is held."""
+    if files.format == "gguf":
+        from octavo.models.gguf_file import GGUFFile
+
+        return GGUFFile.open(files.path)
+    return None

@@ -147,7 +147,9 @@ def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int
     special: list[AddedToken] = []
     plain: list[AddedToken] = []
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if not token or token == f"[PAD{i}]":  # fill names of converters: no text means them
+        if (
+            kind == TokenType.NORMAL or not token or token == f"[PAD{i}]"
+        ):  # fill names of converters: no text means them
             continue
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
             special.append(AddedToken(token, special=True, normalized=False))
@@ -178,7 +180,7 @@ def _token_types(fields: Fields, num_tokens: int) -> list[int]:
     if types is None:
         return [int(TokenType.NORMAL)] * num_tokens
     kinds: list[int] = types if isinstance(types, list) else []
-    if len(kinds) != num_tokens or not all(isinstance(kind, int) and 1 <= kind <= len(TokenType) for kind in kinds):
+    if len(kinds) != num_tokens or {*map(type, kinds)} != {int} or not 1 <= min(kinds) <= max(kinds) <= len(TokenType):
         raise fields.wrong("tokenizer.ggml.token_type", f"a list of {num_tokens} numbers from 1 to 6")
     return kinds
 
@@ -192,6 +194,6 @@ def _merge(line: str) -> tuple[str, str]:
 
 def _strings(fields: Fields, key: str) -> list[str]:
     values = fields.raw(key)
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, list) or {*map(type, values)} != {str}:
         raise fields.wrong(key, "a list of strings that is not empty")
     return values

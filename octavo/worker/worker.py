@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from octavo.config import PROMPT_ROWS, EngineConfig
 from octavo.models.decoder import record
-from octavo.models.reader import read_spec
+from octavo.models.reader import hold, read_spec
 from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.models.weights import open_weights
 from octavo.program.program import Program
@@ -51,6 +51,7 @@ class Worker:
         Raises ModelError, ConfigError or MemoryPlanError, each with the numbers and the next step.
         """
         config, clock = self._config, _PhaseClock()
+        held = hold(self._files)
         spec = read_spec(self._files, max_model_len=config.max_model_len)
         builds = config.attention_backend != "triton"
         name, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization, builds=builds)
@@ -59,6 +60,7 @@ class Worker:
             attention_backend=config.attention_backend, cuda_ops=config.cuda_ops,
         )  # fmt: skip
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)
+        del held
         if dtype == "float16":
             weights = HalfWeights(weights)
         program = record(spec)

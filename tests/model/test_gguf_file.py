@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.models.gguf_file import TENSOR_TYPES, GGUFFile
+from octavo.models.reader import hold
+from octavo.models.spec import ModelFiles
 from octavo.runtime.base import Tensor
 from octavo.runtime.reference.tensors import to_float32
 from tests.model.gguf_tiny import add_value, finish, write_gguf
@@ -77,6 +79,14 @@ def test_metadata_round_trip(small: Path) -> None:
     assert metadata.pop("general.architecture") == "llama"
     assert metadata == METADATA
     assert {key: type(value) for key, value in metadata.items()} == {key: type(v) for key, v in METADATA.items()}
+
+
+def test_what_is_held_is_not_read_again_unless_the_file_has_changed(small: Path) -> None:
+    held = hold(ModelFiles("small", "gguf", small))
+    assert GGUFFile.open(small) is held
+    small.write_bytes(small.read_bytes() + b"more")
+    assert GGUFFile.open(small) is not held
+    assert hold(ModelFiles("folder", "hf", small)) is None
 
 
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
