@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import shlex
@@ -28,6 +29,7 @@ from octavo.server.tools import REASONING_PARSERS, TOOL_PARSERS
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
     from octavo.engine.child import EngineProcess
+    from octavo.models.spec import ModelFiles
     from octavo.server.keys import Keyring
     from octavo.server.loop import Tls
 
@@ -169,18 +171,20 @@ def serve(config: EngineConfig, http: HttpFlags, access: AccessFlags) -> None:
     from octavo.engine.child import EngineProcess
 
     with closing(EngineProcess()) as process:  # imports what it needs while this one does
-        find_model(config)
+        process.load(config, find_model(config))
         startup.close_phase("find model")
         asyncio.run(_serve(config, http, access, template, startup, process))
     say("Stopped.")
 
 
-def find_model(config: EngineConfig) -> None:
+def find_model(config: EngineConfig) -> ModelFiles:
     """Fetches the model if it is not there yet, with a progress bar. Done outside the event loop, so that Ctrl-C ends
     a download at once."""
     from octavo.models.hub import resolve_model_of
 
-    say(f"Model    {resolve_model_of(config).path}")
+    files = resolve_model_of(config)
+    say(f"Model    {files.path}")
+    return files
 
 
 def read_template(path: Path | None) -> str | None:
@@ -212,13 +216,14 @@ async def _serve(
 ) -> None:
     from octavo.engine.async_engine import AsyncEngine
 
-    startup.close_phase("engine imports")
     with console().status(f"Loading {config.model} ..."):
         engine, app_module, loop_module = await asyncio.gather(
             AsyncEngine.start(config, chat_template=template, metrics_compat=http.metrics_compat, process=process),
             asyncio.to_thread(import_module, "octavo.server.app"),  # while the engine process loads the model
             asyncio.to_thread(import_module, "octavo.server.loop"),
         )
+    gc.freeze()  # what was imported stays
+    gc.enable()
     startup.add_engine(engine.timings)
 
     def ready(real_port: int) -> None:

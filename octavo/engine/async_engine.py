@@ -32,7 +32,7 @@ from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Resta
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError, TimeLimitError
 from octavo.messages import AbortRequests, Admission, EngineFailed, EngineReady, Shutdown, StepOutputs, StepRecord
 from octavo.models.hub import resolve_model_of
-from octavo.models.reader import read_spec
+from octavo.models.reader import hold, read_spec
 from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.observe.metrics import Metrics
 from octavo.outputs import RequestOutput
@@ -91,7 +91,7 @@ class AsyncEngine:
         metrics_compat: str = "octavo",
         process: EngineProcess | None = None,
     ) -> AsyncEngine:
-        """Finds the model, has an engine process load it (`process`, where one was begun already), loads the text half
+        """Finds the model, has an engine process load it (`process`, where one does that already), loads the text half
         meanwhile, returns when both are ready.
 
         Raises what the model or the config deserve: ModelError, ConfigError, MemoryPlanError, EngineDeadError.
@@ -100,17 +100,20 @@ class AsyncEngine:
         files = resolve_model_of(config)
         engine = cls(config, files)
         engine.timings["find model"] = time.monotonic() - began
-        engine._process = process or EngineProcess()
+        if process is None:
+            process = EngineProcess()
+            process.load(config, files)
+        engine._process = process
         try:
-            await engine._process.load(config, files)
+            await process.open()
             await engine._load_front(chat_template)
             engine._take_ready(await engine._await_ready(), metrics_compat)
         except BaseException:
             await engine._process.end()
             raise
-        whole = time.monotonic() - began
+        whole = time.monotonic() - process.told_at
         engine.timings.update(engine.ready.timings)
-        engine.timings["process start, imports"] = max(0.0, whole - sum(engine.timings.values()))
+        engine.timings["process start, imports"] = max(0.0, whole - sum(engine.ready.timings.values()))
         engine._tasks = [asyncio.create_task(engine._supervise()), asyncio.create_task(engine._watch())]
         if engine.chat_template is not None:
             engine._tasks.append(asyncio.create_task(engine._templates.start()))
@@ -250,9 +253,11 @@ class AsyncEngine:
     async def _load_front(self, chat_template: str | None) -> None:
         """The front's own half, while the engine loads its own."""
         config = self.config
+        held = await asyncio.to_thread(hold, self._files)
         self.spec = await asyncio.to_thread(read_spec, self._files, max_model_len=config.max_model_len)
         text = await asyncio.to_thread(load_text, config, self._files, chat_template=chat_template)
         self.tokenizer, self.chat_template = text.tokenizer, text.chat_template
+        del held
 
     async def _await_ready(self) -> EngineReady:
         """What a new process says when it has loaded. Raises what kept it from that."""
@@ -328,7 +333,8 @@ class AsyncEngine:
             await self._process.end()
             process = EngineProcess()
             try:
-                await process.load(self.config, self._files)
+                process.load(self.config, self._files)
+                await process.open()
                 self._process = process  # now that it has a channel: somebody may be leaving
                 self.ready = await self._await_ready()
             except OctavoError as error:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
-import socket
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 from octavo.config import EngineConfig
-from octavo.engine.channel import StartEngine
+from octavo.engine.channel import StartEngine, encode
 from octavo.engine.front_channel import FrontChannel
-from octavo.engine.sandbox import unsignalled
+from octavo.engine.spawn import spawn
 from octavo.models.spec import ModelFiles
 
 END_SECONDS = 5.0
-SOCKET_BYTES = 1 << 22
-PIPE_BYTES = 1 << 20  # the most that Linux gives everybody
 
 
 class EngineProcess:
@@ -29,25 +25,17 @@ class EngineProcess:
     channel: FrontChannel
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
-        told, telling = os.pipe()
-        self._pipe = os.fdopen(told, "rb", 0)
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # a user who has many pipes gets no more: outputs are merged sooner
-                fcntl.fcntl(told, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        with theirs, os.fdopen(telling, "wb"), unsignalled():
-            ends = (theirs.fileno(), telling)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "octavo.engine.process", *map(str, ends)],
-                pass_fds=ends,
-                stdin=subprocess.DEVNULL,
-            )
+        self._process, self._socket, self._pipe = spawn()
 
-    async def load(self, config: EngineConfig, files: ModelFiles) -> None:
+    def load(self, config: EngineConfig, files: ModelFiles) -> None:
         """Has it load a model; its first message says whether it could."""
+        self.told_at = time.monotonic()
+        with contextlib.suppress(ConnectionError):  # it has ended, as the channel will say
+            self._socket.sendall(encode(StartEngine(config, files.name, files.format, str(files.path))))
+
+    async def open(self) -> None:
+        """Opens the channel."""
         self.channel = await FrontChannel.open(self._socket, self._pipe)
-        self.channel.send(StartEngine(config, files.name, files.format, str(files.path)))
 
     def status(self) -> str:
         """How it ended, if it did: the end of a sentence that begins with "the engine process"."""

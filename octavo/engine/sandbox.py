@@ -10,26 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from octavo.engine.spawn import unsignalled
 from octavo.errors import QueueFullError
 
 MAX_LINE = 1 << 26  # bytes of an answer
 RETRY_SECONDS = 5.0
-
-
-@contextlib.contextmanager
-def unsignalled() -> Iterator[None]:
-    """Processes begun in it never hear SIGINT and SIGTERM. Terminals and init systems send them to a whole group; it is
-    for the server to handle them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class SandboxError(Exception):

