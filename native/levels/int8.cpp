@@ -44,11 +44,6 @@ inline Strip load_quad(const uint8_t* x) {
 
 inline Ints multiply_add(Strip w, Strip x, Ints total) { return (Ints)_mm512_dpbusd_epi32((__m512i)total, w, x); }
 
-inline void store_codes(Activation* out, Ints codes) {
-    const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)codes);
-    std::memcpy(out, &bytes, sizeof bytes);
-}
-
 #elif defined(__AVXVNNI__)
 
 typedef int8_t Activation;
@@ -70,8 +65,6 @@ inline Ints multiply_add(Strip w, Strip x, Ints total) {
     return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, w, x);
 #endif
 }
-
-inline void store_codes(Activation* out, Ints codes) { store_narrow(out, codes); }
 
 #else
 
@@ -111,8 +104,6 @@ inline Ints multiply_add(Strip w, Strip x, Ints total) {
     return total + (wide_w << 16 >> 16) * (wide_x << 16 >> 16) + (wide_w >> 16) * (wide_x >> 16);
 #endif
 }
-
-inline void store_codes(Activation* out, Ints codes) { store_narrow(out, codes); }
 
 #endif
 
@@ -288,15 +279,18 @@ inline Floats butterfly(Floats v) {
 
 constexpr size_t kBlockVectors = kInt8Block / kLanes;
 
-// H v for a block in registers.
-inline void rotate(Floats* v) {
+template <size_t HALF>
+OCTAVO_FORCED void butterflies(Floats* v) {
 #pragma GCC unroll 16
-    for (size_t i = 0; i < kBlockVectors; ++i) {
-        v[i] = butterfly<1>(v[i]);
-        v[i] = butterfly<2>(v[i]);
-        if constexpr (kLanes > 4) v[i] = butterfly<4>(v[i]);
-        if constexpr (kLanes > 8) v[i] = butterfly<8>(v[i]);
-    }
+    for (size_t i = 0; i < kBlockVectors; ++i) v[i] = butterfly<HALF>(v[i]);
+}
+
+// H v for a block in registers, stage after stage: a vector alone would wait for its own latency.
+OCTAVO_FORCED void rotate(Floats* v) {
+    butterflies<1>(v);
+    butterflies<2>(v);
+    if constexpr (kLanes > 4) butterflies<4>(v);
+    if constexpr (kLanes > 8) butterflies<8>(v);
 #pragma GCC unroll 4
     for (size_t half = 1; half < kBlockVectors; half *= 2)
 #pragma GCC unroll 16
@@ -329,38 +323,70 @@ inline void mix(Floats* v, size_t step) {
     }
 }
 
-// Two stages that follow each other, strides `stride` and P * stride, in one pass.
-template <size_t P, size_t Q>
-void mix_pair(float* values, size_t depth, size_t stride) {
-    for (size_t first = 0; first < depth; first += P * Q * stride)
+// Stages of N vectors `step`, step * P, ... apart.
+template <size_t N, size_t STEP, size_t P, size_t... REST>
+OCTAVO_FORCED void mix_stages(Floats* v) {
+#pragma GCC unroll 24
+    for (size_t first = 0; first < N; first += P * STEP)
+#pragma GCC unroll 24
+        for (size_t j = 0; j < STEP; ++j) mix<P>(v + first + j, STEP);
+    if constexpr (sizeof...(REST) > 0) mix_stages<N, STEP * P, REST...>(v);
+}
+
+// What a pass over a row leaves: the product of the primes of its stages, and the largest magnitudes by lane.
+struct Mixed {
+    size_t product;
+    Ints largest;
+};
+
+// Stages that follow each other, in one pass; the first of stride STRIDE, or `stride` where that is 0.
+template <size_t STRIDE, size_t... P>
+Mixed mix_at(float* values, size_t depth, size_t stride) {
+    constexpr size_t n = (P * ...);
+    if constexpr (STRIDE != 0) stride = STRIDE;
+    Ints largest{};
+    for (size_t first = 0; first < depth; first += n * stride)
         for (size_t i = first; i < first + stride; i += kLanes) {
-            Floats v[P * Q];
-#pragma GCC unroll 9
-            for (size_t j = 0; j < P * Q; ++j) v[j] = load(values + i + j * stride);
-#pragma GCC unroll 3
-            for (size_t q = 0; q < Q; ++q) mix<P>(v + q * P, 1);
-#pragma GCC unroll 3
-            for (size_t p = 0; p < P; ++p) mix<Q>(v + p, P);
-#pragma GCC unroll 9
-            for (size_t j = 0; j < P * Q; ++j) store(values + i + j * stride, v[j]);
+            Floats v[n];
+#pragma GCC unroll 24
+            for (size_t j = 0; j < n; ++j) v[j] = load(values + i + j * stride);
+            mix_stages<n, 1, P...>(v);
+#pragma GCC unroll 24
+            for (size_t j = 0; j < n; ++j) {
+                largest = max(largest, magnitude(v[j]));
+                store(values + i + j * stride, v[j]);
+            }
         }
+    return {n, largest};
+}
+
+template <size_t... P>
+Mixed mix_pass(float* values, size_t depth, size_t stride) {
+    return stride == kInt8Block ? mix_at<kInt8Block, P...>(values, depth, stride)
+                                : mix_at<0, P...>(values, depth, stride);
 }
 
 // One stage of any p.
-void mix_any(float* values, size_t depth, size_t stride, size_t p) {
+Mixed mix_any(float* values, size_t depth, size_t stride, size_t p) {
     const float share = 2.0f / static_cast<float>(p);
+    Ints largest{};
+    const auto keep = [&](float* to, Floats v) {
+        largest = max(largest, magnitude(v));
+        store(to, v);
+    };
     for (size_t first = 0; first < depth; first += p * stride)
         for (size_t i = first; i < first + stride; i += kLanes) {
             Floats sum = load(values + i);
             for (size_t j = 1; j < p; ++j) sum += load(values + i + j * stride);
             if (p == 2) {
-                store(values + i + stride, load(values + i) - load(values + i + stride));
-                store(values + i, sum);
+                keep(values + i + stride, load(values + i) - load(values + i + stride));
+                keep(values + i, sum);
                 continue;
             }
             sum *= share;
-            for (size_t j = 0; j < p; ++j) store(values + i + j * stride, load(values + i + j * stride) - sum);
+            for (size_t j = 0; j < p; ++j) keep(values + i + j * stride, load(values + i + j * stride) - sum);
         }
+    return {p, largest};
 }
 
 size_t smallest_factor(size_t number) {
@@ -369,48 +395,61 @@ size_t smallest_factor(size_t number) {
     return p;
 }
 
-// The part of the rotation that goes across blocks.
-void mix_blocks(float* values, size_t blocks) {
+// The part of the rotation that goes across blocks, as many stages in a pass as fit into the registers. Returns the
+// largest magnitudes by lane, where there is more than one block.
+Ints mix_blocks(float* values, size_t blocks) {
     const size_t depth = blocks * kInt8Block;
     size_t stride = kInt8Block;
-    while (blocks > 1) {
-        const size_t p = smallest_factor(blocks), q = blocks > p ? smallest_factor(blocks / p) : 1;
-        const bool pair = p <= q && q <= 3;
-        if (pair && q == 2)
-            mix_pair<2, 2>(values, depth, stride);
-        else if (pair && p == 2)
-            mix_pair<2, 3>(values, depth, stride);
-        else if (pair)
-            mix_pair<3, 3>(values, depth, stride);
+    Mixed mixed = {1, {}};
+    for (size_t left = blocks; left > 1; left /= mixed.product, stride *= mixed.product) {
+        const size_t p = smallest_factor(left), q = left > p ? smallest_factor(left / p) : 1;
+        if (kLanes == 16 && left % 16 == 0)
+            mixed = mix_pass<2, 2, 2, 2>(values, depth, stride);
+        else if (kLanes == 16 && left % 24 == 0)
+            mixed = mix_pass<2, 2, 2, 3>(values, depth, stride);
+        else if (p == 2 && q == 2)
+            mixed = mix_pass<2, 2>(values, depth, stride);
+        else if (p == 2 && q == 3)
+            mixed = mix_pass<2, 3>(values, depth, stride);
+        else if (p == 3 && q == 3)
+            mixed = mix_pass<3, 3>(values, depth, stride);
         else
-            mix_any(values, depth, stride, p);
-        stride *= pair ? p * q : p;
-        blocks /= pair ? p * q : p;
+            mixed = mix_any(values, depth, stride, p);
     }
+    return mixed.largest;
 }
 
-// Rotates a row of `width` values, padded with zeros to `depth`.
-void rotate_row(const float* x, size_t width, size_t depth, float* out) {
+// Rotates a row of `width` values, padded with zeros to `depth`. Returns the largest magnitudes by lane.
+Ints rotate_row(const float* x, size_t width, size_t depth, float* out) {
+    Ints largest{};
     for (size_t i = 0; i < depth; i += kInt8Block) {
         Floats block[kBlockVectors];
+        const size_t left = i < width ? width - i : 0;
+        if (left >= kInt8Block) {
 #pragma GCC unroll 16
-        for (size_t v = 0; v < kBlockVectors; ++v) {
-            const size_t at = i + v * kLanes, left = at < width ? width - at : 0;
-            block[v] = left >= kLanes ? load(x + at) : load_part(x + at, left);
+            for (size_t v = 0; v < kBlockVectors; ++v) block[v] = load(x + i + v * kLanes);
+        } else {
+            float part[kInt8Block] = {};
+            std::memcpy(part, x + i, left * sizeof *x);
+            for (size_t v = 0; v < kBlockVectors; ++v) block[v] = load(part + v * kLanes);
         }
         rotate(block);
 #pragma GCC unroll 16
         for (size_t v = 0; v < kBlockVectors; ++v) store(out + i + v * kLanes, block[v]);
+        if (depth == kInt8Block)
+            for (size_t v = 0; v < kBlockVectors; ++v) largest = max(largest, magnitude(block[v]));
     }
-    mix_blocks(out, depth / kInt8Block);
+    return depth == kInt8Block ? largest : mix_blocks(out, depth / kInt8Block);
 }
 
-// The largest magnitude; infinity or NaN where any value is.
-float largest_of(const float* values, size_t depth) {
-    Ints largest{};
-    for (size_t i = 0; i < depth; i += kLanes) largest = max(largest, magnitude(load(values + i)));
+// The largest of some magnitudes: infinity or NaN where any value is.
+inline float largest_lane(Ints largest) {
     int32_t most = 0;
+#if defined(__AVX512F__)
+    most = _mm512_reduce_max_epi32((__m512i)largest);
+#else
     for (size_t lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+#endif
     float value;
     std::memcpy(&value, &most, sizeof value);
     return value;
@@ -418,29 +457,48 @@ float largest_of(const float* values, size_t depth) {
 
 // Codes of rotated values, and their sum.
 int32_t round_row(const float* values, size_t depth, float factor, Activation* out) {
+#if defined(__AVX512VNNI__)
+    const __m512 by = _mm512_set1_ps(factor);
+    const __m512i ones = _mm512_set1_epi8(1), order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i total = _mm512_setzero_si512();
+    for (size_t i = 0; i < depth; i += kInt8Block) {
+        __m512i codes[kBlockVectors];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kBlockVectors; ++v)
+            codes[v] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i + v * kLanes), by));
+        const __m512i halves = _mm512_packs_epi32(codes[0], codes[1]), others = _mm512_packs_epi32(codes[2], codes[3]);
+        const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(halves, others));
+        total = _mm512_dpbusd_epi32(total, ones, bytes);
+        _mm512_storeu_si512(out + i, bytes);
+    }
+    return _mm512_reduce_add_epi32(total);
+#else
     const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
     Ints total{};
     for (size_t i = 0; i < depth; i += kLanes) {
         const Ints codes = (Ints)(load(values + i) * factor + shift) - (Ints)shift;
         total += codes;
-        store_codes(out + i, codes);
+        store_narrow(out + i, codes);
     }
     int32_t sum = 0;
     for (size_t lane = 0; lane < kLanes; ++lane) sum += total[lane];
     return sum;
+#endif
 }
 
-// PackedKernels::round_rows.
+// PackedKernels::round_rows. A row is rotated before the one ahead of it is rounded, which waits for its largest value.
 void round_int8_rows(const float* x, size_t rows, size_t width, size_t depth, void* out) {
-    alignas(64) float rotated[kMaxInt8Depth];
+    alignas(64) float rotated[2][kMaxInt8Depth];
     uint8_t* bytes = static_cast<uint8_t*>(out);
-    for (size_t row = 0; row < rows; ++row, x += width, bytes += depth * sizeof(Activation) + kTail) {
-        rotate_row(x, width, depth, rotated);
-        const float largest = largest_of(rotated, depth);
+    Ints next = rotate_row(x, width, depth, rotated[0]);
+    for (size_t row = 0; row < rows; ++row, bytes += depth * sizeof(Activation) + kTail) {
+        float* values = rotated[row % 2];
+        const float largest = largest_lane(next);
         const bool finite = largest - largest == 0.0f, zero = !(largest > kInt8Smallest);
         const float factor = zero || !finite ? 0.0f : kInt8Largest / largest;
-        if (!finite) std::memset(rotated, 0, depth * sizeof *rotated);
-        const int32_t sum = round_row(rotated, depth, factor, reinterpret_cast<Activation*>(bytes));
+        if (row + 1 < rows) next = rotate_row(x + (row + 1) * width, width, depth, rotated[(row + 1) % 2]);
+        if (!finite) std::memset(values, 0, depth * sizeof *values);
+        const int32_t sum = round_row(values, depth, factor, reinterpret_cast<Activation*>(bytes));
         const float scale = finite ? (zero ? 0.0f : largest / kInt8Largest) : __builtin_nanf("");
         const Int8Tail tail = {scale, -kInt8Zero * sum};
         std::memcpy(bytes + depth * sizeof(Activation), &tail, sizeof tail);
