@@ -21,7 +21,21 @@ inline Floats gelu_tanh(Floats x) {
     return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
-inline Floats silu(Floats x) { return x * reciprocal(1.0f + exp(-x)); }
+// x[i] = silu(x[i]), step after step for all.
+template <size_t N>
+OCTAVO_FORCED void silu_each(Floats* x) {
+    Floats powers[N];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) powers[i] = -x[i];
+    exp_each<N>(powers);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) x[i] *= reciprocal(1.0f + powers[i]);
+}
+
+inline Floats silu(Floats x) {
+    silu_each<1>(&x);
+    return x;
+}
 
 inline Floats activate(int activation, Floats x, Floats up) {
     switch (activation) {

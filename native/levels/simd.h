@@ -168,33 +168,68 @@ inline void max_each(const Floats* v, float* out) {
     for (size_t i = 0; i < N; ++i) out[i] = max_lane(v[i]);
 }
 
-// e^x within 2 ulp; 0 below -104 (-87.3 without AVX-512), capped above 88.3. Range reduction by ln 2 in two parts and a
-// polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989).
+// Where x < bound, or x > bound, the bound; NaN stays.
+inline Floats at_least(Floats x, float bound) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#else
+    return x < bound ? splat(bound) : x;
+#endif
+}
+inline Floats at_most(Floats x, float bound) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#else
+    return x > bound ? splat(bound) : x;
+#endif
+}
+
+// x[i] = e^x[i] within 2 ulp; 0 below -104 (-87.3 without AVX-512), capped above 88.3. Range reduction by ln 2 in two parts
+// and a polynomial of degree 5 (the classic one of the Cephes library, Moshier 1989). Step after step for all N: one
+// after the other, what waits for its own latency fills the scheduler.
+template <size_t N>
+OCTAVO_FORCED void exp_each(Floats* x) {
+    constexpr float c[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    Floats n[N], p[N];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) {
+        const Floats clamped = at_most(x[i], 88.3f);
+#if defined(__AVX512F__)
+        x[i] = at_least(clamped, -104.0f);  // where the result rounds to 0
+        n[i] = (Floats)_mm512_roundscale_ps((__m512)(x[i] * 1.44269504088896341f), 0);
+#else
+        const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+        x[i] = clamped;
+        n[i] = (x[i] * 1.44269504088896341f + shift) - shift;
+#endif
+    }
+    Floats r[N];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) r[i] = fma(n[i], splat(-0.693359375f), x[i]);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) r[i] = fma(n[i], splat(2.12194440e-4f), r[i]);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) p[i] = splat(1.9875691500e-4f);
+#pragma GCC unroll 8
+    for (const float coefficient : c)
+#pragma GCC unroll 8
+        for (size_t i = 0; i < N; ++i) p[i] = fma(p[i], r[i], splat(coefficient));
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) {
+        const Floats y = fma(p[i], r[i] * r[i], r[i]) + 1.0f;
+#if defined(__AVX512F__)
+        x[i] = (Floats)_mm512_scalef_ps((__m512)y, (__m512)n[i]);
+#else
+        const Floats in_range = x[i] < -87.3f ? Floats{} : n[i];  // of the conversion
+        const Floats power = (Floats)((__builtin_convertvector(in_range, Ints) + 127) << 23);
+        x[i] = x[i] < -87.3f ? Floats{} : y * power;
+#endif
+    }
+}
+
 inline Floats exp(Floats x) {
-    const Floats clamped = x > 88.3f ? splat(88.3f) : x;
-#if defined(__AVX512F__)
-    const Floats kept = clamped < -104.0f ? splat(-104.0f) : clamped;  // where the result rounds to 0
-    const Floats n = (Floats)_mm512_roundscale_ps((__m512)(kept * 1.44269504088896341f), 0);
-#else
-    const Floats kept = clamped, shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Floats n = (kept * 1.44269504088896341f + shift) - shift;
-#endif
-    Floats r = fma(n, splat(-0.693359375f), kept);
-    r = fma(n, splat(2.12194440e-4f), r);
-    Floats p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    const Floats y = fma(p, r * r, r) + 1.0f;
-#if defined(__AVX512F__)
-    return (Floats)_mm512_scalef_ps((__m512)y, (__m512)n);
-#else
-    const Floats in_range = x < -87.3f ? Floats{} : n;  // of the conversion
-    const Floats power = (Floats)((__builtin_convertvector(in_range, Ints) + 127) << 23);
-    return x < -87.3f ? Floats{} : y * power;
-#endif
+    exp_each<1>(&x);
+    return x;
 }
 
 // 2^x for x <= 126, within 3 ulp: 1 for 0, 0 for -infinity. A minimax polynomial of what is left beside a whole number: from 0

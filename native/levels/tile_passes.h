@@ -34,10 +34,12 @@ struct RowTiles {
     size_t stride, block, tile;
 };
 
-// What a pass summed, [tile] as multiply_source() numbers them; the epilogue follows during the next pass.
+// What a pass summed, [tile] as multiply_source() numbers them; the epilogue follows during the next pass, which is done
+// with it before it stores its own: all passes share one buffer, or it and the weights would not fit into the first cache.
 template <class Kind>
 struct Sums {
-    alignas(64) typename Kind::Sum tiles[kSources][kTileMaxRows][kChannels];
+    using Tiles = typename Kind::Sum[kSources][kTileMaxRows][kChannels];
+    Tiles& tiles;
     size_t group, row, num_rows, num_sources;
     size_t finished;  // rows
 };
@@ -58,22 +60,34 @@ struct Work {
     template <Finish HOW>
     OCTAVO_FORCED void finish_as(Sums<Kind>& s, size_t end) const {
         constexpr bool gated = HOW == Finish::kSiluMul;
-        const size_t stride = a.epilogue.channels, sources = gated ? 2 : 1, row = s.row + s.finished;
+        const size_t sources = gated ? 2 : 1, row = s.row + s.finished, count = end - s.finished;
         const size_t half = s.finished / kTileMaxRows * 2, at = s.finished % kTileMaxRows;
         for (size_t g = 0; g < s.num_sources / sources; ++g) {
             const typename Kind::Values sums(kind, part, s.group + g, row), ups(kind, gated ? *up : part, s.group + g, row);
             const auto* from = s.tiles[half + g * sources][at];
-            float* out = out_of(s, g) + s.finished * stride;
-            for (size_t r = 0; r < end - s.finished; ++r, from += kChannels, out += stride) {
-                __builtin_prefetch(out + kRowsAhead * stride, 1);
-                const Floats sum = sums.of(r, from);
-                if constexpr (gated)
-                    store(out, silu(sum) * ups.of(r, from + kTileMaxRows * kChannels));
-                else
-                    store(out, sum);
-            }
+            float* out = out_of(s, g) + s.finished * a.epilogue.channels;
+            size_t r = 0;
+            for (; r + kRowsAtOnce <= count; r += kRowsAtOnce)
+                finish_rows<gated, kRowsAtOnce>(sums, ups, r, from + r * kChannels, out + r * a.epilogue.channels);
+            for (; r < count; ++r) finish_rows<gated, 1>(sums, ups, r, from + r * kChannels, out + r * a.epilogue.channels);
         }
         s.finished = end;
+    }
+    template <bool GATED, size_t N, class Values, class Sum>
+    OCTAVO_FORCED void finish_rows(const Values& sums, const Values& ups, size_t r, const Sum* from, float* out) const {
+        const size_t stride = a.epilogue.channels;
+        Floats v[N];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < N; ++i) {
+            __builtin_prefetch(out + (kRowsAhead + i) * stride, 1);
+            v[i] = sums.of(r + i, from + i * kChannels);
+        }
+        if constexpr (GATED) silu_each<N>(v);
+#pragma GCC unroll 8
+        for (size_t i = 0; i < N; ++i) {
+            if constexpr (GATED) v[i] *= ups.of(r + i, from + (kTileMaxRows + i) * kChannels);
+            store(out + i * stride, v[i]);
+        }
     }
     void finish_any(Sums<Kind>& s, size_t end) const {
         const size_t sources = up != nullptr ? 2 : 1;
@@ -164,7 +178,7 @@ void pass(const Work<Kind>& w, const typename Kind::Lines* lines, bool fresh, Su
             multiply_source<Kind, SECOND>(i, lines[i].at(block));
         }
         for (shares += before.num_rows; shares >= num_blocks; shares -= num_blocks) ++due;
-        if (due >= before.finished + kRowsAtOnce) w.finish(before, due);
+        if (due >= before.finished + kRowsAtOnce) w.finish(before, due / kRowsAtOnce * kRowsAtOnce);
     }
     w.finish(before, before.num_rows);
     w.fetch_first(s);
@@ -179,8 +193,8 @@ template <class Kind>
 void run_passes(const Work<Kind>& w, size_t group, size_t last_group) {
     const size_t num_rows = w.a.num_rows, most = num_rows <= kTileMaxRows ? kSources : kSources / 2;
     const size_t together = w.groups(most), kept = num_rows <= kPassRows ? 2 : w.a.num_blocks;
-    Sums<Kind> sums[2];
-    sums[1].num_rows = sums[1].finished = 0;
+    alignas(64) typename Sums<Kind>::Tiles tiles;
+    Sums<Kind> sums[2] = {{tiles, 0, 0, 0, 0, 0}, {tiles, 0, 0, 0, 0, 0}};
     size_t turn = 0, configured = 0;
     for (; group < last_group; group += together) {
         const size_t groups = last_group - group < together ? last_group - group : together;
