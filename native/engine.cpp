@@ -101,6 +101,7 @@ void OctavoEngine::set_program(const OctavoProgram& p) {
         scratch_.emplace_back(scratch * sizeof(float), false);
         reserve(sampler_scratch_[thread], width(logits_));
     }
+    plan_blocks();
 }
 
 void OctavoEngine::step(const OctavoStep& step) {
@@ -108,7 +109,17 @@ void OctavoEngine::step(const OctavoStep& step) {
     ++step_number_;
     num_logits_ = static_cast<size_t>(step.num_logits);
     OctavoNodeTime* times = step.out_times;
-    for (const OctavoNode& node : nodes_) measured(times, [&] { run(node, step); });
+    const bool in_blocks = !block_memory_.empty() && static_cast<size_t>(step.num_tokens) >= min_blocks_tokens_;
+    for (size_t i = 0; i < nodes_.size();) {
+        if (in_blocks && run_ends_[i] != 0) {
+            run_blocks(i, run_ends_[i], step, times);
+            if (times != nullptr) times += run_ends_[i] - i;
+            i = run_ends_[i];
+        } else {
+            measured(times, [&] { run(nodes_[i], step); });
+            ++i;
+        }
+    }
     measured(times, [&] { sample(step); });
 }
 
@@ -126,43 +137,49 @@ void OctavoEngine::measured(OctavoNodeTime*& times, const Body& body) {
 void OctavoEngine::run(const OctavoNode& node, const OctavoStep& step) {
     const size_t rows = rows_of(node.out, step);
     switch (node.op) {
-        case OCTAVO_EMBEDDING: return embedding(node, step);
-        case OCTAVO_NORM: return norm(node, rows);
-        case OCTAVO_LINEAR: return linear(node, rows);
         case OCTAVO_EXPERTS: return experts(node, rows);
-        case OCTAVO_ROPE_KV_WRITE: return rope_kv_write(node, step);
         case OCTAVO_ATTENTION: return attention(node, step);
         case OCTAVO_GATHER_ROWS: return gather_rows(node, step);
-        case OCTAVO_ADD: return kernels_.add(data(node.x), data(node.y), data(node.out), rows * width(node.out));
+        default: return run_rows(node, step, {0, rows});
     }
 }
 
-void OctavoEngine::embedding(const OctavoNode& node, const OctavoStep& step) {
+void OctavoEngine::run_rows(const OctavoNode& node, const OctavoStep& step, const RowRange& rows) {
+    switch (node.op) {
+        case OCTAVO_EMBEDDING: return embedding(node, step, rows);
+        case OCTAVO_NORM: return norm(node, rows);
+        case OCTAVO_LINEAR: return linear(node, rows);
+        case OCTAVO_ROPE_KV_WRITE: return rope_kv_write(node, step, rows);
+        case OCTAVO_ADD:
+            return kernels_.add(data(node.x, rows), data(node.y, rows), data(node.out, rows), rows.count * width(node.out));
+    }
+}
+
+void OctavoEngine::embedding(const OctavoNode& node, const OctavoStep& step, const RowRange& rows) {
     const Weight* weight = node.weight < 0 ? nullptr : &weights_[static_cast<size_t>(node.weight)];
     const Weight* learned = node.extra < 0 ? nullptr : &weights_[static_cast<size_t>(node.extra)];
     const EmbeddingArgs args = {
-        .token_ids = step.token_ids,
-        .positions = step.positions,
+        .token_ids = step.token_ids + rows.first,
+        .positions = step.positions + rows.first,
         .weight = weight ? weight->table() : EmbeddingTable{},
         .position_weight = learned ? learned->table() : EmbeddingTable{},
-        .out = data(node.out),
+        .out = data(node.out, rows),
         .width = width(node.out),
         .scale = node.scale,
         .position_offset = node.position_offset,
     };
-    by_rows(static_cast<size_t>(step.num_tokens), 2 * kRowsPerTask,
-            [&](size_t first, size_t last) { kernels_.embedding(args, first, last); });
+    by_rows(rows, 2 * kRowsPerTask, [&](size_t first, size_t last) { kernels_.embedding(args, first, last); });
 }
 
-void OctavoEngine::norm(const OctavoNode& node, size_t rows) {
+void OctavoEngine::norm(const OctavoNode& node, const RowRange& rows) {
     const int64_t size = buffers_[static_cast<size_t>(node.out)].width;
     const NormArgs args = {
-        .x = data(node.x),
-        .residual = data(node.y),
+        .x = data(node.x, rows),
+        .residual = data(node.y, rows),
         .weight = vector(node.weight, size),
         .bias = vector(node.bias, size),
-        .out = data(node.out),
-        .residual_out = data(node.residual_out),
+        .out = data(node.out, rows),
+        .residual_out = data(node.residual_out, rows),
         .width = static_cast<size_t>(size),
         .layer_norm = node.layer_norm != 0,
         .eps = node.eps,

@@ -66,6 +66,14 @@ private:
         OctavoKVLayer layer;
         octavo::KVCache cache;
     };
+    // Rows that a row-wise node is run for: of all threads, task by task, or of one that runs a block by itself (blocks.cpp).
+    struct RowRange {
+        size_t first, count;
+        size_t thread = 0;
+        char* memory = nullptr;  // of the block; null: the step's buffers are meant, and all threads
+
+        bool alone() const { return memory != nullptr; }
+    };
     // Part of a step's attention: some ranges of what one query tile sees, of the KV heads from tile.kv_head on.
     struct AttentionTask {
         octavo::QueryTile tile;
@@ -97,10 +105,14 @@ private:
     template <class Body>
     void measured(OctavoNodeTime*& times, const Body& body);
     void run(const OctavoNode& node, const OctavoStep& step);
-    void embedding(const OctavoNode& node, const OctavoStep& step);
-    void norm(const OctavoNode& node, size_t rows);
-    void linear(const OctavoNode& node, size_t rows);
-    void packed_linear(const OctavoNode& node, const Weight& weight, const octavo::Epilogue& epilogue, size_t rows);
+    // Row-wise nodes.
+    void run_rows(const OctavoNode& node, const OctavoStep& step, const RowRange& rows);
+    void plan_blocks();
+    void run_blocks(size_t first_node, size_t last_node, const OctavoStep& step, OctavoNodeTime* times);
+    void embedding(const OctavoNode& node, const OctavoStep& step, const RowRange& rows);
+    void norm(const OctavoNode& node, const RowRange& rows);
+    void linear(const OctavoNode& node, const RowRange& rows);
+    void packed_linear(const OctavoNode& node, const Weight& weight, const octavo::Epilogue& epilogue, const RowRange& rows);
     void split_linear(const octavo::Part* parts, size_t num_parts, bool pairs, size_t rows);
     const octavo::PackedKernels& kernels_of(const Weight& weight) const {
         return weight.is_int8() ? *kernels_.int8 : *kernels_.packed;
@@ -119,7 +131,7 @@ private:
     void pack_floats(const Weight& weight, size_t first_row, size_t num_rows, const octavo::StoredType& type,
                      const uint8_t* data);
     void pack_part(const Weight& weight, size_t part, const octavo::StoredType& type, const uint8_t* data);
-    void rope_kv_write(const OctavoNode& node, const OctavoStep& step);
+    void rope_kv_write(const OctavoNode& node, const OctavoStep& step, const RowRange& rows);
     void attention(const OctavoNode& node, const OctavoStep& step);
     const AttentionPlan& plan_attention(const OctavoNode& node, const OctavoStep& step);
     void split(AttentionPlan& plan, const octavo::KVCache& cache);
@@ -127,14 +139,26 @@ private:
     void sample(const OctavoStep& step);
 
     float* data(int32_t id) const { return id < 0 ? nullptr : slots_[static_cast<size_t>(buffers_[id].slot)]; }
+    // The first of the rows.
+    float* data(int32_t id, const RowRange& rows) const {
+        if (id < 0) return nullptr;
+        const size_t own = rows.alone() ? block_places_[static_cast<size_t>(id)] : kShared;
+        if (own == kShared) return data(id) + rows.first * width(id);
+        return reinterpret_cast<float*>(rows.memory + own);
+    }
     size_t width(int32_t id) const { return static_cast<size_t>(buffers_[id].width); }
     size_t rows_of(int32_t id, const OctavoStep& step) const {
         if (!buffers_[id].logits_rows) return static_cast<size_t>(step.num_tokens);
         return static_cast<size_t>(step.num_logits + (id == logits_ ? 0 : step.num_states));
     }
-    static constexpr size_t kRowsPerTask = 4;
+    static constexpr size_t kRowsPerTask = 4, kShared = SIZE_MAX;
 
     // Tasks of `rows_per_task` rows.
+    template <class Body>
+    void by_rows(const RowRange& range, size_t rows_per_task, const Body& body) {
+        if (range.alone()) return body(0, range.count);
+        by_rows(range.count, rows_per_task, body);
+    }
     template <class Body>
     void by_rows(size_t rows, size_t rows_per_task, const Body& body) {
         pool_.run((rows + rows_per_task - 1) / rows_per_task, [&](size_t task, size_t) {
@@ -154,6 +178,12 @@ private:
     std::vector<octavo::Mapping> slot_memory_;
     std::vector<float*> slots_;
     std::vector<octavo::Mapping> scratch_;  // one per thread
+    std::vector<size_t> run_ends_;          // of each node: where the row-wise nodes that begin with it end, or 0
+    std::vector<size_t> block_places_;  // of each buffer: where it lies in the memory of a block, or kShared
+    std::vector<octavo::Mapping> block_memory_;  // one per thread, or none
+    size_t block_rounded_ = 0;  // where rounded inputs lie there
+    size_t min_blocks_tokens_ = 0, block_rows_ = 0;  // of a step that is cut into blocks, and of one of them
+    std::vector<int64_t> block_times_;  // [thread][node of a run]
     std::vector<octavo::SamplerScratch> sampler_scratch_;
     std::vector<LinearTask> linear_tasks_;
     octavo::Shares shares_;  // of them

@@ -79,15 +79,15 @@ void OctavoEngine::copy_blocks(const int64_t* pairs, int64_t num_pairs) {
     }
 }
 
-void OctavoEngine::rope_kv_write(const OctavoNode& node, const OctavoStep& step) {
+void OctavoEngine::rope_kv_write(const OctavoNode& node, const OctavoStep& step, const RowRange& rows) {
     const Layer& layer = layers_[static_cast<size_t>(node.kv_layer)];
     const OctavoRope* rope = node.rope < 0 ? nullptr : &ropes_[static_cast<size_t>(node.rope)];
     const RopeKVWriteArgs args = {
-        .qkv = data(node.x),
-        .q = data(node.out),
+        .qkv = data(node.x, rows),
+        .q = data(node.out, rows),
         .cache = layer.cache,
-        .slots = step.slots + layer.layer.group * step.num_tokens,
-        .positions = step.positions,
+        .slots = step.slots + layer.layer.group * step.num_tokens + rows.first,
+        .positions = step.positions + rows.first,
         .cos = rope ? rope->cos : nullptr,
         .sin = rope ? rope->sin : nullptr,
         .q_norm = vector(node.weight, node.head_dim),
@@ -96,9 +96,8 @@ void OctavoEngine::rope_kv_write(const OctavoNode& node, const OctavoStep& step)
         .half = rope ? static_cast<size_t>(rope->half) : 0,
         .eps = node.eps,
     };
-    const size_t tokens = static_cast<size_t>(step.num_tokens);
-    const size_t together = tokens >= 4 * kGroup ? kGroup : kRowsPerTask;  // slots of one group share cache lines
-    by_rows(tokens, together, [&](size_t first, size_t last) { kernels_.kv->rope_kv_write(args, first, last); });
+    const size_t together = rows.count >= 4 * kGroup ? kGroup : kRowsPerTask;  // slots of one group share cache lines
+    by_rows(rows, together, [&](size_t first, size_t last) { kernels_.kv->rope_kv_write(args, first, last); });
 }
 
 void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {

@@ -23,19 +23,20 @@ size_t OctavoEngine::Weight::up_part(size_t channels) const {
     return part;
 }
 
-void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
-    if (rows == 0) return;
+void OctavoEngine::linear(const OctavoNode& node, const RowRange& rows) {
+    if (rows.count == 0) return;
     const Weight& weight = weights_[static_cast<size_t>(node.weight)];
     const Epilogue epilogue = {
         .bias = vector(node.bias, static_cast<int64_t>(weight.rows)),
-        .out = data(node.out),
+        .out = data(node.out, rows),
         .channels = width(node.out),
         .activation = node.activation,
         .scale = node.scale,
         .softcap = node.softcap,
     };
     if (weight.values == nullptr) return packed_linear(node, weight, epilogue, rows);
-    const LinearArgs args = {data(node.x), weight.values, rows, weight.cols, epilogue};
+    const LinearArgs args = {data(node.x, rows), weight.values, rows.count, weight.cols, epilogue};
+    if (rows.alone()) return kernels_.linear(args, 0, epilogue.channels);
     const size_t channels = epilogue.channels, groups = divide_up(channels, kChannels);
     const size_t group_bytes = weight.rows * weight.cols * sizeof(float) / groups;
     const size_t even = divide_up(groups, pool_.num_threads() * kTasksPerThread);
@@ -45,29 +46,38 @@ void OctavoEngine::linear(const OctavoNode& node, size_t rows) {
     });
 }
 
-void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, const Epilogue& epilogue, size_t rows) {
+void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, const Epilogue& epilogue,
+                                 const RowRange& rows) {
     const PackedKernels& kernels = kernels_of(weight);
     const bool pairs = node.activation >= OCTAVO_SILU_MUL;
     const size_t num_parts = pairs ? weight.up_part(epilogue.channels) : weight.parts.size();
     const size_t blocks = divide_up(weight.cols, kernels.block_depth), depth = blocks * kernels.block_depth;
+    const float* x = data(node.x, rows);
+    char* rounded = rows.alone() ? rows.memory + block_rounded_ : rounded_.as<char>();
     const auto round = [&](size_t first, size_t last) {
-        kernels.round_rows(data(node.x) + first * weight.cols, last - first, weight.cols, depth,
-                           rounded_.as<char>() + first * kernels.row_bytes(depth));
+        kernels.round_rows(x + first * weight.cols, last - first, weight.cols, depth,
+                           rounded + first * kernels.row_bytes(depth));
     };
-    if (rows <= kSerialRows)
-        round(0, rows);
+    if (rows.count <= kSerialRows)
+        round(0, rows.count);
     else
         by_rows(rows, kRoundedRows, round);
     const PackedArgs args = {
-        .x = rounded_.as<void>(),
+        .x = rounded,
         .parts = weight.parts.data(),
         .ups = pairs ? weight.parts.data() + num_parts : nullptr,
-        .num_rows = rows,
+        .num_rows = rows.count,
         .depth = depth,
         .num_blocks = blocks,
         .epilogue = epilogue,
     };
-    split_linear(args.parts, num_parts, pairs, rows);
+    if (rows.alone()) {
+        const FlushDenormals as_tiles_do(!weight.is_int8());
+        for (size_t part = 0; part < num_parts; ++part)
+            kernels.linear(args, part, 0, args.parts[part].num_groups(), scratch_[rows.thread].as<void>());
+        return;
+    }
+    split_linear(args.parts, num_parts, pairs, rows.count);
     shares_.fill(linear_tasks_.size());
     pool_.run(linear_tasks_.size(), [&](size_t, size_t thread) {
         const FlushDenormals as_tiles_do(!weight.is_int8());

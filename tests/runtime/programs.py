@@ -114,13 +114,14 @@ def load(
     dtype: str = "float32",
     kv: str | None = None,
     steps: Steps | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> Runtime:
     runtime.load(
         program,
         weights or RandomWeights(program),
         dtype=dtype,
-        max_num_tokens=MAX_TOKENS,
-        max_num_logits=MAX_TOKENS,
+        max_num_tokens=max_tokens,
+        max_num_logits=max_tokens,
         max_num_requests=8,
     )
     steps = steps or Steps()

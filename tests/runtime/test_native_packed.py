@@ -181,5 +181,7 @@ def test_the_default_model_as_stored() -> None:
 def test_arena_counts_the_rounded_input_of_the_widest_linear(level: str, rounded_bytes: int) -> None:
     program = measurement.linear_program((32, 256), 2)
     rounded_bytes = rounded_bytes or (2 if level in ("avx512bf16", "amx") else 4)
-    arena = NativeRuntime(1, level).arena_bytes(program, 64, 4)
+    arena = NativeRuntime(2, level).arena_bytes(program, 64, 4)
     assert arena == program.plan_buffers().elements(64, 4) * 4 + 64 * 256 * rounded_bytes
+    in_blocks = NativeRuntime(1, level).arena_bytes(program, 64, 4)
+    assert in_blocks == program.plan_buffers().elements(128, 4) * 4 + 128 * 256 * rounded_bytes

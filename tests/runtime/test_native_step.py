@@ -71,6 +71,22 @@ def test_many_threads_give_the_bits_of_one() -> None:
         assert np.array_equal(logits_of(decoder_program(), plan, "auto", threads), one)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_many_rows_in_blocks_give_the_bits_of_node_by_node(dtype: str) -> None:
+    program, steps, length = decoder_program(), Steps(), 240
+    runtime = load(NativeRuntime(2), program, dtype=dtype, steps=steps, max_tokens=length + 100)
+    runtime.start_profile()
+    blocks = run(runtime, steps.inputs([Piece(0, 0, length), Piece(1, 0, 100)]))[:length]
+    lines = runtime.stop_profile().other.lines
+    runtime.close()
+    assert all(line.seconds > 0 for line in lines.values())
+    attentions, of_logits, sampler = len(program.kv_layers), 2, 1
+    barriers = sum(line.barriers for line in lines.values())
+    assert barriers <= (attentions + 1) + 2 * attentions + of_logits + sampler, "one a run of nodes, not some a node"
+    chunks = [[Piece(0, at, 60)] for at in range(0, length, 60)]
+    assert np.array_equal(logits_of(program, chunks, "auto", 2, dtype).view(np.int32), blocks.view(np.int32))
+
+
 def test_one_foreign_call_a_step() -> None:
     steps = Steps()
     runtime = load(NativeRuntime(1), decoder_program(), steps=steps)

@@ -99,7 +99,8 @@ class NativeRuntime(Runtime):
 
     def arena_bytes(self, program: Program, max_num_tokens: int, max_num_logits: int) -> int:
         """Activations of the largest step in float32, those inside experts too, and the widest input of a Linear as
-        packed weights want it."""
+        packed weights want it; twice where steps may be cut into blocks, which have memory of their own."""
+        copies = 2 if max_num_tokens >= 64 * self.num_threads else 1
         rows = {Rows.TOKENS: max_num_tokens, Rows.LOGITS: max_num_logits}
         inputs = [rows[node.x.rows] * node.x.width for node in program.nodes if isinstance(node, Linear)]
         sums = []
@@ -108,9 +109,8 @@ class NativeRuntime(Runtime):
                 places, inner = _expert_places(node, rows[node.x.rows]), node.down.shape[1]
                 inputs.append(places * max(node.x.width, inner))
                 sums.append(places * (inner + node.out.width))
-        rounded = max(inputs, default=0) * _rounded_bytes(self.level)
-        elements = program.plan_buffers().elements(max_num_tokens, max_num_logits) + max(sums, default=0)
-        return elements * _FLOAT_BYTES + rounded
+        elements = program.plan_buffers().elements(copies * max_num_tokens, max_num_logits) + max(sums, default=0)
+        return elements * _FLOAT_BYTES + copies * max(inputs, default=0) * _rounded_bytes(self.level)
 
     def kv_bytes_per_block(self, program: Program, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one KV block over all layers, with the padding of V and the scales of int8."""
