@@ -64,6 +64,11 @@ class FinishRequest:
 
 
 @dataclass(slots=True)
+class AskMemory:
+    """How does the KV memory stand? The next outputs have a map of it."""
+
+
+@dataclass(slots=True)
 class Shutdown:
     """Stop after the current step; running requests are aborted."""
 
@@ -95,6 +100,33 @@ class EngineFailed:
 
     kind: str
     message: str
+
+
+@dataclass(slots=True)
+class Holder:
+    """A request that runs, or was preempted and waits again. Counts are tokens unless said otherwise."""
+
+    request_id: str
+    status: str  # "running" | "preempted"
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_preemptions: int  # times
+    blocks: list[int]  # that it holds, as first, length, first, length, ...
+
+
+@dataclass(slots=True)
+class MemoryMap:
+    """The KV memory between two steps. `states` and `ages` have one character a block, in the order of their ids.
+
+    states: "." free; "c" nobody holds it, but its prefix can be hit; "1" to "9" so many requests hold it; "+" more do.
+    ages: "n" (from "0" on; ":" is 10, and so on in ASCII): fewer than 2 ** n seconds since it was last given to a
+        request, hit, or given back by the last that held it. Means nothing of a free block.
+    """
+
+    block_size: int  # tokens
+    states: str
+    ages: str
+    holders: list[Holder]  # the most blocks first; of many the first 256
 
 
 class RequestDelta(Struct, omit_defaults=True, gc=False):
@@ -162,7 +194,8 @@ class StepOutputs(Struct, array_like=True, gc=False):
 
     deltas: list[RequestDelta]
     records: list[StepRecord]
+    memory: MemoryMap | None = None  # for whoever asked
 
 
-ToEngine = AddRequest | AbortRequests | FinishRequest | Shutdown
+ToEngine = AddRequest | AbortRequests | FinishRequest | AskMemory | Shutdown
 ToFront = EngineReady | EngineFailed | StepOutputs

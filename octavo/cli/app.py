@@ -22,7 +22,7 @@ EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # an unknown flag, a value of the wrong type, ...
 
-VERBS = ("serve", "chat", "complete", "run-batch", "simulate", "replay", "program", "pull", "doctor", "bench")
+VERBS = ("serve", "top", "chat", "complete", "run-batch", "simulate", "replay", "program", "pull", "doctor", "bench")
 
 
 def root(

@@ -62,12 +62,7 @@ def replay(
 
 def _say_divergence(found: Divergence) -> None:
     say_error(f"step {found.step} (line {found.line}) came out differently: {found.what}")
-    say_table("", [("recorded", _short(found.recorded)), ("replayed", _short(found.replayed))])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 300 else text[:300] + " ..."
+    say_table("", [("recorded", f"{found.recorded!r:.300}"), ("replayed", f"{found.replayed!r:.300}")])
 
 
 def _say_state(run: Replay) -> None:

@@ -108,7 +108,7 @@ class AccessFlags:
     admin_api_key: Annotated[
         list[str] | None,
         Option(
-            help="A key that may read /metrics and /server_info, too; may be repeated.",
+            help="A key that may read /metrics, /memory and /server_info, too; may be repeated.",
             metavar="KEY",
             envvar="OCTAVO_ADMIN_API_KEY",
         ),

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any, Unpack
 
-from octavo import __version__, errors
+from octavo import __version__, errors, messages
 from octavo.config import EngineConfig
 from octavo.engine.black_box import MAX_STEPS, write_black_box
 from octavo.engine.child import EngineProcess
@@ -43,6 +43,7 @@ from octavo.text.load import load_text
 from octavo.text.tokenizer import LONG_TEXT, Tokenizer
 
 LOOK_SECONDS = 0.5  # between two looks at a working engine
+MAP_SECONDS, MAP_TIMEOUT = 0.2, 10.0  # between two maps of its memory, and for one
 STACK_SECONDS = 0.2  # for a stalled one to write where its threads stand
 log = logging.getLogger("octavo.engine")
 
@@ -81,6 +82,8 @@ class AsyncEngine:
         self._grammars = GrammarCompiler()
         self._templates = TemplateRenderer()
         self._tasks: list[asyncio.Task[None]] = []
+        self._map: asyncio.Future[messages.MemoryMap] | None = None
+        self._mapped_at = 0.0
 
     @classmethod
     async def start(
@@ -177,10 +180,7 @@ class AsyncEngine:
                 grammar = await self._grammars.compile(asked) if asked is not None else None
         except TimeoutError:
             raise TimeLimitError(f"the request's timeout of {how['timeout']} s has passed before it began") from None
-        if self.dead:  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
-            raise EngineDeadError(self.dead)
-        if self.restarting:
-            raise EngineLoadingError(f"{self.restarting}; another one is being loaded")
+        self._refuse_dead()  # asked last: from here to the outbox nothing is awaited, so no death goes unnoticed
         group, requests = self._frontend.add(request_id, text, ids, params, grammar=grammar, **how)
         group.on_tokens = on_tokens
         outbox = self._outboxes[id(group)] = Outbox(params.output_kind, relay)
@@ -202,6 +202,30 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         """Ends a running request; whoever reads its stream gets a last output with finish_reason "abort"."""
         self._process.channel.send(AbortRequests(self._frontend.running(request_id)))
+
+    async def memory(self) -> dict[str, Any]:
+        """The KV memory between two steps (messages.MemoryMap), and what the metrics say of the engine. One map is made
+        in MAP_SECONDS, whoever asks.
+
+        Raises EngineDeadError as generate() does, and TimeLimitError: one step takes longer than MAP_TIMEOUT.
+        """
+        self._refuse_dead()
+        now = time.monotonic()
+        if self._map is None or (self._map.done() and now - self._mapped_at > MAP_SECONDS):
+            self._map, self._mapped_at = asyncio.get_running_loop().create_future(), now
+            self._process.channel.send(messages.AskMemory())
+        try:
+            found = await asyncio.wait_for(asyncio.shield(self._map), MAP_TIMEOUT)
+        except TimeoutError:
+            self._map = None
+            raise TimeLimitError(f"one step of the engine takes more than {MAP_TIMEOUT:g} s: ask again") from None
+        return {**asdict(found), "metrics": self.metrics.now()}
+
+    def _refuse_dead(self) -> None:
+        if self.dead:
+            raise EngineDeadError(self.dead)
+        if self.restarting:
+            raise EngineLoadingError(f"{self.restarting}; another one is being loaded")
 
     def progress(self) -> Progress:
         """How the engine stands, now."""
@@ -326,7 +350,7 @@ class AsyncEngine:
 
     async def _restart(self, reason: str) -> bool:
         """Starts another engine and tells it what was running; False when there were too many."""
-        self.restarting = reason
+        self.restarting, self._map = reason, None
         while (delay := self._restarts.next_delay()) is not None:
             log.error("%s; starting another one in %g s", reason, delay)
             await asyncio.sleep(delay)
@@ -379,6 +403,8 @@ class AsyncEngine:
     def _take(self, outputs: StepOutputs) -> None:
         self._watchdog.heard(outputs.records)
         self._last_steps.extend(outputs.records)
+        if outputs.memory and self._map and not self._map.done():
+            self._map.set_result(outputs.memory)
         updates, finishes, arrivals = self._frontend.process(outputs.deltas)
         for finish in finishes:
             self._process.channel.send(finish)

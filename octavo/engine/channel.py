@@ -115,7 +115,7 @@ class EngineChannel:
 
     def publish(self, outputs: StepOutputs) -> None:
         """Sends outputs as far as the pipe takes them; the rest is merged into what goes next."""
-        if not (outputs.deltas or outputs.records):
+        if not (outputs.deltas or outputs.records or outputs.memory):
             return
         if self._unsent or self._held:
             self._merge(outputs)
@@ -152,6 +152,7 @@ class EngineChannel:
 
     def _merge(self, outputs: StepOutputs) -> None:
         held = self._held = self._held or StepOutputs([], [])
+        held.memory = outputs.memory or held.memory
         held.records.extend(outputs.records)
         del held.records[:-MAX_UNSENT_RECORDS]
         for delta in outputs.deltas:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from octavo import messages
 from octavo.config import EngineConfig
+from octavo.engine.memory_map import memory_map
 from octavo.engine.rules import RuleBook
 from octavo.errors import OctavoError, QueueFullError
-from octavo.executor.base import Executor, StepResult
+from octavo.executor.local import LocalExecutor, StepResult
 from octavo.kvcache.eviction import EVICTIONS
 from octavo.kvcache.manager import KVCacheManager
 from octavo.messages import AddRequest, RequestDelta, StepOutputs, StepRecord, ToEngine
@@ -57,7 +58,7 @@ class EngineCore:
     def __init__(
         self,
         config: EngineConfig,
-        executor: Executor,
+        executor: LocalExecutor,
         info: WorkerInfo,
         *,
         depth: int | None = None,
@@ -84,6 +85,7 @@ class EngineCore:
         self._done_at = 0.0  # when the last result came
         self.announce: Callable[[StepOutputs], None] | None = None  # called before a suspect runs alone
         self._pending: list[RequestDelta] = []  # of requests that ended outside a step
+        self._memory: messages.MemoryMap | None = None  # somebody has asked for
         self._secluded: str | None = None  # a beam search that has the engine for itself until it ends
         self._held: deque[tuple[float, AddRequest]] = deque()  # since when, what waits for that
         self._eos_ids = frozenset(info.spec.eos_token_ids)
@@ -137,7 +139,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """True while step() has something to do or to publish."""
-        return bool(self._pending or self._held) or self._is_busy
+        return bool(self._pending or self._held or self._memory) or self._is_busy
 
     def handle(self, message: ToEngine) -> None:
         """Takes one message from the front; it acts at the next step."""
@@ -154,6 +156,8 @@ class EngineCore:
         elif isinstance(message, messages.FinishRequest):
             self._rules.forget(message.request_id)
             self.scheduler.finish(message.request_id, message.num_kept)
+        elif isinstance(message, messages.AskMemory):
+            self._memory = memory_map(self.scheduler, self._clock())
 
     def step(self) -> StepOutputs:
         """Launches a step if there is room in flight, else waits for the oldest; returns what happened since."""
@@ -179,7 +183,8 @@ class EngineCore:
         deltas, self._pending = self._pending, []
         if self._rules.live:
             self._rules.forget_finished(deltas)
-        return StepOutputs(deltas, records)
+        memory, self._memory = self._memory, None
+        return StepOutputs(deltas, records, memory)
 
     def close(self) -> None:
         """Ends the workers."""

@@ -1,16 +1,24 @@
-"""One worker in this process and this thread: when `sample` returns, a CPU has run the step, a GPU was given it."""
+"""What carries a step to the worker, here: when `sample` returns, a CPU has run it, a GPU was given it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
 from octavo.config import EngineConfig
-from octavo.executor.base import Masks, StepResult
 from octavo.models.spec import ModelFiles
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 from octavo.worker.worker import Worker, WorkerInfo
 
+Masks = Mapping[int, npt.NDArray[np.uint32]]  # row -> [ceil(vocab / 32)], as SamplingInputs.masks
+# a step's result, to come: waits for it, or raises what the step failed with. Called once, in the order of the steps
+StepResult = Callable[[], ModelRunnerOutput]
+
 
 class LocalExecutor:
-    """Executor (executor/base.py) over one in-process worker."""
+    """`start` once, then per step `execute` and `sample`, in the order the steps were scheduled."""
 
     def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
         self.worker = Worker(config, files)
@@ -18,9 +26,11 @@ class LocalExecutor:
         self._failed: _Failed | None = None  # the last step that was not launched
 
     def start(self) -> WorkerInfo:
+        """Loads the model. Raises what the worker raises."""
         return self.worker.start()
 
     def execute(self, output: SchedulerOutput) -> None:
+        """Publishes a step: from here on it always executes."""
         if self._failed is not None and not self._failed.is_told:
             self._failure = self._failed.failure  # it would compute from what that step did not leave
             return
@@ -30,6 +40,8 @@ class LocalExecutor:
             self._failure = error
 
     def sample(self, masks: Masks | None = None) -> StepResult:
+        """The result of the step just published. What it raises is that step's failure. `masks`, by row, say
+        what some rows may choose."""
         failure, self._failure = self._failure, None
         if failure is None:
             try:
@@ -40,6 +52,7 @@ class LocalExecutor:
         return self._failed
 
     def close(self) -> None:
+        """Ends the worker."""
         self.worker.close()
 
 

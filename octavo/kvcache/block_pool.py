@@ -12,10 +12,13 @@ Blocks that were never touched are free too, and cost no resident memory until t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 from octavo.kvcache.eviction import Eviction, LruEviction
 from octavo.kvcache.host import HostTier
+
+_SIGNS = bytes.maketrans(bytes(range(12)), b".123456789+c")
 
 
 class BlockPool:
@@ -30,6 +33,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.num_available = num_blocks  # free or cached: what allocate() can hand out
         self.num_evictions = 0  # cached prefixes lost so far
+        self.now = 0  # seconds, as the scheduler sets it
+        self.touched = array("q", bytes(8 * num_blocks))  # by block id: when it was last handed out, hit or given back
         self._ref_counts: list[int] = []  # by block id; grows as blocks are first touched
         self._digests: list[bytes | None] = []  # by block id
         self._holders: dict[bytes, int] = {}  # digest -> block id
@@ -67,8 +72,10 @@ class BlockPool:
             self._uses.append(0)
         if len(blocks) < count:
             blocks += self._evict(count - len(blocks))
+        now, touched = self.now, self.touched
         for block in blocks:
             refs[block] = 1
+            touched[block] = now
         return blocks
 
     def touch(self, blocks: Iterable[int]) -> None:
@@ -79,6 +86,7 @@ class BlockPool:
                 self.num_available -= 1
             self._ref_counts[block] += 1
             self._uses[block] += 1
+            self.touched[block] = self.now
 
     def free(self, blocks: list[int]) -> None:
         """Gives up one reference to each block of a table, the last first, so that tails are evicted before heads."""
@@ -88,6 +96,7 @@ class BlockPool:
             refs[block] = count = refs[block] - 1
             if not count:
                 self.num_available += 1
+                self.touched[block] = self.now
                 if digests[block] is None:
                     self._free.append(block)
                 else:
@@ -131,6 +140,12 @@ class BlockPool:
     def ref_count(self, block: int) -> int:
         """How many tables a block is in."""
         return self._ref_counts[block] if block < len(self._ref_counts) else 0
+
+    def states(self) -> str:
+        """A character a block, as messages.MemoryMap has them."""
+        pairs = zip(self._ref_counts, self._digests, strict=True)
+        codes = bytes([(refs if refs < 10 else 10) if refs else 11 * (digest is not None) for refs, digest in pairs])
+        return codes.translate(_SIGNS).decode().ljust(self.num_blocks, ".")
 
     def _evict(self, count: int) -> list[int]:
         digests, holders = self._digests, self._holders

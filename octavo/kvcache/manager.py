@@ -266,16 +266,18 @@ class KVCacheManager:
             if block < self.pool.num_blocks and self.pool.digest(block) == key:
                 self.pool.unhash(block)
 
+    def held(self, request: Request) -> list[int]:
+        """The blocks that a Request has references to, of all KV groups: heads before tails."""
+        table = self._tables[request.request_id]
+        if len(table.block_ids) == 1:
+            return table.block_ids[0][table.num_gone[0] :] + table.borrowed
+        levels = zip_longest(*table.block_ids, fillvalue=GONE)
+        return [block for level in levels for block in level if block != GONE] + table.borrowed
+
     def free(self, request: Request) -> None:
         """Gives the Request's blocks back; what is hashed can still be hit, also by itself when it resumes."""
         table = self._tables[request.request_id]
-        if len(table.block_ids) == 1:
-            held = table.block_ids[0][table.num_gone[0] :]
-        else:  # tails of all groups are evicted before heads of any
-            held = [
-                block for level in zip_longest(*table.block_ids, fillvalue=GONE) for block in level if block != GONE
-            ]
-        self.pool.free(held + table.borrowed)
+        self.pool.free(self.held(request))
         table.block_ids, table.num_gone = tuple([] for _ in self._windows), [0] * len(self._windows)
         table.borrowed = []
         table.num_hashed = table.num_loaded = request.num_slots = 0

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from octavo.errors import ConfigError, ModelFileError, UnsupportedModelError
+from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.models.architectures import MAX_EXPERTS
 from octavo.models.gguf_file import FLOAT_TYPES, GGUFFile
 from octavo.models.hf_config import Fields
-from octavo.models.hf_spec import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MIN_THETA
+from octavo.models.hf_spec import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MIN_THETA, served_length
 from octavo.models.rope import RopeParameters, make_rope
 from octavo.models.spec import LayerSpec, ModelFiles, ModelSpec
 
@@ -110,7 +110,7 @@ class _SpecReader:
         vocab_size = self._vocab_size()
         rope = self._rope_parameters(context) if row.has_rope else None
         reach = rope.reach if rope and not row.period else context
-        served = _served(max_model_len, reach, self._file)
+        served = served_length(max_model_len, reach)
         return ModelSpec(
             architecture=row.name,
             vocab_size=vocab_size,
@@ -294,12 +294,3 @@ class _SpecReader:
         if isinstance(template, str) and isinstance(tokens, list):
             ids += [tokens.index(text) for text in _END_OF_TURN if text in template and text in tokens]
         return tuple(dict.fromkeys(ids))
-
-
-def _served(max_model_len: int | None, reach: int, file: GGUFFile) -> int:
-    if max_model_len is not None and max_model_len > reach:
-        raise ConfigError(
-            f"max_model_len {max_model_len} is more than the {reach} positions that {file.path} is made for; "
-            f"ask for at most {reach}"
-        )
-    return reach if max_model_len is None else max_model_len

@@ -239,11 +239,13 @@ def _context_lengths(ropes: dict[str, RopeParameters], context: int, max_model_l
     """(what the checkpoint can do, what is served). Dynamic NTK reaches farther only when that is asked for."""
     main = ropes.get("full_attention")
     reach = main.reach if main else context
-    if max_model_len is None:
-        return reach, context if main and main.kind == "dynamic" else reach
-    if max_model_len > reach:
-        raise ConfigError(
-            f"max_model_len {max_model_len} is more than the model's {reach} positions "
-            f"(max_position_embeddings {context}); ask for at most {reach}"
-        )
-    return reach, max_model_len
+    if max_model_len is None and main and main.kind == "dynamic":
+        return reach, context
+    return reach, served_length(max_model_len, reach)
+
+
+def served_length(max_model_len: int | None, reach: int) -> int:
+    """Tokens of a request: as many as were asked for, else all that the model can do. Raises ConfigError for more."""
+    if max_model_len is not None and max_model_len > reach:
+        raise ConfigError(f"max_model_len {max_model_len} is more than the model's {reach} positions: ask for fewer")
+    return reach if max_model_len is None else max_model_len

@@ -22,11 +22,7 @@ _WEIGHT_PATTERNS = ["*.safetensors"]
 
 
 def resolve_model(
-    name: str,
-    *,
-    revision: str | None = None,
-    download_dir: str | Path | None = None,
-    load_format: str = "auto",
+    name: str, *, revision: str | None = None, download_dir: str | Path | None = None, load_format: str = "auto"
 ) -> ModelFiles:
     """Finds a model's files, and fetches them where they are not here yet.
 
@@ -62,13 +58,9 @@ def resolve_model_of(config: EngineConfig) -> ModelFiles:
 
 def cache_folder(download_dir: str | Path | None = None) -> Path:
     """Where fetched models lie: `download_dir`, $OCTAVO_CACHE, $XDG_CACHE_HOME/octavo or ~/.cache/octavo."""
-    if download_dir:
-        return Path(download_dir).expanduser()
-    if own := os.environ.get("OCTAVO_CACHE"):
+    if own := download_dir or os.environ.get("OCTAVO_CACHE"):
         return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "octavo"
-    return Path("~/.cache/octavo").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo"
 
 
 def cached_models(download_dir: str | Path | None = None) -> dict[str, Path]:
@@ -80,13 +72,10 @@ def cached_models(download_dir: str | Path | None = None) -> dict[str, Path]:
 def _find_local(name: str, load_format: str) -> ModelFiles | None:
     if not name:  # as a path it would be the working folder
         return None
-    try:
-        path = Path(name).expanduser()
-        if (path / CONFIG).is_file():
-            return ModelFiles(name, "hf", path)
-        is_file = path.is_file()
-    except (OSError, ValueError, RuntimeError):  # a name that no file, or no user's home, can have
-        return None
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path / CONFIG):  # unlike a Path's, for any name
+        return ModelFiles(name, "hf", path)
+    is_file = os.path.isfile(path)
     if is_file and path.suffix.lower() == ".gguf":
         return ModelFiles(name, "gguf", path)
     if is_file and path.name == CONFIG and load_format == "dummy":
@@ -184,14 +173,7 @@ def _not_found(name: str) -> ModelNotFoundError:
     looked = f"a folder with a {CONFIG}, a .gguf file, the aliases {', '.join(ALIASES)}{hub}"
     close = difflib.get_close_matches(name.lower(), ALIASES, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    if _is_there(path):
+    if os.path.exists(name):  # unlike a Path's, for any name
         kind = f"a folder without {CONFIG}" if path.is_dir() else "a file, but no .gguf"
         hint = f"; what lies there is {kind}{hint}"
     return ModelNotFoundError(f"no model {name!r:.200}: looked for {looked}{hint}")
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False

@@ -83,6 +83,14 @@ class Metrics:
         self._look()
         self._step.clear()
 
+    def now(self) -> dict[str, float]:
+        """The numbers of the page that a line about the engine tells, by name."""
+        self._look()
+        step = self._step
+        counters = (step.preemptions, step.prefix_queries, step.prefix_hits, self._request.generation_tokens)
+        gauges = (step.running, step.waiting, step.kv_usage, step.host_usage)
+        return {g.name: g.value for g in gauges} | {f"{c.name}_total": c.values[()] for c in counters}
+
     def on_restart(self) -> None:
         """Another engine process took over."""
         self._step.restarts.add()

@@ -162,14 +162,14 @@ class Describer(LeftOut):
             start, count = item.start, item.num_tokens
             order.append(item.row)
             if count != 1 or not item.samples or item.new_block_ids is not NO_BLOCKS or ends.get(item.row) != start:
-                rows.append([item.row, start, count, item.samples, item.fork_of, *map(_runs, item.new_block_ids)])
+                rows.append([item.row, start, count, item.samples, item.fork_of, *map(runs, item.new_block_ids)])
             ends[item.row] = start + count
         if order != self._order:
             self._order, self._crc = order, zlib.crc32(array("I", order).tobytes())
         event: dict[str, Any] = {"n": output.step, "rows": rows, "crc": self._crc}
         if output.new_rows:
             event["new"] = [
-                [new.row, self.numbers[new.request_id], new.num_computed_tokens, *map(_runs, new.block_ids)]
+                [new.row, self.numbers[new.request_id], new.num_computed_tokens, *map(runs, new.block_ids)]
                 for new in output.new_rows
             ]
         if preempted:
@@ -328,15 +328,16 @@ def _result(output: SchedulerOutput, result: ModelRunnerOutput, deltas: list[Req
     return event
 
 
-def _runs(blocks: list[int]) -> list[int]:
+def runs(blocks: list[int]) -> list[int]:
     """Block ids as first, length, first, length, ..."""
-    runs: list[int] = []
+    found: list[int] = []
+    start = end = blocks[0] if blocks else 0
     for block in blocks:
-        if runs and block == runs[-2] + runs[-1]:
-            runs[-1] += 1
-        else:
-            runs += [block, 1]
-    return runs
+        if block != end:
+            found += (start, end - start)
+            start = block
+        end = block + 1
+    return [*found, start, end - start] if blocks else found
 
 
 def _unusual(given: dict[str, Any]) -> dict[str, Any]:

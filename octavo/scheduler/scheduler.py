@@ -105,6 +105,11 @@ class Scheduler:
             return len(self._requests) - len(self._rows.running)
         return len(self._requests) - sum(request_id in self._requests for request_id in self._rows.running)
 
+    def holders(self) -> list[Request]:
+        """The Requests that run, and those that were preempted and wait again."""
+        preempted = [r for r in self._requests.values() if r.status is RequestStatus.PREEMPTED]
+        return [*self._rows.running.values(), *preempted]
+
     def add(self, request: Request) -> None:
         """Puts a new Request into the queue.
 
@@ -167,6 +172,7 @@ class Scheduler:
         """
         output, step = SchedulerOutput(step=self._next_step), _Step()
         self._now = self._clock()
+        self.kv.pool.now = int(self._now)
         self.preempted.clear()
         self._budget.begin(self.policy.prefill_cap(self._rows.running.values()))
         if self.suspects:

@@ -1,12 +1,13 @@
 """The whole state of a scheduler as plain JSON, and back: what a recording begins with.
 
 Walks the objects of the counting half, whatever their fields are: shared objects stay shared, dictionaries keep their
-order. Of token ids only their number is kept, so no prompt can be read from it. Clocks, the prefix hasher with its
-secret key, and log probabilities are left out: who restores a state brings its own.
+order. Of token ids only their number is kept, so no prompt can be read from it. Clocks, when blocks were touched, the
+prefix hasher with its secret key, and log probabilities are left out: who restores a state brings its own.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -53,7 +54,7 @@ class _Freezer:
             return {"bytes": value.hex()}
         if isinstance(value, tuple):
             return {"tuple": [self.freeze(item) for item in value]}
-        if isinstance(value, LeftOut | BlockHasher | TokenLogprobs) or callable(value):
+        if isinstance(value, LeftOut | BlockHasher | TokenLogprobs | array) or callable(value):
             return {"left out": True}
         if id(value) in self._numbers:
             return {"same": self._numbers[id(value)]}
@@ -92,10 +93,7 @@ class Thaw:
     """
 
     def __init__(
-        self,
-        classes: dict[str, Any],
-        left_out: Callable[[str], Any],
-        request: Callable[[dict[str, Any]], Request],
+        self, classes: dict[str, Any], left_out: Callable[[str], Any], request: Callable[[dict[str, Any]], Request]
     ) -> None:
         self._classes, self._left_out, self._request = classes, left_out, request
         self._made: dict[int, Any] = {}

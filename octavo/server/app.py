@@ -3,7 +3,7 @@
 Routes: POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/responses/{id}/cancel, /v1/embeddings,
 /v1/score, /score, /v1/messages, /v1/messages/count_tokens, /tokenize, /detokenize; GET /v1/models, /v1/models/{id},
 /v1/responses/{id} (DELETE, too), /health, /health/live, /health/ready, /health/progress, /metrics, /load, /server_info,
-/version, /openapi.json. No documentation page: those load their scripts from elsewhere.
+/memory, /version, /openapi.json. No documentation page: those load their scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -210,6 +210,10 @@ def _add_information(app: FastAPI, front: Front) -> None:
     @app.get("/server_info")
     async def server_info() -> Response:
         return _json(engine.describe())
+
+    @app.get("/memory", responses=_ERRORS)
+    async def memory() -> Response:
+        return _json(await engine.memory())
 
     @app.get("/version")
     async def version() -> Response:

@@ -25,7 +25,7 @@ from octavo.server.errors import Failure
 
 MAX_KEYS = 4096
 MAX_FILE_BYTES = 4 << 20
-ADMIN_PATHS = frozenset({"/metrics", "/server_info"})  # they tell of everybody's requests
+ADMIN_PATHS = frozenset({"/memory", "/metrics", "/server_info"})  # they tell of everybody's requests
 PROBE_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _KEY = r"^[\x21-\x7e]{16,256}$"
 _TENANT = r"^[A-Za-z0-9._-]{1,64}$"

@@ -54,9 +54,7 @@ class SchedulerBench:
         self._scheduler = kind(
             kv,
             Limits(
-                max_num_seqs=running,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_model_len=MAX_MODEL_LEN,
+                max_num_seqs=running, max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=MAX_MODEL_LEN
             ),
             policy=make_policy(config, TYPICAL_COST),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -299,6 +300,7 @@ class Replay:
 
         replacements = {"_clock": lambda: self._time, "_hasher": self._hasher, "told": TOLD, "judge": self._judge}
         replacements |= {"make_judge": lambda *_: self._judge, "on_round": self._renumber}
+        replacements["touched"] = array("q", bytes(8 * self.settings["num_blocks"]))
         scheduler: Scheduler = Thaw(_classes(), replacements.get, request)(event["scheduler"])
         self._describer.numbers |= event["numbers"]
         for request_id, number in event["numbers"].items():
@@ -320,10 +322,7 @@ class Replay:
         else:
             params = SamplingParams(max_tokens=None, presence_penalty=0.5 if waits else 0.0)
         request = Request(
-            prompt_token_ids=[],
-            params=params,
-            stop_ids=frozenset({STOP}) if stops else frozenset(),
-            **fields,
+            prompt_token_ids=[], params=params, stop_ids=frozenset({STOP}) if stops else frozenset(), **fields
         )
         request.status = RequestStatus(request.status)
         return request

@@ -45,12 +45,12 @@ class MemoryPlan:
     weight_bytes: int
     arena_bytes: int
     block_bytes: int
-    num_blocks: int
     appetite: Appetite
     kv_dtype: str
     max_model_len: int
-    reason: str  # why the pool has this size
-    on_device: bool = False
+    on_device: bool = False  # the memory is a GPU's
+    num_blocks: int = 0
+    reason: str = ""  # why the pool has this size
     num_host_blocks: int = 0
 
     @property
@@ -103,37 +103,30 @@ class MemoryPlan:
 
 
 def plan_memory(
+    plan: MemoryPlan,
     *,
-    free_bytes: int,
-    on_device: bool = False,
-    weight_bytes: int,
-    arena_bytes: int,
-    block_bytes: int,
-    appetite: Appetite,
-    kv_dtype: str,
     max_num_seqs: int,
-    wanted_len: int,
     len_is_fixed: bool,
     kv_cache_memory_bytes: int | None,
     num_blocks_override: int | None,
     swap_bytes: int = 0,
     host_free_bytes: int = 0,
 ) -> MemoryPlan:
-    """Sizes the KV pool.
+    """Sizes the KV pool of a plan, whose model length is the one asked for (`len_is_fixed`) or the model's own: then it
+    is cut to what fits. Of a device all is taken that --gpu-memory-utilization allows.
 
-    `on_device`: `free_bytes` is what --gpu-memory-utilization allows of a GPU's memory, and all of it is taken.
     `swap_bytes`: host memory for evicted blocks; of `host_free_bytes` beside a device, else of what the rest leaves.
-    `wanted_len` is the model length asked for (`len_is_fixed`) or the model's own, which is cut to what fits.
 
     Raises:
         MemoryPlanError: weights do not fit, or a fixed length or the swap space does not; with the numbers and the
             largest that would.
     """
-    left = free_bytes - weight_bytes - arena_bytes
+    block_bytes, appetite, wanted_len = plan.block_bytes, plan.appetite, plan.max_model_len
+    left = plan.free_bytes - plan.weight_bytes - plan.arena_bytes
     if left <= 0:
         raise MemoryPlanError(
-            f"the model needs {weight_bytes / MIB:,.0f} MiB for weights and {arena_bytes / MIB:,.0f} MiB for "
-            f"activations, but only {free_bytes / MIB:,.0f} MiB are free: take a smaller model, free memory, or "
+            f"the model needs {plan.weight_bytes / MIB:,.0f} MiB for weights and {plan.arena_bytes / MIB:,.0f} MiB for "
+            f"activations, but only {plan.free_bytes / MIB:,.0f} MiB are free: take a smaller model, free memory, or "
             "--dtype quantized (a GGUF file) or bfloat16"
         )
     most_useful = max_num_seqs * appetite.blocks_for(wanted_len)
@@ -141,7 +134,7 @@ def plan_memory(
         num_blocks, reason = num_blocks_override, "--num-gpu-blocks-override"
     elif kv_cache_memory_bytes is not None:
         num_blocks, reason = kv_cache_memory_bytes // block_bytes, "--kv-cache-memory-bytes"
-    elif on_device:
+    elif plan.on_device:
         num_blocks, reason = left // block_bytes, _WHAT_IS_LEFT
     else:
         share = int(CPU_KV_SHARE * left) // block_bytes
@@ -163,20 +156,10 @@ def plan_memory(
             f"({num_blocks * block_bytes / MIB:,.1f} MiB; {reason}): "
             + (f"the largest --max-model-len that fits is {fitting_len:,}" if fitting_len else "give it more")
         )
-    return MemoryPlan(
-        free_bytes=free_bytes,
-        weight_bytes=weight_bytes,
-        arena_bytes=arena_bytes,
-        block_bytes=block_bytes,
-        num_blocks=num_blocks,
-        appetite=appetite,
-        kv_dtype=kv_dtype,
-        max_model_len=fitting_len,
-        reason=reason,
-        on_device=on_device,
-        num_host_blocks=_host_blocks(
-            swap_bytes, block_bytes, host_free_bytes if on_device else left - num_blocks * block_bytes
-        ),
+    left = host_free_bytes if plan.on_device else left - num_blocks * block_bytes
+    num_host_blocks = _host_blocks(swap_bytes, block_bytes, left)
+    return replace(
+        plan, num_blocks=num_blocks, max_model_len=fitting_len, reason=reason, num_host_blocks=num_host_blocks
     )
 
 

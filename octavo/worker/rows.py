@@ -17,10 +17,9 @@ from octavo.runtime.base import Float32, Int32, Int64
 from octavo.step import NO_BLOCKS, NewRow, ScheduledRow
 from octavo.worker.pools import Pool
 
-_SETTINGS = (
-    *("temperature", "top_k", "top_p", "min_p", "seeds", "num_logprobs"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-)
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")  # of params
+_SETTINGS: dict[str, type[np.generic]] = dict.fromkeys(_FLOATS, np.float32)
+_SETTINGS |= {"top_k": np.int32, "num_logprobs": np.int32, "seeds": np.uint64}
 Value = TypeVar("Value", np.float32, np.int32)
 
 
@@ -51,15 +50,7 @@ class Rows:
         self.num_admissions = np.zeros(num_rows, np.int64)
         self.total_admissions = 0
         self.num_prompt_tokens = np.zeros(num_rows, np.int32)
-        self.temperature = np.zeros(num_rows, np.float32)
-        self.top_k = np.zeros(num_rows, np.int32)
-        self.top_p = np.ones(num_rows, np.float32)
-        self.min_p = np.zeros(num_rows, np.float32)
-        self.seeds = np.zeros(num_rows, np.uint64)
-        self.num_logprobs = np.full(num_rows, -1, np.int32)
-        self.repetition_penalty = np.ones(num_rows, np.float32)
-        self.presence_penalty = np.zeros(num_rows, np.float32)
-        self.frequency_penalty = np.zeros(num_rows, np.float32)
+        self._sampling = {name: np.zeros(num_rows, dtype) for name, dtype in _SETTINGS.items()}  # as SamplingInputs
         self.num_prompt_logprobs = np.full(num_rows, -1, np.int32)
         self.pools: dict[int, Pool] = {}
         self._settings: tuple[bytes | None, dict[str, npt.NDArray[Any]]] = (None, {})  # of the rows of the last step
@@ -77,16 +68,11 @@ class Rows:
         for group, ids in enumerate(new.block_ids):
             self.block_tables[group, row, : len(ids)] = ids
             self.num_blocks[group, row] = len(ids)
-        self.temperature[row] = params.temperature
-        self.top_k[row] = max(params.top_k, 0)
-        self.top_p[row] = params.top_p
-        self.min_p[row] = params.min_p
-        self.seeds[row] = new.seed & 0xFFFFFFFFFFFFFFFF
-        self.num_logprobs[row] = new.num_logprobs
+        settings: dict[str, Any] = {name: getattr(params, name) for name in _FLOATS}
+        settings |= {"top_k": max(params.top_k, 0), "num_logprobs": new.num_logprobs, "seeds": new.seed & (1 << 64) - 1}
+        for name, value in settings.items():
+            self._sampling[name][row] = value
         self.num_prompt_logprobs[row] = new.num_prompt_logprobs
-        self.repetition_penalty[row] = params.repetition_penalty
-        self.presence_penalty[row] = params.presence_penalty
-        self.frequency_penalty[row] = params.frequency_penalty
         self._settings = (None, {})
         self._bias.pop(row, None)
         self._seen.pop(row, None)
@@ -149,7 +135,7 @@ class Rows:
         rows and their Requests are the same, so that a runtime need not look at them again."""
         key = rows.tobytes()
         if self._settings[0] != key:
-            self._settings = (key, {name: getattr(self, name)[rows] for name in _SETTINGS})
+            self._settings = (key, {name: of_row[rows] for name, of_row in self._sampling.items()})
         return self._settings[1]
 
     def biases(self, rows: Int32, drawn: Int32) -> tuple[Int32, Int32, Float32]:

@@ -115,7 +115,7 @@ class Worker:
     ) -> MemoryPlan:
         config, runtime = self._config, self.runtime
         on_device = runtime.free_bytes(config.gpu_memory_utilization)
-        return plan_memory(
+        plan = MemoryPlan(
             free_bytes=free_memory() if on_device is None else on_device,
             on_device=on_device is not None,
             weight_bytes=runtime.weight_bytes(program, weights, dtype),
@@ -123,8 +123,11 @@ class Worker:
             block_bytes=runtime.kv_bytes_per_block(program, config.block_size, kv_dtype),
             kv_dtype=kv_dtype,
             appetite=appetite,
+            max_model_len=spec.max_model_len,
+        )
+        return plan_memory(
+            plan,
             max_num_seqs=config.max_num_seqs,
-            wanted_len=spec.max_model_len,
             len_is_fixed=config.max_model_len is not None,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             num_blocks_override=config.num_gpu_blocks_override,

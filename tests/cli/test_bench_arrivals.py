@@ -41,8 +41,8 @@ def test_same_seed_same_times() -> None:
 
 
 def test_ramps_run_from_start_to_end() -> None:
-    assert [ramp_rate("linear", 2, 10, p) for p in (0, 0.5, 1)] == [2, 6, 10]
-    assert [ramp_rate("exponential", 1, 100, p) for p in (0, 0.5, 1)] == pytest.approx([1, 10, 100])
-    times = send_times(2000, ramp="linear", start_rps=1, end_rps=50, seed=5)
+    assert [ramp_rate(("linear", 2, 10), p) for p in (0, 0.5, 1)] == [2, 6, 10]
+    assert [ramp_rate(("exponential", 1, 100), p) for p in (0, 0.5, 1)] == pytest.approx([1, 10, 100])
+    times = send_times(2000, ramp=("linear", 1, 50), seed=5)
     early, late = gaps(times)[:200], gaps(times)[-200:]
     assert statistics.mean(early) > 5 * statistics.mean(late)

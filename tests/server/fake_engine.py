@@ -128,6 +128,9 @@ class FakeEngine:
     def describe(self) -> dict:
         return {"version": "0"}
 
+    async def memory(self) -> dict:
+        return {"states": "", "holders": [], "metrics": self.metrics.now()}
+
     def progress(self) -> Progress:
         return Progress(self.stage, len(self.running), 0.5, 0.0, 0.01, 5.0, 0)
 

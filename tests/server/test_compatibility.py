@@ -280,7 +280,7 @@ ROUTES = {
     "/score /v1/messages /v1/messages/count_tokens /tokenize /detokenize",
     "DELETE": "/v1/responses/{id}",
     "GET": "/v1/models /v1/models/{model:path} /v1/responses/{id} /health /health/live /health/ready /health/progress "
-    "/metrics /load /server_info /version",
+    "/metrics /load /server_info /memory /version",
 }
 ABSENT = (
     "/v1/chat/completions/batch /v1/audio/transcriptions /v1/audio/translations /v1/realtime /v2/embed /rerank "

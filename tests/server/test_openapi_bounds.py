@@ -88,4 +88,5 @@ def test_routes() -> None:
         ("/version", "get"),
         ("/load", "get"),
         ("/server_info", "get"),
+        ("/memory", "get"),
     }

@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.engine.calibrate import LONGEST, NUM_NEW, timed_steps
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
-from octavo.executor.base import StepResult
+from octavo.executor.local import StepResult
 from octavo.messages import AddRequest, StepRecord
 from octavo.sampling_params import SamplingParams
 from octavo.scheduler.copying import CopyChoice

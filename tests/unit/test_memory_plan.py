@@ -3,7 +3,7 @@
 import pytest
 
 from octavo.errors import MemoryPlanError
-from octavo.worker.memory import MIB, Appetite, first_that_fits, free_memory, plan_memory
+from octavo.worker.memory import MIB, Appetite, MemoryPlan, first_that_fits, free_memory, plan_memory
 
 
 def plan(**changes):
@@ -15,12 +15,14 @@ def plan(**changes):
         "appetite": Appetite(16),
         "kv_dtype": "bfloat16",
         "max_num_seqs": 4,
-        "wanted_len": 160,
+        "max_model_len": 160,
         "len_is_fixed": False,
         "kv_cache_memory_bytes": None,
         "num_blocks_override": None,
     }
-    return plan_memory(**{**settings, **changes})
+    given = {**settings, **changes}
+    asked = MemoryPlan(**{name: given.pop(name) for name in MemoryPlan.__slots__ if name in given})
+    return plan_memory(asked, **given)
 
 
 def test_pool_is_no_larger_than_useful():
@@ -32,16 +34,16 @@ def test_pool_is_cut_to_a_share_of_what_the_weights_leave():
 
 
 def test_a_default_length_is_cut_to_what_fits():
-    assert plan(wanted_len=100_000).max_model_len == 320 * 16
+    assert plan(max_model_len=100_000).max_model_len == 320 * 16
 
 
 def test_a_fixed_length_that_does_not_fit_is_refused_with_the_one_that_would():
     with pytest.raises(MemoryPlanError, match=r"largest --max-model-len that fits is 5,120"):
-        plan(wanted_len=100_000, len_is_fixed=True)
+        plan(max_model_len=100_000, len_is_fixed=True)
 
 
 def test_the_length_named_in_the_refusal_does_fit():
-    assert plan(wanted_len=5120, len_is_fixed=True).max_model_len == 5120
+    assert plan(max_model_len=5120, len_is_fixed=True).max_model_len == 5120
 
 
 def test_weights_that_do_not_fit_are_refused_with_both_numbers():
@@ -111,8 +113,8 @@ def test_the_first_way_of_keeping_weights_is_taken_while_it_takes_half_of_the_me
 def test_what_else_was_asked_for_comes_before_faster_weights():
     assert fitting(kv_cache_memory_bytes=550 * MIB) == "int8"
     assert fitting(kv_cache_memory_bytes=551 * MIB) == "quantized"
-    assert fitting(wanted_len=220 * 16, len_is_fixed=True) == "int8"  # 40 % of what is left
-    assert fitting(wanted_len=221 * 16, len_is_fixed=True) == "quantized"
+    assert fitting(max_model_len=220 * 16, len_is_fixed=True) == "int8"  # 40 % of what is left
+    assert fitting(max_model_len=221 * 16, len_is_fixed=True) == "quantized"
 
 
 def test_the_last_way_is_refused_like_any_other():

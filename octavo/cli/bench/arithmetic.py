@@ -8,6 +8,7 @@ the others have one value a request. Goodput counts requests that meet every sta
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,28 +60,11 @@ class Report:
     failed: int
     total_input_tokens: int
     total_output_tokens: int
-    good: int | None  # requests that met every objective; None without objectives
+    request_throughput: float  # a second, as all of these
+    request_goodput: float | None  # requests that met every objective; None without objectives
+    output_throughput: float  # generated tokens
+    total_token_throughput: float  # prompt and generated tokens
     summaries: dict[str, Summary]
-
-    @property
-    def request_throughput(self) -> float:
-        """Requests per second."""
-        return self.completed / self.duration
-
-    @property
-    def request_goodput(self) -> float | None:
-        """Good requests per second."""
-        return None if self.good is None else self.good / self.duration
-
-    @property
-    def output_throughput(self) -> float:
-        """Generated tokens per second."""
-        return self.total_output_tokens / self.duration
-
-    @property
-    def total_token_throughput(self) -> float:
-        """Prompt and generated tokens per second."""
-        return (self.total_input_tokens + self.total_output_tokens) / self.duration
 
 
 def summarize(values: Sequence[float], percentiles: Sequence[float]) -> Summary:
@@ -89,8 +73,7 @@ def summarize(values: Sequence[float], percentiles: Sequence[float]) -> Summary:
 
     if not values:
         return Summary(0.0, 0.0, 0.0, tuple((p, 0.0) for p in percentiles))
-    mean = math.fsum(values) / len(values)
-    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    mean, std = statistics.fmean(values), statistics.pstdev(values)
     return Summary(mean, percentile(values, 50), std, tuple((p, percentile(values, p)) for p in percentiles))
 
 
@@ -109,13 +92,17 @@ def report(
         "itl": [itl for o in done for itl in o.itls],
         "e2el": [o.e2el for o in done],
     }
+    num_input, num_output = sum(o.prompt_tokens for o in done), sum(o.output_tokens for o in done)
     return Report(
         duration=duration,
         completed=len(done),
         failed=len(outcomes) - len(done),
-        total_input_tokens=sum(o.prompt_tokens for o in done),
-        total_output_tokens=sum(o.output_tokens for o in done),
-        good=sum(is_good(o, goodput) for o in done) if goodput else None,
+        total_input_tokens=num_input,
+        total_output_tokens=num_output,
+        request_throughput=len(done) / duration,
+        request_goodput=sum(is_good(o, goodput) for o in done) / duration if goodput else None,
+        output_throughput=num_output / duration,
+        total_token_throughput=(num_input + num_output) / duration,
         summaries={name: summarize([v * 1000 for v in values[name]], percentiles) for name in METRICS},
     )
 

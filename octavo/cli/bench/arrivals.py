@@ -6,22 +6,15 @@ vLLM's `bench serve`.
 
 from __future__ import annotations
 
-import math
 import random
+from math import inf
 from typing import Literal
 
-Ramp = Literal["linear", "exponential"]
+Ramp = tuple[Literal["linear", "exponential"], float, float]  # requests per second at the first one, and at the last
 
 
 def send_times(
-    num_requests: int,
-    *,
-    request_rate: float = math.inf,
-    burstiness: float = 1.0,
-    seed: int = 0,
-    ramp: Ramp | None = None,
-    start_rps: float = 0.0,
-    end_rps: float = 0.0,
+    num_requests: int, *, request_rate: float = inf, burstiness: float = 1.0, seed: int = 0, ramp: Ramp | None = None
 ) -> list[float]:
     """Seconds after the start at which each request is sent, ascending.
 
@@ -33,19 +26,20 @@ def send_times(
     times: list[float] = []
     now = 0.0
     for index in range(num_requests):
-        rate = request_rate if ramp is None else ramp_rate(ramp, start_rps, end_rps, index / max(num_requests - 1, 1))
-        if rate != math.inf:
+        rate = request_rate if ramp is None else ramp_rate(ramp, index / max(num_requests - 1, 1))
+        if rate != inf:
             gap = 1 / rate
-            now += gap if burstiness == math.inf else draw.gammavariate(burstiness, gap / burstiness)
+            now += gap if burstiness == inf else draw.gammavariate(burstiness, gap / burstiness)
         times.append(now)
-    if ramp is None and request_rate != math.inf and now > 0:
+    if ramp is None and request_rate != inf and now > 0:
         scale = num_requests / request_rate / now
         times = [t * scale for t in times]
     return times
 
 
-def ramp_rate(ramp: Ramp, start: float, end: float, progress: float) -> float:
+def ramp_rate(ramp: Ramp, progress: float) -> float:
     """Requests per second when `progress` (0 to 1) of the requests were sent."""
-    if ramp == "linear":
+    kind, start, end = ramp
+    if kind == "linear":
         return start + (end - start) * progress
     return float(start * (end / start) ** progress)

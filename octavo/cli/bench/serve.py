@@ -133,15 +133,10 @@ class LoadFlags:
 
     def times(self, num_requests: int, seed: int) -> list[float]:
         """When each request is sent, in seconds after the start."""
-        return send_times(
-            num_requests,
-            request_rate=self.request_rate,
-            burstiness=self.burstiness,
-            seed=seed,
-            ramp=cast(Ramp | None, self.ramp_up_strategy),
-            start_rps=self.ramp_up_start_rps,
-            end_rps=self.ramp_up_end_rps,
-        )
+        asked = self.ramp_up_strategy, self.ramp_up_start_rps, self.ramp_up_end_rps
+        ramp = cast(Ramp, asked) if self.ramp_up_strategy else None
+        rate, burstiness = self.request_rate, self.burstiness
+        return send_times(num_requests, request_rate=rate, burstiness=burstiness, seed=seed, ramp=ramp)
 
 
 @dataclass(frozen=True, slots=True)
