@@ -82,7 +82,7 @@ class AsyncEngine:
         self._grammars = GrammarCompiler()
         self._templates = TemplateRenderer()
         self._tasks: list[asyncio.Task[None]] = []
-        self._map: asyncio.Future[messages.MemoryMap] | None = None
+        self._map: asyncio.Future[dict[str, Any]] | None = None
         self._mapped_at = 0.0
 
     @classmethod
@@ -215,11 +215,10 @@ class AsyncEngine:
             self._map, self._mapped_at = asyncio.get_running_loop().create_future(), now
             self._process.channel.send(messages.AskMemory())
         try:
-            found = await asyncio.wait_for(asyncio.shield(self._map), MAP_TIMEOUT)
+            return await asyncio.wait_for(asyncio.shield(self._map), MAP_TIMEOUT)
         except TimeoutError:
             self._map = None
             raise TimeLimitError(f"one step of the engine takes more than {MAP_TIMEOUT:g} s: ask again") from None
-        return {**asdict(found), "metrics": self.metrics.now()}
 
     def _refuse_dead(self) -> None:
         if self.dead:
@@ -404,7 +403,7 @@ class AsyncEngine:
         self._watchdog.heard(outputs.records)
         self._last_steps.extend(outputs.records)
         if outputs.memory and self._map and not self._map.done():
-            self._map.set_result(outputs.memory)
+            self._map.set_result({**asdict(outputs.memory), "metrics": self.metrics.now()})  # of the step before it
         updates, finishes, arrivals = self._frontend.process(outputs.deltas)
         for finish in finishes:
             self._process.channel.send(finish)

@@ -300,8 +300,8 @@ class Replay:
 
         replacements = {"_clock": lambda: self._time, "_hasher": self._hasher, "told": TOLD, "judge": self._judge}
         replacements |= {"make_judge": lambda *_: self._judge, "on_round": self._renumber}
-        replacements["touched"] = array("q", bytes(8 * self.settings["num_blocks"]))
         scheduler: Scheduler = Thaw(_classes(), replacements.get, request)(event["scheduler"])
+        scheduler.kv.pool.touched = array("q", bytes(8 * scheduler.kv.pool.num_blocks))  # not recorded
         self._describer.numbers |= event["numbers"]
         for request_id, number in event["numbers"].items():
             for index, digest in enumerate(scheduler.kv.known_digests(request_id)):

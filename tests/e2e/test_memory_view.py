@@ -55,7 +55,7 @@ def test_what_is_held_and_shared_is_seen_until_it_is_cached(tmp_path, capsys):
     assert first["metrics"]["num_requests_running"] == 2
     assert first["metrics"]["prefix_cache_hits_total"] == 32
     held = sum(state not in ".c" for state in first["states"])
-    assert abs(held - 4000 * first["metrics"]["kv_cache_usage_perc"]) <= 4, "a step lies between, or two"
+    assert abs(held - 4000 * first["metrics"]["kv_cache_usage_perc"]) <= 40, "a few steps may lie between"
     assert "running 2   waiting 0, 0 preempted" in running
     assert "▓ shared 2 " in running
     assert set(last["states"]) == {".", "c"}
