@@ -247,5 +247,5 @@ def _context_lengths(ropes: dict[str, RopeParameters], context: int, max_model_l
 def served_length(max_model_len: int | None, reach: int) -> int:
     """Tokens of a request: as many as were asked for, else all that the model can do. Raises ConfigError for more."""
     if max_model_len is not None and max_model_len > reach:
-        raise ConfigError(f"max_model_len {max_model_len} is more than the model's {reach} positions: ask for fewer")
+        raise ConfigError(f"max_model_len {max_model_len} is more than the model's {reach} positions: at most {reach}")
     return reach if max_model_len is None else max_model_len
