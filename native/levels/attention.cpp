@@ -14,8 +14,6 @@
 namespace octavo::OCTAVO_LEVEL {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kSlack = 8.0f;  // a row's weights are against an older maximum until one would be 2^8 times heavier
 constexpr size_t kRowBlock = 4;                     // rows in registers
 constexpr size_t kTogether = 16;                    // all scores first, then all weights: neither waits for its own latency
 constexpr size_t kVectors = kLanes == 16 ? 4 : 2;   // vectors of positions or values in registers
@@ -26,10 +24,8 @@ constexpr size_t kMaxRowsInt8 = 2 * kRowBlock;  // more rows than this widen a t
 using KVTile = KVSpan<kTileGroups>;
 
 struct Scratch {
-    float* range;       // [rows, state_width]: of the current range
-    float* merged;      // [rows, state_width]: of the ranges before
-    float* weights;     // [rows, kLanes]: sum of weights by lane, of the range
-    float* largest;     // [rows]: score of the range so far
+    Sums range;         // of the current range
+    Sums merged;        // of the ranges before
     float* scores;      // [kTogether, kKVTile]
     uint16_t* rounded;  // [kTogether, kKVTile]: weights as bfloat16
     uint16_t* q;        // [rows, key_dim]: queries as bfloat16
@@ -43,10 +39,8 @@ struct Scratch {
             memory += round_up(bytes, 64);
             return piece;
         };
-        range = reinterpret_cast<float*>(take(rows * state_width(c) * 4));
-        merged = reinterpret_cast<float*>(take(rows * state_width(c) * 4));
-        weights = reinterpret_cast<float*>(take(rows * kLanes * 4));
-        largest = reinterpret_cast<float*>(take(rows * 4));
+        range = Sums::in(reinterpret_cast<float*>(take(Sums::size(rows, c) * 4)), rows, c);
+        merged = Sums::in(reinterpret_cast<float*>(take(Sums::size(rows, c) * 4)), rows, c);
         scores = reinterpret_cast<float*>(take(kTogether * kKVTile * 4));
         rounded = reinterpret_cast<uint16_t*>(take(kTogether * kKVTile * 2));
         q = reinterpret_cast<uint16_t*>(take(rows * c.key_dim * 2 + sizeof(Halves)));
@@ -116,9 +110,6 @@ inline void put_weight(uint16_t* at, Floats weight) {
     std::memcpy(at, &rounded, sizeof rounded);
 }
 
-// Scores times this are powers of two to weigh by. It is above 0: the largest score stays the largest.
-inline float score_unit(const AttentionArgs& a) { return a.softcap != 0.0f ? kLog2E : a.scale * kLog2E; }
-
 // Scores of a row that cannot be taken as they are: scales or caps them and hides the positions that it does not see;
 // returns the largest, lane by lane.
 template <bool SCALED>
@@ -161,7 +152,7 @@ void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size
     size_t some = 0;
     for (; some + 4 <= count; some += 4) max_each<4>(tops + some, largest + some);
     for (; some < count; ++some) max_each<1>(tops + some, largest + some);
-    float* const before = s.largest + row;
+    float* const before = s.range.tops + row;
     bool moved = false;
     for (size_t r = 0; r < count; ++r) {
         largest[r] = largest[r] * unit > before[r] + kSlack ? largest[r] * unit : before[r];
@@ -173,15 +164,14 @@ void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size
             before[r] = largest[r];
             if (largest[r] == old || old == kNever) continue;  // nothing is there that could shrink
             const Floats shrink = power_of_two(splat(old) - largest[r]);
-            float *state = s.range + (row + r) * stride, *weights = s.weights + (row + r) * kLanes;
-            for (size_t c = 0; c < a.cache.value_width; c += kLanes) store(state + c, load(state + c) * shrink);
-            store(weights, load(weights) * shrink);
+            float* state = s.range.rows + (row + r) * stride;
+            for (size_t c = 0; c < a.cache.value_width + kLanes; c += kLanes) store(state + c, load(state + c) * shrink);
         }
     }
     for (size_t r = 0; r < count; ++r) {
         const float top = largest[r] == kNever ? 0.0f : largest[r];  // nothing seen so far: all weigh 0
         const float* scores = s.scores + r * kKVTile;
-        float* const weights = s.weights + (row + r) * kLanes;
+        float* const weights = s.range.rows + (row + r) * stride + a.cache.value_width;
         Floats sums = load(weights), part[kTileVectors];
         for (size_t v = 0; v < kTileVectors; ++v) {
             const Floats score = load(scores + v * kLanes);
@@ -216,11 +206,12 @@ template <class KV, size_t ROWS>
 void score_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t row, const Scratch& s, float* scores,
                 Floats* tops) {
     const typename KV::Element* q[ROWS];
+    Rows rows(a, t, t.kv_head, row);
     for (size_t r = 0; r < ROWS; ++r)
         if constexpr (KV::kDepth == 2)
             q[r] = s.q + (row + r) * a.cache.key_dim;
         else
-            q[r] = query(a, t, t.kv_head, row + r);
+            q[r] = a.q + rows.next();
     for (size_t vector = 0; vector < tile.last * kGroupVectors; vector += kVectors)
         score<KV, ROWS>(q, tile, vector, a.cache.key_dim / KV::kDepth, scores, tops);
 }
@@ -230,7 +221,7 @@ void mix_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, si
               const typename KV::Element* weights) {
     const Seen seen = seen_by(a, t, tile, row, ROWS);
     const size_t width = a.cache.value_width;
-    float* total = s.range + row * state_width(a.cache);
+    float* total = s.range.rows + row * state_width(a.cache);
     size_t column = 0;
     for (; column + kVectors * kLanes <= width; column += kVectors * kLanes)
         mix<KV, ROWS, kVectors>(weights, tile, seen.first, seen.last, column, a.cache, total);
@@ -277,7 +268,7 @@ void visit_tile(const AttentionArgs& a, const QueryTile& t, KVTile& tile, size_t
         case OCTAVO_KV_BFLOAT16: return visit_rows<BFloat16KV, false>(a, t, tile, rows, s);
         default:
             if (rows <= kMaxRowsInt8) return visit_rows<Int8KV, true>(a, t, tile, rows, s);
-            widen(a.cache, s.wide, tile);
+            widen(a.cache, s.wide, s.wide + kKVTile * a.cache.key_dim * 2, tile);
             return visit_rows<BFloat16KV, true>(a, t, tile, rows, s);
     }
 }
@@ -286,10 +277,8 @@ void visit_tile(const AttentionArgs& a, const QueryTile& t, KVTile& tile, size_t
 // `next` on, of `next_head`.
 void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_t end, size_t next, size_t next_head,
                  size_t rows, const Scratch& s) {
-    const size_t stride = state_width(a.cache), newest = t.first_position + t.num_tokens;
-    std::memset(s.range, 0, rows * stride * sizeof(float));
-    std::memset(s.weights, 0, rows * kLanes * sizeof(float));
-    for (size_t row = 0; row < rows; ++row) s.largest[row] = kNever;
+    const size_t newest = t.first_position + t.num_tokens;
+    s.range.clear(rows, a.cache);
     KVTile tile;
     for (size_t start = begin; start < end; start += kKVTile) {
         const bool last = start + kKVTile >= end;
@@ -302,39 +291,35 @@ void visit_range(const AttentionArgs& a, const QueryTile& t, size_t begin, size_
         }
         visit_tile(a, t, tile, rows, s);
     }
-    for (size_t row = 0; row < rows; ++row) {
-        float* state = s.range + row * stride;
-        weight_of(state, a.cache) = sum(load(s.weights + row * kLanes));
-        largest_of(state, a.cache) = s.largest[row] / kLog2E;
-    }
 }
 
 // Of one KV head; `next_follows`: the thread goes on with the next one.
 void attend(const AttentionArgs& a, const QueryTile& t, bool next_follows, size_t first_range, size_t last_range,
             uint8_t* scratch, float* states) {
-    const size_t rows = t.num_tokens * (a.num_heads / a.cache.num_kv_heads), stride = state_width(a.cache);
+    const size_t rows = t.num_tokens * (a.num_heads / a.cache.num_kv_heads);
     Scratch s(scratch, rows, a.cache);
+    const Sums of_range = s.range;
     if (a.cache.type != OCTAVO_KV_FLOAT32) round_queries(a, t, t.kv_head, rows, rows, s.q);
-    for (size_t row = 0; row < rows; ++row) largest_of(s.merged + row * stride, a.cache) = kNever;
     const size_t newest = t.first_position + t.num_tokens, oldest = oldest_seen(a, t.first_position);
     const size_t first = (first_range * kKVRange > oldest ? first_range * kKVRange : oldest) / kKVTile * kKVTile;
     for (size_t range = first_range; range < last_range; ++range) {
-        if (states != nullptr) s.range = states + (range - first_range) * attention_state(rows, a.cache);
+        const bool begins = range == first_range, more = range + 1 < last_range;
+        if (states != nullptr)
+            s.range = Sums::in(states + (range - first_range) * Sums::size(rows, a.cache), rows, a.cache);
+        else
+            s.range = begins ? s.merged : of_range;
         const size_t range_end = (range + 1) * kKVRange, end = range_end < newest ? range_end : newest;
-        const bool more = range + 1 < last_range;
-        visit_range(a, t, range == first_range ? first : range * kKVRange, end, more ? end : next_follows ? first : newest,
+        visit_range(a, t, begins ? first : range * kKVRange, end, more ? end : next_follows ? first : newest,
                     t.kv_head + (!more && next_follows), rows, s);
-        if (states == nullptr)
-            for (size_t row = 0; row < rows; ++row) merge(a.cache, s.range + row * stride, s.merged + row * stride);
+        if (states == nullptr && !begins) merge(a.cache, s.range, s.merged, rows);
     }
-    if (states == nullptr)
-        for (size_t row = 0; row < rows; ++row) write_out(a, t, t.kv_head, row, s.merged + row * stride);
+    if (states == nullptr) write_out(a, t, t.kv_head, 0, s.merged, rows);
 }
 
 }  // namespace
 
 #if defined(__AMX_BF16__)
-constexpr size_t kTaskRows = 64;
+constexpr size_t kTaskRows = 96;  // whole units of tiles
 #else
 constexpr size_t kTaskRows = 48;  // whole kRowBlock of 1, 2, 3, 4, 6 or 8 query heads
 #endif
@@ -342,7 +327,7 @@ constexpr size_t kTaskRows = 48;  // whole kRowBlock of 1, 2, 3, 4, 6 or 8 query
 const KVKernels kv = {rope_kv_write,   copy_slot, attention, attention_merge, attention_scratch,
                       attention_state, kTaskRows};
 
-size_t attention_state(size_t rows, const KVCache& cache) { return round_up(rows, kGroup) * state_width(cache); }
+size_t attention_state(size_t rows, const KVCache& cache) { return Sums::size(rows, cache); }
 
 size_t attention_scratch(size_t rows, const KVCache& cache) {
     uint8_t* const start = nullptr;
@@ -366,13 +351,11 @@ void attention(const AttentionArgs& a, const QueryTile& t, size_t last_head, siz
 }
 
 void attention_merge(const AttentionArgs& a, const QueryTile& t, size_t num_ranges, float* states) {
-    const size_t rows = t.num_tokens * (a.num_heads / a.cache.num_kv_heads), stride = state_width(a.cache);
-    for (size_t row = 0; row < rows; ++row) {
-        float* merged = states + row * stride;
-        for (size_t range = 1; range < num_ranges; ++range)
-            merge(a.cache, merged + range * attention_state(rows, a.cache), merged);
-        write_out(a, t, t.kv_head, row, merged);
-    }
+    const size_t rows = t.num_tokens * (a.num_heads / a.cache.num_kv_heads);
+    const Sums merged = Sums::in(states, rows, a.cache);
+    for (size_t range = 1; range < num_ranges; ++range)
+        merge(a.cache, Sums::in(states + range * Sums::size(rows, a.cache), rows, a.cache), merged, rows);
+    write_out(a, t, t.kv_head, 0, merged, rows);
 }
 
 }  // namespace octavo::OCTAVO_LEVEL

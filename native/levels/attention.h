@@ -9,11 +9,36 @@ namespace octavo::OCTAVO_LEVEL {
 namespace {
 
 constexpr float kNever = -__builtin_inff();
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kSlack = 8.0f;  // a row's weights are against an older maximum until one would be 2^8 times heavier
 
-// What a row has summed: [value_width] weighted values, then the sum of weights and the largest score.
+// Scores times this are powers of two to weigh by. It is above 0: the largest score stays the largest.
+inline float score_unit(const AttentionArgs& a) { return a.softcap != 0.0f ? kLog2E : a.scale * kLog2E; }
+
+// What a row has summed: [value_width] weighted values, then the sum of weights by lane.
 inline size_t state_width(const KVCache& c) { return c.value_width + kGroup; }
-inline float& weight_of(float* state, const KVCache& c) { return state[c.value_width]; }
-inline float& largest_of(float* state, const KVCache& c) { return state[c.value_width + 1]; }
+
+// What rows that follow each other have summed.
+struct Sums {
+    float* rows;  // [count, state_width]
+    float* tops;  // [count]: their largest scores, as powers of two (times log2 e)
+
+    static size_t size(size_t count, const KVCache& c) { return round_up(count, kGroup) * (state_width(c) + 1); }
+    static Sums in(float* memory, size_t count, const KVCache& c) {
+        return {memory, memory + round_up(count, kGroup) * state_width(c)};
+    }
+
+    // Of the rows from `row` on.
+    Sums from(size_t row, const KVCache& c) const {
+        Sums rest = *this;
+        rest.rows += row * state_width(c), rest.tops += row;
+        return rest;
+    }
+    void clear(size_t count, const KVCache& c) const {
+        std::memset(rows, 0, count * state_width(c) * sizeof(float));
+        for (size_t row = 0; row < round_up(count, kLanes); ++row) tops[row] = kNever;
+    }
+};
 
 inline size_t slot_of(const AttentionArgs& a, const QueryTile& t, size_t position) {
     return static_cast<size_t>(t.block_table[position / a.block_size]) * a.block_size + position % a.block_size;
@@ -30,12 +55,27 @@ inline const uint8_t* clear_behind(const KVCache& c, const uint8_t* v, size_t co
     return out;
 }
 
-// Of KV head `kv_head`: row (token, query head).
-inline const float* query(const AttentionArgs& a, const QueryTile& t, size_t kv_head, size_t row) {
-    const size_t share = a.num_heads / a.cache.num_kv_heads;
-    const size_t token = t.first_token + row / share, head = kv_head * share + row % share;
-    return a.q + (token * a.num_heads + head) * a.cache.head_dim;
-}
+// Where rows (token, query head) that share a KV head lie in q and in the output, one after the other.
+class Rows {
+public:
+    Rows(const AttentionArgs& a, const QueryTile& t, size_t kv_head, size_t row)
+        : share_(a.num_heads / a.cache.num_kv_heads),
+          head_(row % share_),
+          step_(a.cache.head_dim),
+          wrap_((a.num_heads - share_ + 1) * a.cache.head_dim),
+          at_(((t.first_token + row / share_) * a.num_heads + kv_head * share_ + head_) * a.cache.head_dim) {}
+
+    size_t next() {
+        const size_t at = at_;
+        const bool last = ++head_ == share_;
+        at_ += last ? wrap_ : step_;
+        if (last) head_ = 0;
+        return at;
+    }
+
+private:
+    size_t share_, head_, step_, wrap_, at_;
+};
 
 // The oldest position that the one at `position` sees.
 inline size_t oldest_seen(const AttentionArgs& a, size_t position) {
@@ -106,9 +146,10 @@ struct KVSpan {
     }
 };
 
-// A span's int8 numbers as bfloat16, in the order of BFloat16KV; the scales stay where they are.
+// A span's int8 numbers as bfloat16, in the order of BFloat16KV: groups one after the other in `keys` and in `values`. The
+// scales stay where they are.
 template <size_t GROUPS>
-void widen(const KVCache& c, uint8_t* out, KVSpan<GROUPS>& span) {
+void widen(const KVCache& c, uint8_t* keys, uint8_t* values, KVSpan<GROUPS>& span) {
     const auto put = [](uint8_t* at, Pairs pairs) {
         const Words bits = bits_of(pairs);
         std::memcpy(at, &bits, sizeof bits);
@@ -116,6 +157,7 @@ void widen(const KVCache& c, uint8_t* out, KVSpan<GROUPS>& span) {
     Pairs pairs[2];
     for (size_t g = span.first; g < span.last; ++g) {
         const uint8_t *k = span.k[g], *v = span.v[g];
+        uint8_t* out = keys + g * kGroup * c.key_dim * 2;
         span.k[g] = out;
         for (size_t step = 0; step < c.key_dim / 2; step += 2, out += 2 * kGroup * 4) {
             for (size_t lane = 0; lane < kGroup; lane += kLanes) {
@@ -124,6 +166,7 @@ void widen(const KVCache& c, uint8_t* out, KVSpan<GROUPS>& span) {
                 put(out + (kGroup + lane) * 4, pairs[1]);
             }
         }
+        out = values + g * kGroup * c.value_width * 2;
         span.v[g] = out;
         for (size_t step = 0; step < kGroup / 2; step += 2, out += 2 * c.value_width * 4) {
             for (size_t column = 0; column < c.value_width; column += kLanes) {
@@ -135,46 +178,67 @@ void widen(const KVCache& c, uint8_t* out, KVSpan<GROUPS>& span) {
     }
 }
 
-// Adds what a row summed in one range to what it summed in the ranges before.
-inline void merge(const KVCache& c, float* range, float* merged) {
-    const float range_top = largest_of(range, c), top = largest_of(merged, c);
-    if (range_top == kNever) return;
-    if (top == kNever) {
-        std::memcpy(merged, range, state_width(c) * sizeof(float));
-        return;
+// Adds what `count` rows summed in one range to what they summed in the ranges before.
+inline void merge(const KVCache& c, const Sums& range, const Sums& merged, size_t count) {
+    float keep[kLanes], take[kLanes];
+    for (size_t row = 0; row < count; ++row) {
+        const size_t lane = row % kLanes;
+        if (lane == 0) {
+            const Floats top = load(merged.tops + row), range_top = load(range.tops + row), largest = max(range_top, top);
+            const Floats against = largest == splat(kNever) ? Floats{} : largest;
+            store(keep, power_of_two(top - against));
+            store(take, power_of_two(range_top - against));
+            store(merged.tops + row, largest);
+        }
+        const Floats kept = splat(keep[lane]), taken = splat(take[lane]);
+        const float* from = range.rows + row * state_width(c);
+        float* to = merged.rows + row * state_width(c);
+        for (size_t i = 0; i < c.value_width + kLanes; i += kLanes)
+            store(to + i, fma(load(from + i), taken, load(to + i) * kept));
     }
-    const float largest = range_top > top ? range_top : top;
-    Floats both{};  // one is e^0; which, no branch could foresee
-    both[0] = top - largest, both[1] = range_top - largest;
-    both = exp(both);
-    const Floats keep = splat(both[0]), take = splat(both[1]);
-    for (size_t i = 0; i < c.value_width; i += kLanes) store(merged + i, load(range + i) * take + load(merged + i) * keep);
-    weight_of(merged, c) = weight_of(range, c) * take[0] + weight_of(merged, c) * keep[0];
-    largest_of(merged, c) = largest;
 }
 
-inline void write_out(const AttentionArgs& a, const QueryTile& t, size_t head, size_t row, const float* merged) {
-    const float by = 1.0f / merged[a.cache.value_width];
-    float* out = a.out + (query(a, t, head, row) - a.q);
-    for (size_t d = 0; d < a.cache.head_dim; ++d) out[d] = merged[d] * by;
+// Writes the output of `count` rows from `row` on, whose sums `merged` are.
+inline void write_out(const AttentionArgs& a, const QueryTile& t, size_t head, size_t row, const Sums& merged, size_t count) {
+    const size_t dim = a.cache.head_dim, width = a.cache.value_width;
+    Rows rows(a, t, head, row);
+    float weights[kGroup];
+    for (size_t r = 0; r < count; ++r) {
+        if (r % kGroup == 0) {
+            Floats lanes[kGroup];
+            const size_t together = count - r < kGroup ? count - r : kGroup;
+            for (size_t i = 0; i < together; ++i) lanes[i] = load(merged.rows + (r + i) * state_width(a.cache) + width);
+            if (together == kGroup)
+                sum_each(lanes, weights);
+            else
+                for (size_t i = 0; i < together; ++i) weights[i] = sum(lanes[i]);
+        }
+        const Floats by = splat(1.0f / weights[r % kGroup]);
+        const float* values = merged.rows + r * state_width(a.cache);
+        float* out = a.out + rows.next();
+        size_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) store(out + d, load(values + d) * by);
+        if (d < dim) store_part(out + d, load(values + d) * by, dim - d);
+    }
 }
 
 // `rounded`: [padded, key_dim], as bfloat16; rows behind the last are zeros.
-inline void round_queries(const AttentionArgs& a, const QueryTile& t, size_t head, size_t rows, size_t padded, uint16_t* rounded) {
+inline void round_queries(const AttentionArgs& a, const QueryTile& t, size_t head, size_t count, size_t padded, uint16_t* rounded) {
     const size_t dim = a.cache.head_dim;
-    std::memset(rounded, 0, padded * a.cache.key_dim * sizeof(uint16_t));
-    for (size_t row = 0; row < rows; ++row) {
-        const float* q = query(a, t, head, row);
-        for (size_t d = 0; d < dim; d += kLanes) {
-            const size_t count = dim - d < kLanes ? dim - d : kLanes;
-            const Halves bits = to_bfloat16(load_part(q + d, count));
-            uint16_t* out = rounded + row * a.cache.key_dim + d;
-            if (count == kLanes)
-                std::memcpy(out, &bits, sizeof bits);
-            else
-                std::memcpy(out, &bits, count * sizeof(uint16_t));
+    Rows rows(a, t, head, 0);
+    for (size_t row = 0; row < count; ++row, rounded += a.cache.key_dim) {
+        const float* q = a.q + rows.next();
+        size_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) {
+            const Halves bits = to_bfloat16(load(q + d));
+            std::memcpy(rounded + d, &bits, sizeof bits);
+        }
+        if (d < dim) {
+            const Halves bits = to_bfloat16(load_part(q + d, dim - d));
+            std::memcpy(rounded + d, &bits, (a.cache.key_dim - d) * sizeof(uint16_t));
         }
     }
+    std::memset(rounded, 0, (padded - count) * a.cache.key_dim * sizeof(uint16_t));
 }
 
 }  // namespace

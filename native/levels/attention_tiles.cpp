@@ -19,17 +19,27 @@ constexpr size_t kGroups = kKVRange / kGroup;
 constexpr size_t kStages = 3;    // units whose buffers are in use
 constexpr size_t kDims = 32;  // of a step along head_dim
 constexpr size_t kStepBytes = kTileMaxRows * kTileRowBytes;
-constexpr size_t kScoresStride = kKVRange * sizeof(float);
+constexpr size_t kTileGroups = kKVTile / kGroup;
+constexpr size_t kScoresStride = kKVTile * sizeof(float);
 static_assert(kLanes == kGroup);
 
 using Span = KVSpan<kGroups>;
 
 inline size_t wide_bytes(const KVCache& c) { return kKVRange * (c.key_dim + c.value_width) * 2; }
 
+// Where scores of a unit lie from a group on: [kKVRange / kKVTile][16][kKVTile]. Rows of all the range would be a kilobyte
+// apart, and tiles of them are stored at a third of the speed. Weights take the place of the first half of a row.
+inline size_t score_at(size_t group) {
+    return group / kTileGroups * kTileMaxRows * kKVTile + group % kTileGroups * kGroup;
+}
+inline size_t weight_at(size_t group) {
+    return group / kTileGroups * kTileMaxRows * 2 * kKVTile + group % kTileGroups * kGroup;
+}
+
 struct Scratch {
-    float* states[kStages];       // [16, state_width]: what units summed
-    float* merged;                // [padded rows, state_width]: of the ranges before
-    float* scores[kStages];       // [16, kKVRange]; weights take the place of the first half of a row
+    Sums sums[kStages];           // of units
+    Sums merged;                  // of all rows: of the ranges before
+    float* scores[kStages];       // of units
     uint16_t* q;                  // [padded rows, key_dim]
     uint8_t* pieces[kStages];     // for spans: of blocks that are no whole groups
     uint8_t* wide[kStages];       // the same in bfloat16
@@ -41,10 +51,11 @@ struct Scratch {
             memory += round_up(bytes, 64);
             return piece;
         };
-        const size_t padded = round_up(rows, kTileMaxRows), state = state_width(c) * sizeof(float);
-        for (float*& of_unit : states) of_unit = reinterpret_cast<float*>(take(kTileMaxRows * state));
-        merged = reinterpret_cast<float*>(take(padded * state));
-        for (float*& of_unit : scores) of_unit = reinterpret_cast<float*>(take(kTileMaxRows * kScoresStride));
+        const auto take_floats = [&take](size_t count) { return reinterpret_cast<float*>(take(count * sizeof(float))); };
+        const size_t padded = round_up(rows, kTileMaxRows);
+        for (Sums& of_unit : sums) of_unit = Sums::in(take_floats(Sums::size(kTileMaxRows, c)), kTileMaxRows, c);
+        merged = Sums::in(take_floats(Sums::size(padded, c)), padded, c);
+        for (float*& of_unit : scores) of_unit = take_floats(kTileMaxRows * kKVRange);
         q = reinterpret_cast<uint16_t*>(take(padded * c.key_dim * 2 + sizeof(Halves)));
         for (size_t i = 0; i < kStages; ++i) {
             pieces[i] = take(kGroups * c.piece_bytes);
@@ -58,7 +69,8 @@ struct Unit {
     const Span* span;
     size_t head, row, num_rows;
     size_t first, last;  // groups that some row sees
-    float *scores, *states;
+    float* scores;
+    Sums sums;
     bool fetches;              // nobody else reads the span: it is worth asking for the next
     bool starts, ends;         // of these rows and this head
 };
@@ -113,9 +125,9 @@ private:
         unit.starts = range == (first > first_range ? first : first_range);
         unit.ends = range == (last < last_range ? last : last_range - 1);
         unit.scores = s.scores[num_units % kStages];
-        unit.states = s.states[num_units % kStages];
+        unit.sums = s.sums[num_units % kStages];
         if (states != nullptr)
-            unit.states = states + (range - first_range) * attention_state(rows, a.cache) + row * state_width(a.cache);
+            unit.sums = Sums::in(states + (range - first_range) * Sums::size(rows, a.cache), rows, a.cache).from(row, a.cache);
         ++num_units;
         return true;
     }
@@ -138,7 +150,7 @@ private:
             span.locate_next(a, t, head, begin_of(range + 1), end_of(range + 1));
         else if (head + 1 < last_head)
             span.locate_next(a, t, head + 1, begin_of(first_range), end_of(first_range));
-        if (a.cache.type == OCTAVO_KV_INT8) widen(a.cache, s.wide[slot], span);
+        if (a.cache.type == OCTAVO_KV_INT8) widen(a.cache, s.wide[slot], s.wide[slot] + kKVRange * a.cache.key_dim * 2, span);
     }
 };
 
@@ -190,8 +202,8 @@ struct Scoring {
                 load_tile<7>(u.span->k[group + 1] + step * kStepBytes, kTileRowBytes);
                 multiply_tiles<5, 6, 7>();
             }
-            store_tile<4>(u.scores + group * kGroup, kScoresStride);
-            if (two) store_tile<5>(u.scores + (group + 1) * kGroup, kScoresStride);
+            store_tile<4>(u.scores + score_at(group), kScoresStride);
+            if (two) store_tile<5>(u.scores + score_at(group + 1), kScoresStride);
         }
     }
     OCTAVO_FORCED void fetch(size_t of) const {
@@ -215,27 +227,26 @@ struct Mixing {
                 zero_tile<1>();
             }
             const uint8_t* v = u.span->v[group] + column * 4;
-            load_tile<2>(reinterpret_cast<const uint16_t*>(u.scores) + group * kGroup, kScoresStride);
+            load_tile<2>(reinterpret_cast<const uint16_t*>(u.scores) + weight_at(group), kScoresStride);
             load_tile<3>(v, a.cache.value_width * 4);
             multiply_tiles<0, 2, 3>();
             load_tile<3>(v + kTileRowBytes, a.cache.value_width * 4);
             multiply_tiles<1, 2, 3>();
             if (++group < u.last) continue;
-            store_tile<0>(u.states + column, state_width(a.cache) * sizeof(float));
-            store_tile<1>(u.states + column + kGroup, state_width(a.cache) * sizeof(float));
+            store_tile<0>(u.sums.rows + column, state_width(a.cache) * sizeof(float));
+            store_tile<1>(u.sums.rows + column + kGroup, state_width(a.cache) * sizeof(float));
             group = u.first, column += 2 * kGroup;
         }
     }
 };
 
-// 2^t for t <= 0 or a rounding above it, within 3e-6: the fraction by a polynomial that is 1 at 0, fitted for the least
-// relative error.
+// 2^t for t <= 0 or a rounding above it, within 9e-5 of itself; rounding a weight to bfloat16 costs up to 2e-3. The fraction by
+// a polynomial that is 1 at 0, fitted for the least relative error.
 inline Floats exp2(Floats t) {
     const Floats r = (Floats)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t)
-    Floats p = splat(1.3426684774e-2f);
-    p = fma(p, r, splat(5.2242472768e-2f));
-    p = fma(p, r, splat(2.4128019810e-1f));
-    p = fma(p, r, splat(6.9304484129e-1f));
+    Floats p = splat(7.7067041988e-2f);
+    p = fma(p, r, splat(2.2764499121e-1f));
+    p = fma(p, r, splat(6.9511678641e-1f));
     p = fma(p, r, splat(1.0f));
     return (Floats)_mm512_scalef_ps((__m512)p, (__m512)t);
 }
@@ -248,20 +259,17 @@ inline __mmask16 lanes_in(size_t at, size_t first, size_t last) {
 
 inline size_t min(size_t a, size_t b) { return a < b ? a : b; }
 inline size_t max(size_t a, size_t b) { return a > b ? a : b; }
-inline __m512 at(const float* values, size_t vector) { return _mm512_loadu_ps(values + vector * kLanes); }
+inline __m512 at(const float* values, size_t group) { return _mm512_loadu_ps(values + score_at(group)); }
 
-// Turns a row's scores into weights of bfloat16 in their place; positions outside [first, last) of the range weigh 0.
+// Turns the scores of row `row` into weights of bfloat16 in their place; positions outside [first, last) of the range weigh 0.
 template <bool SCALED>
-void weigh(const AttentionArgs& a, const Unit& u, size_t first, size_t last, float* scores, float* state) {
-    float factor = a.scale * 1.44269504088896341f, unit = a.scale;
-    if (SCALED || a.softcap != 0.0f || a.scale <= 0.0f) {
-        for (size_t g = u.first; g < u.last; ++g) {
-            Floats score = load(scores + g * kLanes) * a.scale;
-            if constexpr (SCALED) score *= load(u.span->scales[g]);
-            if (a.softcap != 0.0f) score = a.softcap * tanh(score / a.softcap);
-            store(scores + g * kLanes, score);
-        }
-        factor = 1.44269504088896341f, unit = 1.0f;
+void weigh(const AttentionArgs& a, const Unit& u, size_t first, size_t last, size_t row) {
+    float* const scores = u.scores + row * kKVTile;
+    for (size_t g = u.first; (SCALED || a.softcap != 0.0f) && g < u.last; ++g) {
+        Floats score = (Floats)at(scores, g);
+        if constexpr (SCALED) score *= load(u.span->scales[g]);
+        if (a.softcap != 0.0f) score = a.softcap * tanh(score * a.scale / a.softcap);
+        store(scores + score_at(g), score);
     }
     // Vectors [whole, whole_end) are seen whole. Two go together; even and odd ones have sums of their own.
     const size_t begin = u.first / 2 * 2, end = (u.last + 1) / 2 * 2;
@@ -278,8 +286,8 @@ void weigh(const AttentionArgs& a, const Unit& u, size_t first, size_t last, flo
         odd_top = _mm512_max_ps(odd_top, at(scores, v + 1));
     }
     for (size_t v = whole_end; v < end; v += 2) top_at_edge(v);
-    const float top = _mm512_reduce_max_ps(_mm512_max_ps(even_top, odd_top));
-    const Floats by = splat(factor), shift = splat(-(top * factor));
+    const float unit = score_unit(a), top = _mm512_reduce_max_ps(_mm512_max_ps(even_top, odd_top)) * unit;
+    const Floats by = splat(unit), shift = splat(-top);
     uint16_t* const weights = reinterpret_cast<uint16_t*>(scores);
     Floats even_sum{}, odd_sum{};
     const auto weigh_pair = [&](size_t v, __mmask16 even_seen, __mmask16 odd_seen) OCTAVO_INLINE_LAMBDA {
@@ -293,7 +301,7 @@ void weigh(const AttentionArgs& a, const Unit& u, size_t first, size_t last, flo
             odd = _mm512_maskz_mul_ps(odd_seen, odd, at(u.span->scales[v + 1], 1));
         }
         const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
-        std::memcpy(weights + v * kLanes, &rounded, sizeof rounded);
+        std::memcpy(weights + weight_at(v), &rounded, sizeof rounded);
     };
     const auto weigh_edge = [&](size_t v) OCTAVO_INLINE_LAMBDA {
         weigh_pair(v, lanes_in(v * kLanes, first, last), lanes_in((v + 1) * kLanes, first, last));
@@ -301,53 +309,53 @@ void weigh(const AttentionArgs& a, const Unit& u, size_t first, size_t last, flo
     for (size_t v = begin; v < whole; v += 2) weigh_edge(v);
     for (size_t v = whole; v < whole_end; v += 2) weigh_pair(v, 0xffff, 0xffff);
     for (size_t v = whole_end; v < end; v += 2) weigh_edge(v);
-    state[a.cache.value_width] = sum(even_sum + odd_sum);
-    state[a.cache.value_width + 1] = top * unit;
+    store(u.sums.rows + row * state_width(a.cache) + a.cache.value_width, even_sum + odd_sum);
+    u.sums.tops[row] = top;
 }
 
 // A row that sees nothing of a range.
-void see_nothing(const KVCache& c, const Unit& u, float* scores, float* state) {
-    std::memset(reinterpret_cast<uint16_t*>(scores) + u.first * kGroup, 0, (u.last - u.first) * kGroup * 2);
-    weight_of(state, c) = 0.0f;
-    largest_of(state, c) = kNever;
+void see_nothing(const KVCache& c, const Unit& u, size_t row) {
+    for (size_t g = u.first; g < u.last; ++g)
+        std::memset(reinterpret_cast<uint16_t*>(u.scores + row * kKVTile) + weight_at(g), 0, kGroup * sizeof(uint16_t));
+    store(u.sums.rows + row * state_width(c) + c.value_width, Floats{});
+    u.sums.tops[row] = kNever;
 }
 
-// Takes over what a unit summed for one of its rows.
-OCTAVO_FORCED void finish(const AttentionArgs& a, const QueryTile& t, const Unit& u, size_t r, float* merged) {
-    const size_t stride = state_width(a.cache);
-    float *state = u.states + r * stride, *total = merged + (u.row + r) * stride;
-    if (u.starts && u.ends) return write_out(a, t, u.head, u.row + r, state);
-    if (u.starts)
-        std::memcpy(total, state, stride * sizeof(float));
-    else
-        merge(a.cache, state, total);
-    if (u.ends) write_out(a, t, u.head, u.row + r, total);
+// Takes over what a unit summed.
+void finish(const AttentionArgs& a, const QueryTile& t, const Unit& u, const Sums& of_all) {
+    const Sums merged = of_all.from(u.row, a.cache);
+    if (u.starts && u.ends) return write_out(a, t, u.head, u.row, u.sums, u.num_rows);
+    if (u.starts) {
+        std::memcpy(merged.rows, u.sums.rows, u.num_rows * state_width(a.cache) * sizeof(float));
+        std::memcpy(merged.tops, u.sums.tops, kTileMaxRows * sizeof(float));
+    } else {
+        merge(a.cache, u.sums, merged, u.num_rows);
+    }
+    if (u.ends) write_out(a, t, u.head, u.row, merged, u.num_rows);
 }
 
 // Weighs the scores of `u`; the tiles work for the units after and before it, and what was summed before that is taken
 // over, if there are any.
 template <bool SCALED>
 void weigh_rows(const AttentionArgs& a, const QueryTile& t, const Unit& u, Scoring* after, Mixing* before,
-                const Unit* done, float* merged) {
+                const Unit* done, const Sums& merged) {
     const size_t share = a.num_heads / a.cache.num_kv_heads, start = u.span->start;
     size_t newest = t.first_position + u.row / share, head = u.row % share;
+    if (done != nullptr) finish(a, t, *done, merged);
     Turns scoring = {after != nullptr ? after->num_items() : 0, u.num_rows};
     Turns mixing = {before != nullptr ? before->num_items() : 0, u.num_rows};
     for (size_t r = 0; r < u.num_rows; ++r, ++head) {
         if (head == share) head = 0, ++newest;
         if (after != nullptr) after->advance(scoring.take());
         if (before != nullptr) before->advance(mixing.take());
-        if (done != nullptr && r < done->num_rows) finish(a, t, *done, r, merged);
         const size_t oldest = oldest_seen(a, newest);
         const size_t first = oldest > start ? oldest - start : 0;
         const size_t last = newest < start ? 0 : newest + 1 - start < kKVRange ? newest + 1 - start : kKVRange;
-        float *scores = u.scores + r * kKVRange, *state = u.states + r * state_width(a.cache);
         if (first < last)
-            weigh<SCALED>(a, u, first, last, scores, state);
+            weigh<SCALED>(a, u, first, last, r);
         else
-            see_nothing(a.cache, u, scores, state);
+            see_nothing(a.cache, u, r);
     }
-    for (size_t r = u.num_rows; done != nullptr && r < done->num_rows; ++r) finish(a, t, *done, r, merged);
 }
 
 }  // namespace
@@ -363,9 +371,8 @@ void tiled_attention(const AttentionArgs& a, const QueryTile& t, size_t last_hea
                      size_t last_range, uint8_t* scratch, float* states) {
     const size_t rows = t.num_tokens * (a.num_heads / a.cache.num_kv_heads);
     Scratch s(scratch, rows, a.cache);
-    if (states != nullptr)
-        for (size_t i = 0; i < (last_range - first_range) * round_up(rows, kTileMaxRows); ++i)
-            largest_of(states + i * state_width(a.cache), a.cache) = kNever;
+    for (size_t range = first_range; states != nullptr && range < last_range; ++range)
+        Sums::in(states + (range - first_range) * Sums::size(rows, a.cache), rows, a.cache).clear(rows, a.cache);
     configure(rows < kTileMaxRows ? rows : kTileMaxRows);
     Walk walk(a, t, last_head, first_range, last_range, rows, states, s);
     Unit units[kStages + 1] = {};  // of a turn: weighed, next, done, multiplied with V
@@ -394,8 +401,7 @@ void tiled_attention(const AttentionArgs& a, const QueryTile& t, size_t last_hea
         Mixing mixing = {a, unit_at(known - 1)};
         mixing.advance(mixing.num_items());
     }
-    for (size_t n = known < 2 ? 0 : known - 2; states == nullptr && n < known; ++n)
-        for (size_t r = 0; r < unit_at(n).num_rows; ++r) finish(a, t, unit_at(n), r, s.merged);
+    for (size_t n = known < 2 ? 0 : known - 2; states == nullptr && n < known; ++n) finish(a, t, unit_at(n), s.merged);
     release_tiles();
 }
 

@@ -67,6 +67,13 @@ inline void store_tile(void* to, size_t stride) {
                     emulated.config.row_bytes[TILE]);
 }
 
+// As the processor does.
+template <int C, int A, int B>
+inline void check_shapes() {
+    const TileConfig& c = emulated.config;
+    if (c.rows[A] != c.rows[C] || c.row_bytes[A] != 4 * c.rows[B] || c.row_bytes[B] != c.row_bytes[C]) __builtin_trap();
+}
+
 template <int C, int A, int B>
 inline void multiply_tiles() {
     const auto number = [](int tile, size_t row, size_t k) {
@@ -76,6 +83,7 @@ inline void multiply_tiles() {
         std::memcpy(&value, &bits, sizeof value);
         return value;
     };
+    check_shapes<C, A, B>();
     for (size_t row = 0; row < emulated.config.rows[C]; ++row) {
         for (size_t column = 0; column < kTileRowBytes / 4; ++column) {
             float even = 0.0f, odd = 0.0f, total;
@@ -93,6 +101,7 @@ inline void multiply_tiles() {
 // The same of bytes, signed by unsigned, into int32.
 template <int C, int A, int B>
 inline void multiply_byte_tiles() {
+    check_shapes<C, A, B>();
     for (size_t row = 0; row < emulated.config.rows[C]; ++row)
         for (size_t column = 0; column < kTileRowBytes / 4; ++column) {
             int32_t total;

@@ -111,6 +111,24 @@ def test_same_bits_alone_in_chunks_in_a_batch_and_on_threads(level: str, kv: str
         assert np.array_equal(bits_of(program, plan, level, kv, threads), whole)
 
 
+@every_level
+def test_weights_are_exponentials_within_a_ten_thousandth(level: str) -> None:
+    program, dim = attention_program(heads=1, kv_heads=1, dim=32, rope=0), 32
+    weights, steps = RandomWeights(program), Steps()
+    embed = weights.tensors["embed"].data  # of a token its query, key and value, all exact in bfloat16
+    embed[:] = 0.0
+    embed[:, 0], embed[1:, dim] = 1.0, -np.arange(1, len(embed)) / 8.0
+    embed[0, 2 * dim :] = 1.0
+    runtime = load(NativeRuntime(1, level), program, weights, kv="bfloat16", steps=steps)
+    steps.ids[:, 0] = 0
+    for first in range(1, len(embed) - 3, 4):
+        steps.ids[:, 1] = np.arange(first, first + 4)
+        found = run(runtime, steps.inputs([Piece(request, 0, 2) for request in range(4)]))[1::2, 0].astype(np.float64)
+        other = np.exp(embed[first : first + 4, dim].astype(np.float64) / np.sqrt(dim))
+        np.testing.assert_allclose((1.0 / found - 1.0) / other, 1.0, rtol=0, atol=1e-4)
+    runtime.close()
+
+
 def test_a_long_request_is_split_over_threads() -> None:
     steps = Steps()
     runtime = load(NativeRuntime(2), attention_program(heads=1, kv_heads=1, dim=16), kv="bfloat16", steps=steps)
