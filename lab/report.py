@@ -262,20 +262,21 @@ def gpu_numbers() -> dict[str, Any]:
 
 def beside_vllm() -> dict[str, Any]:
     """vLLM and Octavo on one card, a line a workload, in the form of tools/readme_numbers.py."""
-    results = [json.loads((RESULTS / f"gpu-beside-vllm-{card}.json").read_text("utf-8")) for card in ("h200", "h100")]
+    cards = ("H200", "H100")
+    results = [json.loads((RESULTS / f"gpu-beside-vllm-{card.lower()}.json").read_text("utf-8")) for card in cards]
     rows = [
         [
-            f"{line['shape']}: {GPU_WORK[line['workload']]}, {line['unit']}",
+            f"{card}, {line['shape']}: {GPU_WORK[line['workload']]}, {line['unit']}",
             *(f"{line[name]:,.1f}" if line[name] < 1000 else f"{line[name]:,.0f}" for name in ("octavo", "vllm")),
             f"{line['ratio']:.2f}x",
         ]
-        for result in results
+        for card, result in zip(cards, results, strict=True)
         for run in result["runs"]
         for line in run["summary"]
         if line["workload"] in GPU_WORK
     ]
     return {
-        "what": "Beside vLLM 0.26.0 in one run, bfloat16, random weights; H200, and fp8 KV on an H100",
+        "what": "Beside vLLM 0.26.0 in one run, bfloat16, random weights; the H100 by a later build",
         "date": results[0]["date"],
         "machine": results[0]["machine"],
         "command": "python tools/gpu_beside_vllm.py SHAPE (docs/kernels.md)",
