@@ -228,11 +228,10 @@ class AsyncEngine:
 
     def progress(self) -> Progress:
         """How the engine stands, now."""
-        num_unfinished = self._frontend.num_unfinished
         oldest = self._frontend.oldest_waiting()
         return Progress(
-            stage=self._stage(num_unfinished),
-            num_unfinished=num_unfinished,
+            stage=self._stage(),
+            num_unfinished=self.num_unfinished,
             last_step_age=self._watchdog.last_step_age,
             oldest_waiting=0.0 if oldest is None else time.monotonic() - oldest,
             expected_step=self._watchdog.expected_step,
@@ -240,12 +239,12 @@ class AsyncEngine:
             num_restarts=self._restarts.count,
         )
 
-    def _stage(self, num_unfinished: int) -> str:
+    def _stage(self) -> str:
         if self.dead:
             return "dead"
         if self.restarting:
             return "restarting"
-        if not num_unfinished:
+        if not self.num_unfinished:
             return "idle"
         return "stalled" if self._watchdog.stalled(self._process.cpu_seconds()) else "working"
 
