@@ -179,13 +179,17 @@ class Engine(ABC):
     def _spawn(self, command: list[str], *, piped: bool = False) -> None:
         if command[0].startswith("/") and not Path(command[0]).exists():
             raise EngineError(f"{command[0]} does not exist")
+        environment = {**os.environ, **self._launch.environment}
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # installed packages have theirs, a checkout from its first start
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if piped else log,
                 stderr=log,
-                env={**os.environ, **self._launch.environment},
+                env=environment,
                 start_new_session=True,
             )
 
