@@ -45,5 +45,7 @@ def spawn() -> Spawned:
     with theirs, os.fdopen(telling, "wb"), unsignalled():
         ends = (theirs.fileno(), telling)
         command = [sys.executable, "-m", "octavo.engine.process", *map(str, ends)]
-        process = subprocess.Popen(command, pass_fds=ends, stdin=subprocess.DEVNULL)
+        # numpy's BLAS has threads that spin for 30 ms before they sleep: on the cores that import and load
+        environment = {"OPENBLAS_THREAD_TIMEOUT": "4", **os.environ}  # a power of two, cycles
+        process = subprocess.Popen(command, pass_fds=ends, stdin=subprocess.DEVNULL, env=environment)
     return process, ours, os.fdopen(told, "rb", 0)
