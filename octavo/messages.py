@@ -83,6 +83,8 @@ class EngineReady:
     num_blocks: int
     block_size: int
     max_model_len: int
+    vocab_size: int
+    generation_defaults: dict[str, float]  # what the model's own generation_config recommends
     weight_bytes: int
     kv_bytes: int
     runtime: str  # "native (portable, 2 threads)"

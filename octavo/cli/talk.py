@@ -156,8 +156,8 @@ class EngineTalker:
         from octavo.engine.frontend import default_sampling
         from octavo.sampling_params import RequestOutputKind, SamplingParams
 
-        defaults = {"temperature": TEMPERATURE, "max_tokens": None} | default_sampling(self._engine.spec)
-        settings = defaults | sampling.given()
+        recommended = default_sampling(self._engine.ready.generation_defaults)
+        settings = {"temperature": TEMPERATURE, "max_tokens": None} | recommended | sampling.given()
         params = SamplingParams(output_kind=RequestOutputKind.DELTA, **settings)
         self._count += 1
         async for output in self._engine.generate(prompt, params, f"cli-{self._count}"):

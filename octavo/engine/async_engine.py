@@ -32,8 +32,7 @@ from octavo.engine.watchdog import MAX_RESTARTS, RESTART_WINDOW, Progress, Resta
 from octavo.errors import EngineDeadError, EngineLoadingError, OctavoError, QueueFullError, TimeLimitError
 from octavo.messages import AbortRequests, Admission, EngineFailed, EngineReady, Shutdown, StepOutputs, StepRecord
 from octavo.models.hub import resolve_model_of
-from octavo.models.reader import hold, read_spec
-from octavo.models.spec import ModelFiles, ModelSpec
+from octavo.models.spec import ModelFiles
 from octavo.observe.metrics import Metrics
 from octavo.outputs import RequestOutput
 from octavo.request import FinishReason
@@ -52,7 +51,7 @@ class AsyncEngine:
     """An engine process and the front half that talks to it. Make it with `start`.
 
     Attributes:
-        config, spec, ready: what was asked for, the model in numbers, what the engine reported.
+        config, ready: what was asked for, what the engine reported.
         tokenizer, chat_template: None where the engine takes token ids only.
         metrics: Prometheus metrics, fed from StepRecords and arrivals.
         dead: why the engine is gone for good, or None.
@@ -67,7 +66,6 @@ class AsyncEngine:
         self.restarting: str | None = None
         self.timings: dict[str, float] = {}
         self.ready: EngineReady
-        self.spec: ModelSpec
         self.tokenizer: Tokenizer | None
         self.chat_template: ChatTemplate | None
         self.metrics: Metrics
@@ -274,12 +272,8 @@ class AsyncEngine:
 
     async def _load_front(self, chat_template: str | None) -> None:
         """The front's own half, while the engine loads its own."""
-        config = self.config
-        held = await asyncio.to_thread(hold, self._files)
-        self.spec = await asyncio.to_thread(read_spec, self._files, max_model_len=config.max_model_len)
-        text = await asyncio.to_thread(load_text, config, self._files, chat_template=chat_template)
+        text = await asyncio.to_thread(load_text, self.config, self._files, chat_template=chat_template)
         self.tokenizer, self.chat_template = text.tokenizer, text.chat_template
-        del held
 
     async def _await_ready(self) -> EngineReady:
         """What a new process says when it has loaded. Raises what kept it from that."""
@@ -294,7 +288,7 @@ class AsyncEngine:
 
     def _take_ready(self, ready: EngineReady, metrics_compat: str) -> None:
         self.ready = ready
-        self._frontend = Frontend(self.tokenizer, self.spec, self.config, max_model_len=ready.max_model_len)
+        self._frontend = Frontend(self.tokenizer, ready.vocab_size, self.config, max_model_len=ready.max_model_len)
         self.metrics = Metrics(
             self.model_name,
             cache_config={

@@ -125,6 +125,8 @@ class EngineCore:
             num_blocks=plan.num_blocks,
             block_size=self.config.block_size,
             max_model_len=self.info.spec.max_model_len,
+            vocab_size=self.info.spec.vocab_size,
+            generation_defaults=self.info.spec.generation_defaults,
             weight_bytes=plan.weight_bytes,
             kv_bytes=plan.kv_bytes,
             runtime=self.info.runtime,

@@ -17,7 +17,6 @@ from octavo.config import EngineConfig
 from octavo.engine.groups import Arrivals, Child, Group, Update
 from octavo.errors import ContextLengthError, InvalidValueError, QueueFullError, RequestError, StepError, TimeLimitError
 from octavo.messages import AddRequest, Admission, FinishRequest, RequestDelta
-from octavo.models.spec import ModelSpec
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.request import FinishReason, answer_id
 from octavo.sampling_params import RequestOutputKind, SamplingParams
@@ -40,10 +39,10 @@ class Frontend:
     """Turns prompts into AddRequests and RequestDeltas into RequestOutputs. Not thread-safe: one caller at a time."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, spec: ModelSpec, config: EngineConfig, *, max_model_len: int
+        self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig, *, max_model_len: int
     ) -> None:
         self.tokenizer = tokenizer
-        self.spec = spec
+        self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._max_logprobs = config.max_logprobs
         self._max_num_seqs = config.max_num_seqs
@@ -69,12 +68,12 @@ class Frontend:
         text, ids = self._encode(prompt)
         if not ids:
             raise InvalidValueError("the prompt is empty: give at least one token", param="prompt")
-        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self.spec.vocab_size:
+        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self.vocab_size:
             return text, ids
         for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.spec.vocab_size:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
                 raise InvalidValueError(
-                    f"prompt token ids must be integers from 0 to {self.spec.vocab_size - 1}, not {token!r:.40}",
+                    f"prompt token ids must be integers from 0 to {self.vocab_size - 1}, not {token!r:.40}",
                     param="prompt",
                 )
         return text, ids
@@ -97,7 +96,7 @@ class Frontend:
             InvalidValueError: this id is already running, stop strings, bad words or a grammar without a tokenizer, a
                 token id outside the vocabulary, more logprobs than the engine gives.
         """
-        params.check_vocabulary(self.spec.vocab_size)
+        params.check_vocabulary(self.vocab_size)
         room = self.max_model_len - len(ids)
         if room < 1:
             raise ContextLengthError(
@@ -420,7 +419,7 @@ def _error(delta: RequestDelta) -> Exception | None:
     return StepError(delta.error)
 
 
-def default_sampling(spec: ModelSpec) -> dict[str, Any]:
-    """Sampling parameters that the model's own generation_config recommends, by the names of SamplingParams."""
-    given = {name: value for name, value in spec.generation_defaults.items() if name in MODEL_DEFAULTS}
+def default_sampling(recommended: Mapping[str, float]) -> dict[str, Any]:
+    """Of what a model's own generation_config recommends, the sampling parameters, by the names of SamplingParams."""
+    given = {name: value for name, value in recommended.items() if name in MODEL_DEFAULTS}
     return {name: int(value) if name == "top_k" else value for name, value in given.items()}

@@ -62,9 +62,8 @@ class LLM:
         prepare(self.core)
         self.config = config
         self._text = load_text(config, files)
-        self._frontend = Frontend(
-            self._text.tokenizer, self.core.info.spec, config, max_model_len=self.core.info.spec.max_model_len
-        )
+        spec = self.core.info.spec
+        self._frontend = Frontend(self._text.tokenizer, spec.vocab_size, config, max_model_len=spec.max_model_len)
         self._numbers = itertools.count()  # of requests, as vLLM's
         self._turn = threading.Lock()
 
@@ -200,7 +199,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends; plain defaults where it has none."""
-        return SamplingParams(**default_sampling(self.core.info.spec))
+        return SamplingParams(**default_sampling(self.core.info.spec.generation_defaults))
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError when the engine runs without one."""

@@ -12,13 +12,13 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-import numpy as np
-import numpy.typing as npt
-
 from octavo.errors import ModelFileError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -68,18 +68,18 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
 FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # BF16 as bit patterns
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {  # metadata value types by id
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    _BOOL: "<u1",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
+_NUMBERS = {  # metadata value types by id, as struct names them
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    _BOOL: "B",
+    10: "Q",
+    11: "q",
+    12: "d",
 }
 _MIN_ENTRY_BYTES = 8 + 4 + 1  # key length, value type, a one-byte value
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # name length, dimensions, one of them, type, offset
@@ -106,7 +106,7 @@ class GGUFFile:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
-        self._bytes = np.frombuffer(mapped, dtype=np.uint8)
+        self._map = mapped
 
     @classmethod
     def open(cls, path: Path | str) -> GGUFFile:
@@ -137,10 +137,12 @@ class GGUFFile:
 
         Float types have the logical shape (BF16 as uint16); all others are uint8 [rows, bytes per row].
         """
+        import numpy as np  # who needs the metadata alone, a tokenizer, starts without it
+
         tensor = self.tensors[name]
-        raw = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
+        raw = np.frombuffer(self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
         if tensor.type in FLOAT_TYPES:
-            return np.frombuffer(raw, dtype=FLOAT_TYPES[tensor.type]).reshape(tensor.shape)
+            return raw.view(FLOAT_TYPES[tensor.type]).reshape(tensor.shape)
         return raw.reshape(math.prod(tensor.shape[:-1]), -1)
 
 
@@ -246,7 +248,7 @@ class _HeaderReader:
             return self._strings(1)[0]
         if type_id == _ARRAY:
             return self._array(nesting + 1)
-        return cast(Scalar, self._numbers(type_id, 1)[0])
+        return self._numbers(type_id, 1)[0]
 
     def _array(self, nesting: int) -> list[Any]:
         if nesting > MAX_NESTING:
@@ -261,17 +263,16 @@ class _HeaderReader:
             return [self._array(nesting + 1) for _ in range(count)]
         return self._numbers(type_id, count)
 
-    def _numbers(self, type_id: int, count: int) -> list[Any]:
+    def _numbers(self, type_id: int, count: int) -> list[Scalar]:
         if type_id not in _NUMBERS:
             raise self._corrupt(f"{self._field} has value type {type_id}, which does not exist")
-        dtype = np.dtype(_NUMBERS[type_id])
-        raw = self._take(count * dtype.itemsize)
-        values = np.frombuffer(raw, dtype=dtype)
+        numbers = struct.Struct(f"<{count}{_NUMBERS[type_id]}")
+        values = list(numbers.unpack(self._take(numbers.size)))
         if type_id == _BOOL:
-            if values.size and values.max() > 1:
-                raise self._corrupt(f"{self._field} is a boolean of {values.max()}, not 0 or 1")
-            values = values.astype(np.bool_)
-        return cast(list[Any], values.tolist())
+            if (largest := max(values, default=0)) > 1:
+                raise self._corrupt(f"{self._field} is a boolean of {largest}, not 0 or 1")
+            values = list(map(bool, values))
+        return values
 
     def _strings(self, count: int) -> list[str]:
         """The hot loop: a vocabulary has hundreds of thousands of strings, so it works on locals."""

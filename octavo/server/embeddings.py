@@ -6,17 +6,19 @@ import base64
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from octavo.engine.vectors import Vector, cosine, vector_of
 from octavo.errors import InvalidValueError
 from octavo.sampling_params import Pooling, PoolingParams
 from octavo.server.answer import Answer, merge
 from octavo.server.chunks import encode
 from octavo.server.front import Caller, Front
 from octavo.server.protocol import EngineRequest, Prompt, StringOrList, Text, one_by_one
+
+if TYPE_CHECKING:
+    from octavo.engine.vectors import Vector
 
 MAX_PAIRS = 256
 AT_ONCE = 64  # prompts of one request that the engine is given together
@@ -61,6 +63,8 @@ async def embed(front: Front, body: EmbeddingRequest, caller: Caller) -> Answer:
 
 async def score(front: Front, body: ScoreRequest, caller: Caller) -> Answer:
     """Checks a request and begins to compare its texts."""
+    from octavo.engine.vectors import cosine
+
     ones, others = one_by_one(body.text_1), one_by_one(body.text_2)
     if len(ones) not in (1, len(others)):
         raise InvalidValueError(f"{len(ones)} texts cannot be paired with {len(others)}", param="text_1")
@@ -93,6 +97,8 @@ async def _answer(
     sampling, key = params.as_sampling(), caller.key
 
     async def whole() -> AsyncGenerator[bytes, None]:
+        from octavo.engine.vectors import vector_of  # numpy: without it a front starts sooner
+
         vectors: dict[int, Vector] = {}
         for first in range(0, len(ids), AT_ONCE):
             some = ids[first : first + AT_ONCE]

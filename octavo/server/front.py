@@ -170,7 +170,7 @@ class Front:
 
     def check_ids(self, ids: list[int], param: str) -> None:
         """Raises InvalidValueError for an empty prompt or an id that the model does not have."""
-        vocab_size = self.engine.spec.vocab_size
+        vocab_size = self.engine.ready.vocab_size
         if not ids:
             raise InvalidValueError("the prompt is empty: give at least one token", param=param)
         if max(ids) >= vocab_size:
@@ -217,7 +217,7 @@ class Front:
             raise UnsupportedParameterError("stop strings need a tokenizer: use stop_token_ids", param="stop")
         given = {name: value for name in SAMPLING if (value := getattr(body, name, None)) is not None}
         params = SamplingParams(
-            **{**({} if body.use_beam_search else default_sampling(engine.spec)), **given},
+            **{**({} if body.use_beam_search else default_sampling(engine.ready.generation_defaults)), **given},
             max_tokens=max_tokens,
             logprobs=logprobs,
             logit_bias={int(token): bias for token, bias in body.logit_bias.items()} if body.logit_bias else None,
@@ -225,7 +225,7 @@ class Front:
             detokenize=engine.tokenizer is not None,
             output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
         )
-        params.check_vocabulary(engine.spec.vocab_size)
+        params.check_vocabulary(engine.ready.vocab_size)
         return params
 
 

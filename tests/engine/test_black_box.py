@@ -10,7 +10,7 @@ from octavo.engine.black_box import MAX_LEFT, MAX_REQUESTS, MAX_STEPS, write_bla
 from octavo.engine.watchdog import Progress
 from octavo.messages import EngineReady, StepRecord
 
-READY = EngineReady(8, 16, 128, 1, 1, "reference", "float32", "float32", {}, "", record="engine-1.jsonl")
+READY = EngineReady(8, 16, 128, 64, {}, 1, 1, "reference", "float32", "float32", {}, "", record="engine-1.jsonl")
 # Ids that no time stamp prints by accident: "7777" once was in one.
 PROMPT, ANSWER = [10**30 + 7] * 9, [10**30 + 8] * 3
 PROGRESS = Progress("stalled", 5000, 7.5, 3.0, 0.1, 5.0, 1)

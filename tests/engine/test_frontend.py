@@ -15,10 +15,6 @@ from octavo.text.tokenizer import Tokenizer
 LETTERS = [chr(c) for c in range(0x21, 0x7F)]
 
 
-class Spec:
-    vocab_size = len(LETTERS)
-
-
 def ids(text):
     return [LETTERS.index(c) for c in text]
 
@@ -27,7 +23,7 @@ def ids(text):
 def front():
     core = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(LETTERS)}, []))
     core.decoder = decoders.ByteLevel()
-    return Frontend(Tokenizer(core), Spec(), EngineConfig(max_logprobs=5), max_model_len=32)
+    return Frontend(Tokenizer(core), len(LETTERS), EngineConfig(max_logprobs=5), max_model_len=32)
 
 
 def add(front, prompt="ab", **params):
@@ -59,7 +55,7 @@ def test_n_makes_children_with_their_own_seeds_and_one_output(front):
 
 
 def test_seeds_drawn_by_the_front_repeat_with_its_own_seed(front):
-    other = Frontend(front.tokenizer, Spec(), EngineConfig(max_logprobs=5), max_model_len=32)
+    other = Frontend(front.tokenizer, len(LETTERS), EngineConfig(max_logprobs=5), max_model_len=32)
     assert add(front)[1][0].seed == add(other)[1][0].seed
 
 
@@ -114,7 +110,8 @@ def test_a_stop_token_counts_but_has_no_text(front):
 def test_answers_that_share_no_prefill_all_tell_of_the_prompt(front):
     """Whichever comes first: a stream that echoes the prompt begins with it."""
     alone = EngineConfig(max_logprobs=5, enable_copy_on_write=False)
-    for this, expected in ((front, [1, None]), (Frontend(front.tokenizer, Spec(), alone, max_model_len=32), [1, 1])):
+    other = Frontend(front.tokenizer, len(LETTERS), alone, max_model_len=32)
+    for this, expected in ((front, [1, None]), (other, [1, 1])):
         assert [request.params.prompt_logprobs for request in add(this, n=2, prompt_logprobs=1)[1]] == expected
 
 

@@ -83,7 +83,7 @@ class FakeEngine:
         self.stage = "idle"
         self.tokenizer = FakeTokenizer() if self.has_text else None
         self.chat_template = FakeTemplate() if self.has_text else None
-        self.spec = SimpleNamespace(vocab_size=VOCAB_SIZE, generation_defaults=self.generation_defaults)
+        self.ready = SimpleNamespace(vocab_size=VOCAB_SIZE, generation_defaults=self.generation_defaults)
         self.config = SimpleNamespace(max_logprobs=10, scheduling_policy=self.policy)
         self.metrics = Metrics(self.model_name, cache_config={"block_size": "16"}, compat=self.compat)
         self.seen: list[SimpleNamespace] = []  # every call of generate

@@ -120,16 +120,22 @@ def test_nothing_unpickles_or_evaluates() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_offline_llm_imports_without_web_packages() -> None:
+@pytest.mark.parametrize(
+    ("imported", "refused"),
+    [
+        ("octavo; octavo.LLM, octavo.SamplingParams", WEB),  # offline
+        ("octavo.cli.serve, octavo.engine.async_engine, octavo.server.app, octavo.server.loop", ["numpy"]),  # a front
+    ],
+)
+def test_what_is_imported_without_whom(imported: str, refused: list[str]) -> None:
     code = f"""
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {WEB!r}:
+        if name.split(".")[0] in {refused!r}:
             raise ImportError("refused: " + name)
 sys.meta_path.insert(0, Refuse())
-import octavo
-octavo.LLM, octavo.SamplingParams
+import {imported}
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
