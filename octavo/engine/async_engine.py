@@ -215,7 +215,6 @@ class AsyncEngine:
         try:
             return await asyncio.wait_for(asyncio.shield(self._map), MAP_TIMEOUT)
         except TimeoutError:
-            self._map = None
             raise TimeLimitError(f"one step of the engine takes more than {MAP_TIMEOUT:g} s: ask again") from None
 
     def _refuse_dead(self) -> None:
@@ -342,8 +341,9 @@ class AsyncEngine:
 
     async def _restart(self, reason: str) -> bool:
         """Starts another engine and tells it what was running; False when there were too many."""
-        self.restarting, self._map = reason, None
+        self.restarting = reason
         while (delay := self._restarts.next_delay()) is not None:
+            self._end_map(EngineLoadingError(f"{reason}; another one is being loaded"))
             log.error("%s; starting another one in %g s", reason, delay)
             await asyncio.sleep(delay)
             await self._process.end()
@@ -428,7 +428,13 @@ class AsyncEngine:
             self._process.channel.send(AbortRequests(running))
             tell_finished(group, self.metrics)
 
+    def _end_map(self, error: EngineDeadError) -> None:
+        """Tells it to whoever waits for a map of the memory."""
+        if self._map and not self._map.done():
+            self._map.set_exception(error)
+
     def _fail_all(self, kind: type[EngineDeadError] = EngineDeadError) -> None:
+        self._end_map(kind(self.dead or "the engine is gone"))
         for group in self._frontend.fail_all():
             tell_finished(group, self.metrics, FinishReason.ERROR)
             if outbox := self._outboxes.get(id(group)):

@@ -106,8 +106,7 @@ async def _answer(
             async with aclosing(merge(streams)) as outputs:
                 async for number, output in outputs:
                     vectors[first + number] = vector_of(output, normalize=params.normalize)
-        num_tokens = sum(map(len, ids))
-        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, ids)))
         yield encode({**head, "data": shape([vectors[n] for n in range(len(ids))]), "usage": usage})
 
     return Answer(whole(), broken=lambda failure: failure.body(), stream=False, ping_seconds=0)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 
 import pytest
 from tiny_engine import with_engine
@@ -9,7 +11,7 @@ from tiny_engine import with_engine
 from octavo import SamplingParams
 from octavo.cli.client import Server, fetch_json
 from octavo.cli.top import _watch
-from octavo.errors import ServerError
+from octavo.errors import EngineLoadingError, EngineStoppedError, ServerError
 from octavo.server.app import create_app
 from octavo.server.keys import KeyEntry, Keyring
 from octavo.server.loop import run_server
@@ -62,3 +64,28 @@ def test_what_is_held_and_shared_is_seen_until_it_is_cached(tmp_path, capsys):
     assert last["holders"] == []
     assert last["metrics"]["kv_cache_usage_perc"] == last["metrics"]["num_requests_running"] == 0
     assert last["metrics"]["generation_tokens_total"] >= 2
+
+
+def test_who_waits_for_a_map_is_told_that_the_engine_is_gone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+
+    async def ask_in_vain(engine):
+        engine._process.channel.send = lambda message: None
+        asked = [asyncio.create_task(engine.memory()) for _ in range(2)]
+        await asyncio.sleep(0)
+        return asked
+
+    async def use(engine):
+        asked = await ask_in_vain(engine)
+        os.kill(engine._process.pid, signal.SIGKILL)
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        while engine.restarting:
+            await asyncio.sleep(0.01)
+        assert (await engine.memory())["holders"] == []
+        await asyncio.sleep(0.3)  # behind MAP_SECONDS
+        asked = await ask_in_vain(engine)
+        await engine.shutdown()
+        return told + await asyncio.gather(*asked, return_exceptions=True)
+
+    told = with_engine(tmp_path, use, num_gpu_blocks_override=8, record="off")
+    assert [type(error) for error in told] == [EngineLoadingError] * 2 + [EngineStoppedError] * 2
