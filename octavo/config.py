@@ -20,6 +20,7 @@ BLOCK_SIZE = 16
 DEFAULT_QUEUE = 1024  # requests that may wait behind a server
 PROMPT_ROWS = 64  # prompt positions of a step that something is told of
 ON_CPU, ON_GPU = (64, 512), (256, 8192)  # max_num_seqs and max_num_batched_tokens where they are not given
+FUSIONS = ("norm", "residual", "activation", "rope", "qkv", "attention", "pdl")  # what each is: docs/kernels.md
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # one of them is there where a card is; the second is WSL's
 
 DTypeName = Literal["auto", "float32", "bfloat16", "quantized", "float16"]
@@ -85,7 +86,8 @@ class EngineConfig:
 
     max_logprobs: int = 20
     enforce_eager: bool = False  # read on a GPU only: no graphs
-    fuse_ops: bool = True  # read on a GPU only: norms and sums inside products, kernels that overlap
+    fuse_ops: bool = True  # read on a GPU only, as the next: kernels that do their neighbours' work, or overlap them
+    disable_fusions: str = ""  # these of FUSIONS, with commas between
     attention_backend: AttentionBackend = "auto"  # read on a GPU only; auto: the faster one for each shape
     cuda_ops: CudaOps = "triton"  # read on a GPU only: norms and activations
     tensor_parallel_size: int = 1
@@ -135,6 +137,8 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running request needs one token a step"
             )
+        for name in filter(None, self.disable_fusions.split(",")):
+            one_of("disable_fusions", name, FUSIONS)
         self._refuse_unbuilt()
 
     def _refuse_unbuilt(self) -> None:
@@ -158,6 +162,11 @@ class EngineConfig:
     def max_step_tokens(self) -> int:
         """Most tokens of one request in a step."""
         return min(self.max_num_batched_tokens, self.long_prefill_token_threshold or self.max_num_batched_tokens)
+
+    @property
+    def fusions(self) -> frozenset[str]:
+        """Those of FUSIONS that are on."""
+        return frozenset(FUSIONS if self.fuse_ops else ()).difference(self.disable_fusions.split(","))
 
     def threads(self) -> int:
         """Threads for the native runtime: what was asked, else the cores this process may use and its cgroup pays."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from octavo.cli.sizes import parse_size
-from octavo.config import DEFAULT_MODEL, DEFAULT_QUEUE, EngineConfig, one_of
+from octavo.config import DEFAULT_MODEL, DEFAULT_QUEUE, FUSIONS, EngineConfig, one_of
 from octavo.errors import OctavoError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -120,7 +120,10 @@ FLAGS: dict[str, Flag] = {
         "Execution", "Threads of the native runtime; default: the cores, or the cgroup's quota of them."
     ),
     "enforce_eager": Flag("Execution", "No CUDA graphs; read on a GPU only."),
-    "fuse_ops": Flag("Execution", "Norms and sums inside products, kernels that overlap; read on a GPU only."),
+    "fuse_ops": Flag("Execution", "Kernels that do their neighbours' work, or overlap them; read on a GPU only."),
+    "disable_fusions": Flag(
+        "Execution", f"Some of these off, with commas between: {', '.join(FUSIONS)}. Read on a GPU only.", "NAME,..."
+    ),
     "attention_backend": Flag(
         "Execution",
         "triton; cuda: C++ kernels where there is one, built with nvcc; auto: those where they are faster and nvcc is "

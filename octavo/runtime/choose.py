@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from octavo.config import FUSIONS
 from octavo.errors import ConfigError, UnsupportedError
 from octavo.runtime.base import Runtime
 from octavo.runtime.cuda import missing
@@ -81,7 +84,7 @@ def create(
     dtype: str,
     *,
     enforce_eager: bool = False,
-    fuse_ops: bool = True,
+    fusions: Collection[str] = FUSIONS,
     attention_backend: str = "auto",
     cuda_ops: str = "triton",
 ) -> Runtime:
@@ -91,12 +94,11 @@ def create(
 
         return ReferenceRuntime()
     if name == "cuda":
-        from octavo.runtime.cuda import CudaRuntime
+        from octavo.runtime.cuda.runtime import CudaRuntime
 
         return CudaRuntime(
-            dtype, use_graphs=not enforce_eager, fuse_ops=fuse_ops, attention_backend=attention_backend,
-            cuda_ops=cuda_ops,
-        )  # fmt: skip
+            dtype, use_graphs=not enforce_eager, fusions=fusions, attention_backend=attention_backend, cuda_ops=cuda_ops
+        )
     from octavo.runtime.native import NativeRuntime
 
     return NativeRuntime(num_threads)

@@ -56,7 +56,7 @@ class Worker:
         builds = config.attention_backend != "triton"
         name, dtype = choose(config.runtime, config.dtype, spec.stored_dtype, config.quantization, builds=builds)
         runtime = self._runtime = create(
-            name, config.threads(), dtype, enforce_eager=config.enforce_eager, fuse_ops=config.fuse_ops,
+            name, config.threads(), dtype, enforce_eager=config.enforce_eager, fusions=config.fusions,
             attention_backend=config.attention_backend, cuda_ops=config.cuda_ops,
         )  # fmt: skip
         weights = open_weights(self._files, spec, load_format=config.load_format, seed=config.seed)

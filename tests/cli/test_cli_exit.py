@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["serve", "-q", "awq"], 2, "--quantization='awq' is not built"),
         (["serve", "--enable-lora"], 2, "--enable-lora"),
         (["serve", "--metrics-compat", "tgi"], 2, "one of octavo, vllm"),
+        (["serve", "--disable-fusions", "norm,fast"], 2, "--disable-fusions must be one of norm, residual, activation"),
         (["serve", "--log-level", "loud"], 2, "--log-level must be one of"),
         (["serve", "--chat-template", "/no/such/file"], 2, "No such file"),
         (["run-batch", "-i", __file__, "-o", "/no/such/folder/out"], 2, "-o /no/such/folder/out: No such file"),

@@ -36,6 +36,8 @@ SETTINGS = {
     "chunks of 7": {"max_num_batched_tokens": 7, "max_num_seqs": 7},
     "one at a time": {"max_num_seqs": 1},
     "small pool": {"num_gpu_blocks_override": 12, "max_model_len": 192, "enable_prefix_caching": False},
+    "nothing fused": {"fuse_ops": False},
+    **{f"without {name}": {"disable_fusions": name} for name in ("norm", "residual", "activation", "rope", "pdl")},
 }
 EVENTS = {"prefix cache": "prefix_hits", "chunks of 7": "num_chunked", "small pool": "num_preempted"}
 
@@ -156,6 +158,7 @@ def test_what_prompts_tell_is_what_the_reference_tells(device, files, monkeypatc
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tokens_equal_the_naive_loop(files, naive, name):
     core = make_core(files, **SETTINGS[name])
+    assert name.removeprefix("without ") not in runtime_of(core)._fusions
     prompts = prompts_with_shared_prefixes()
     assert run(core, prompts, 20) == [naive(p, 20) for p in prompts]
     if name in EVENTS:

@@ -35,11 +35,11 @@ CHUNKS = [[Piece(0, 0, 18), Piece(1, 0, 1)], [Piece(0, 18, 1), Piece(1, 1, 19), 
 LONG = [[Piece(0, 0, 150)], [Piece(0, 150, 149), Piece(1, 0, 5)], [Piece(0, 299, 1), Piece(1, 5, 1), Piece(2, 0, 1)]]
 
 
-def compare(device, program, plan, *, dtype="float32", kv=None, steps=None, use_graphs=True, logits="all"):
+def compare(device, program, plan, *, dtype="float32", kv=None, steps=None, logits="all", **options):
     """Runs the same steps on both and compares all logits; returns the runtime."""
     steps = steps or Steps()
     reference = load(ReferenceRuntime(), program, dtype=dtype, kv=kv, steps=steps)
-    found = load(CudaRuntime(dtype, use_graphs=use_graphs, device=device), program, dtype=dtype, kv=kv, steps=steps)
+    found = load(CudaRuntime(dtype, device=device, **options), program, dtype=dtype, kv=kv, steps=steps)
     for pieces in plan:
         inputs = steps.inputs(pieces, logits)
         want, got = run(reference, inputs), run(found, inputs)

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from octavo import config
-from octavo.config import EngineConfig, EvictionPolicy
+from octavo.config import FUSIONS, EngineConfig, EvictionPolicy
 from octavo.errors import ConfigError, UnsupportedError
 from octavo.kvcache.eviction import EVICTIONS
 
@@ -62,6 +62,14 @@ def test_every_choice_is_there_and_is_checked():
     for name in ("load_format", "runtime", "prefix_eviction_policy", "cuda_ops"):
         with pytest.raises(ConfigError, match=f"{name} must be one of"):
             EngineConfig(**{name: ["auto"]})
+
+
+def test_fusions_are_switched_off_together_or_by_name():
+    assert EngineConfig().fusions == set(FUSIONS)
+    assert EngineConfig(fuse_ops=False).fusions == set()
+    assert EngineConfig(disable_fusions="rope,pdl").fusions == set(FUSIONS) - {"rope", "pdl"}
+    with pytest.raises(ConfigError, match=r"disable_fusions must be one of norm, .*, pdl, not 'all'"):
+        EngineConfig(disable_fusions="norm,all")
 
 
 def test_a_gpu_takes_more_at_once_unless_told_otherwise(monkeypatch, tmp_path):

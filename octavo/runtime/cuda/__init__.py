@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
 
 from octavo import cgroup
 from octavo.runtime.cuda import build
-
-if TYPE_CHECKING:
-    from octavo.runtime.cuda.runtime import CudaRuntime
-
-__all__ = ["CudaRuntime", "missing"]
 
 
 def missing(*, builds: bool = False) -> str:
@@ -41,11 +35,3 @@ def missing(*, builds: bool = False) -> str:
     if not torch.cuda.is_available():
         return "torch sees no GPU: check nvidia-smi and that torch is a CUDA build, or take --runtime native"
     return ""
-
-
-def __getattr__(name: str) -> Any:
-    if name == "CudaRuntime":
-        from octavo.runtime.cuda.runtime import CudaRuntime
-
-        return CudaRuntime
-    raise AttributeError(f"module 'octavo.runtime.cuda' has no attribute {name!r}")

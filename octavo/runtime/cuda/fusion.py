@@ -9,6 +9,7 @@ store and another kernel read again are more bytes than everything else that it 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from octavo.program.ops import AnyOp, Attention, Buffer, Linear, Norm, RopeKVWrite
@@ -23,7 +24,6 @@ class Fusion:
     since q may have the memory that the product reads.
     """
 
-    norms: set[Norm] = field(default_factory=set)
     norm_of: dict[Linear, Norm] = field(default_factory=dict)  # what a product does to its input
     residual_of: dict[Linear, Buffer] = field(default_factory=dict)  # where a product adds its output, and stores it
     heads_of: dict[Linear, RopeKVWrite] = field(default_factory=dict)
@@ -33,10 +33,7 @@ def find_fusion(program: Program) -> Fusion:
     """The norms that can go: neighbours of their products, read by one alone, with the residual sum in place."""
     plan = program.plan_buffers()
     slots = dict(zip(program.buffers, plan.slot_of, strict=True))
-    num_readers: dict[Buffer, int] = {}
-    for node in program.nodes:
-        for buffer in node.inputs:
-            num_readers[buffer] = num_readers.get(buffer, 0) + 1
+    num_readers = Counter(buffer for node in program.nodes for buffer in node.inputs)
     fusion = Fusion()
     for before, norm, product in zip(program.nodes, program.nodes[1:], program.nodes[2:], strict=False):
         if not isinstance(norm, Norm) or not isinstance(product, Linear) or not _can_go(program, norm, product):
@@ -45,11 +42,9 @@ def find_fusion(program: Program) -> Fusion:
             continue
         if norm.residual is None:
             if norm.residual_out is None and slots[norm.x] != slots[product.out]:
-                fusion.norms.add(norm)
                 fusion.norm_of[product] = norm
         elif _can_add(before, norm) and num_readers[norm.x] == 1 and _is_in_place(norm, product, slots):
             assert isinstance(before, Linear)
-            fusion.norms.add(norm)
             fusion.norm_of[product] = norm
             fusion.residual_of[before] = norm.residual
     for product, heads, attention in zip(program.nodes, program.nodes[1:], program.nodes[2:], strict=False):
@@ -72,7 +67,8 @@ def _can_go(program: Program, norm: Norm, product: Linear) -> bool:
 
 
 def _can_add(before: AnyOp, norm: Norm) -> bool:
-    return isinstance(before, Linear) and before.out is norm.x and norm.x is not norm.residual
+    is_plain = isinstance(before, Linear) and before.activation == "none"
+    return is_plain and norm.x in before.outputs and norm.x is not norm.residual
 
 
 def _is_in_place(norm: Norm, product: Linear, slots: dict[Buffer, int]) -> bool:

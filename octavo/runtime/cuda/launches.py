@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from octavo.errors import UnsupportedError, UnsupportedModelError
+from octavo.config import FUSIONS
+from octavo.errors import UnsupportedModelError
 from octavo.program import ops
 from octavo.program.program import Program
 from octavo.runtime.cuda import operators
@@ -19,6 +21,7 @@ from octavo.runtime.cuda.packing import rope_tables
 from octavo.runtime.cuda.staging import DeviceStep
 
 Launch = Callable[[DeviceStep], None]
+HeadTensors = tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(slots=True)
@@ -75,21 +78,22 @@ class Launches:
 
     def __init__(
         self, program: Program, weights: dict[tuple[str, ...], torch.Tensor], arena: Arena, kv: KVPool,
-        max_decodes: int, row_tokens: torch.Tensor, backend: AttentionBackend, *, fuses: bool = True,
+        max_decodes: int, row_tokens: torch.Tensor, backend: AttentionBackend, *, fusions: Collection[str] = FUSIONS,
         uses_cpp: bool = False,
     ) -> None:  # fmt: skip
         if uses_cpp:
             operators.load()
-        self._uses_cpp = uses_cpp
+        self._fusions, self._uses_cpp = fusions, uses_cpp
         self._row_tokens, self._backend, self._max_decodes = row_tokens, backend, max_decodes
         self._program, self._weights, self._arena, self._kv = program, weights, arena, kv
         self._device = arena.view(program.logits).device
-        self._fusion = find_fusion(program) if fuses else Fusion()
-        self._chained = fuses and can_chain(self._device)
+        found = find_fusion(program)
+        self._fusion = found if "norm" in fusions else Fusion(heads_of=found.heads_of)
+        self._chained = "pdl" in fusions and can_chain(self._device)
         self._ropes: dict[ops.Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._turned: dict[ops.Buffer, Callable[[int], bool]] = {}  # q: whether its product makes it in so many rows
         self._turn_of: dict[ops.Buffer, Callable[[DeviceStep], operators.Turn | None]] = {}  # q: what attention does
-        self._takes_many = fuses and self._device.type == "cuda" and arena.view(program.logits).dtype == torch.bfloat16
+        self._can_take_over = self._device.type == "cuda" and arena.view(program.logits).dtype == torch.bfloat16
         shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, ops.Attention)}
         sizes = [(attention.partial_rows(max_decodes, heads, kv_heads), dim) for heads, kv_heads, dim in shapes]
         kv_heads = max((shape[1] for shape in shapes), default=0)
@@ -101,26 +105,11 @@ class Launches:
 
     def make(self) -> list[Launch]:
         """One closure for each node, in order."""
-        return [self._make(node) for node in self._program.nodes]
-
-    def _make(self, node: ops.AnyOp) -> Launch:
-        match node:
-            case ops.Embedding():
-                return self._embedding(node)
-            case ops.Norm():
-                return self._norm(node)
-            case ops.Add():
-                return self._add(node)
-            case ops.Linear():
-                return self._linear(node)
-            case ops.Experts():
-                raise no_experts(node)
-            case ops.RopeKVWrite():
-                return self._rope_kv_write(node)
-            case ops.Attention():
-                return self._attention(node)
-            case ops.GatherRows():
-                return self._gather(node)
+        makers: dict[type[ops.AnyOp], Callable[[Any], Launch]] = {
+            ops.Embedding: self._embedding, ops.Norm: self._norm, ops.Add: self._add, ops.Linear: self._linear,
+            ops.RopeKVWrite: self._rope_kv_write, ops.Attention: self._attention, ops.GatherRows: self._gather,
+        }  # fmt: skip
+        return [makers[type(node)](node) for node in self._program.nodes]
 
     def _weight(self, weight: ops.Weight | None) -> torch.Tensor | None:
         return None if weight is None else self._weights[weight.parts]
@@ -143,12 +132,18 @@ class Launches:
         residual, kept = self._optional(node.residual), self._optional(node.residual_out)
         weight, bias = self._weights[node.weight.parts], self._weight(node.bias)
         count, eps, is_layer, chained = _row_count(node.out), node.eps, node.kind == "layer", self._chained
-        least = linear.MAX_FEW_ROWS if node in self._fusion.norms else 0
+        least = linear.MAX_FEW_ROWS if node in self._fusion.norm_of.values() else 0
         in_cpp = is_layer and self._uses_cpp and operators.can_norm(x.shape[1])
+        add = None
+        if node.residual and node.residual_out and "residual" not in self._fusions:
+            add = self._add(ops.Add(node.label, node.x, node.residual, node.residual_out))
+            x, residual, kept = self._arena.view(node.residual_out), None, None
 
         def launch(step: DeviceStep) -> None:
             if (num_rows := count(step)) <= least:
                 return
+            if add:
+                add(step)
             if in_cpp:
                 operators.layer_norm(x, residual, weight, bias, out, kept, eps, num_rows, False)
             else:
@@ -184,6 +179,7 @@ class Launches:
         arena, num_in_rows, chained = self._arena, weight.shape[0], self._chained
         gated = node.activation.endswith("_mul")
         is_plain = bias is None and node.activation == "none" and not node.softcap and node.scale == 1.0
+        is_apart = node.activation != "none" and "activation" not in self._fusions
         activation, scale, softcap = node.activation, node.scale, node.softcap
         fused_x, fused_out, fused = self._fused(node)
         in_cpp = self._uses_cpp and _is_gelu(node) and out.shape[1] % 8 == 0
@@ -195,7 +191,8 @@ class Launches:
                 num_rows = bucket_of(num_rows, most)
             if not num_rows or of_many(step, num_rows):
                 return
-            if num_rows <= linear.MAX_FEW_ROWS:
+            is_few = num_rows <= linear.MAX_FEW_ROWS
+            if is_few and not is_apart:
                 to = arena.product(1, num_in_rows) if turns(num_rows) else fused_out
                 linear.few_rows(
                     num_rows, fused_x, weight, bias, to, activation=activation, scale=scale, softcap=softcap,
@@ -203,7 +200,10 @@ class Launches:
                 )  # fmt: skip
                 return
             product = arena.product(num_rows, num_in_rows) if gated else out[:num_rows]
-            torch.mm(x[:num_rows], transposed, out=product)
+            if is_few:
+                linear.few_rows(num_rows, fused_x, weight, None, product, fused=fused, chained=chained)
+            else:
+                torch.mm(x[:num_rows], transposed, out=product)
             if in_cpp and bias is not None:
                 operators.bias_gelu(product, bias, out, num_rows, activation == "gelu_tanh")
             elif not is_plain:
@@ -216,7 +216,8 @@ class Launches:
     def _of_many(self, node: ops.Linear) -> Callable[[DeviceStep, int], bool]:
         """Launches a product and what follows it, in a step whose rows fill the card; else returns False."""
         heads = self._fusion.heads_of.get(node)
-        if not self._takes_many or not operators.can_multiply(node, heads):
+        is_on = self._can_take_over and ("qkv" if heads else "activation") in self._fusions
+        if not is_on or not operators.can_multiply(node, heads):
             return lambda step, num_rows: False
         weight, bias, x = self._weights[node.weight.parts], self._weight(node.bias), self._arena.view(node.x)
         if heads is None:
@@ -252,7 +253,7 @@ class Launches:
         Of one: else it might read what another program of it writes. The product is kept beside the slots for it, since
         its own output may have the memory of what it reads.
         """
-        if heads is None or not self._takes_many:
+        if heads is None or not self._can_take_over or "attention" not in self._fusions:
             return _never
         backend = self._backend
         return lambda num_tokens: num_tokens == 1 and backend.turns
@@ -277,6 +278,7 @@ class Launches:
         table = None if node.rope is None else self._rope(node.rope)
         norms, chained, is_turned = self._head_norms(node), self._chained, self._turned.get(node.out, _never)
         turns = self._turns(node if node in self._fusion.heads_of.values() else None)
+        is_apart = "rope" not in self._fusions
         if table is not None:
             self._turn_of[node.out] = lambda step: (
                 operators.Turn(step.positions, step.slots_of(layer.group), table, norms, node.eps)
@@ -288,14 +290,17 @@ class Launches:
             if is_turned(step.num_tokens) or turns(step.num_tokens):
                 return
             slots = step.slots_of(layer.group)
-            keys, values = kv.keys[layer.place], kv.values[layer.place]
+            keys, values, how = kv.keys[layer.place], kv.values[layer.place], (table, norms)
+            if is_apart:
+                norm_and_rotate(node, qkv[: step.num_tokens], step.positions, table, norms)
+                how = (None, None)
             rope.rope_kv_write(
-                step.num_tokens, node, qkv, step.positions, slots, table, norms, out, keys, values, chained=chained
+                step.num_tokens, node, qkv, step.positions, slots, *how, out, keys, values, chained=chained
             )
 
         return launch
 
-    def _head_norms(self, node: ops.RopeKVWrite) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _head_norms(self, node: ops.RopeKVWrite) -> HeadTensors:
         q_norm, k_norm = self._weight(node.q_norm), self._weight(node.k_norm)
         if (q_norm is None) != (k_norm is None):
             raise UnsupportedModelError(f"{node.label}: the cuda runtime norms both q and k, or neither")
@@ -333,9 +338,19 @@ class Launches:
         return launch
 
 
-def no_experts(node: ops.Experts) -> UnsupportedError:
-    """The refusal of a mixture of experts."""
-    return UnsupportedError(f"{node.label}: the cuda runtime has no experts (MoE) yet: take --runtime native")
+def norm_and_rotate(
+    node: ops.RopeKVWrite, qkv: torch.Tensor, positions: torch.Tensor, table: HeadTensors, norms: HeadTensors
+) -> None:
+    """What rope.rope_kv_write() does to q and k before it writes them, where they lie, by operations of torch."""
+    heads = qkv.view(len(qkv), -1, node.head_dim)  # of q, k, v
+    q, k, _ = heads.tensor_split([node.num_heads, node.num_heads + node.num_kv_heads], 1)
+    for part, weight in zip((q, k), norms or (None, None), strict=True):
+        if weight is not None:
+            part.copy_(torch.nn.functional.rms_norm(part.float(), part.shape[-1:], weight, node.eps))
+        if table is not None:
+            cos, sin = (values[positions, None] for values in table)
+            x, y, _ = part.float().tensor_split([cos.shape[-1], 2 * cos.shape[-1]], -1)
+            part[..., : 2 * cos.shape[-1]] = torch.cat((x * cos - y * sin, x * sin + y * cos), -1)
 
 
 def _never(num_rows: int) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
 
+from octavo.config import FUSIONS
 from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention, Experts, Linear, Rows
 from octavo.program.program import Program
@@ -16,7 +17,7 @@ from octavo.runtime.base import Float32, Runtime, SamplerOutput, SamplingInputs,
 from octavo.runtime.cuda import graphs
 from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.host import HostBlocks
-from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches, no_experts
+from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches
 from octavo.runtime.cuda.launching import compile_kernels, quick_launches
 from octavo.runtime.cuda.null_steps import adjusting, null_sampling, null_step
 from octavo.runtime.cuda.packing import pack, packed_bytes
@@ -39,7 +40,7 @@ class CudaRuntime(Runtime):
         use_graphs: replay decode steps, and small steps with prompts, as CUDA graphs.
         device: "cuda", or "cpu" to run the kernels under Triton's interpreter.
         max_depth: steps that may be in flight.
-        fuse_ops: norms and residual sums inside products of few rows, kernels that start before the last has ended.
+        fusions: those of FUSIONS that are on; without one, what it joins runs apart.
         attention_backend: "auto", "triton" or "cuda", see AttentionBackend.
         cuda_ops: "triton", or "cuda" for C++ norms and activations (bfloat16 only), built if need be.
 
@@ -51,11 +52,11 @@ class CudaRuntime(Runtime):
 
     def __init__(
         self, dtype: str = "bfloat16", *, use_graphs: bool = True, device: str = "cuda", max_depth: int = 2,
-        fuse_ops: bool = True, attention_backend: str = "auto", cuda_ops: str = "triton",
+        fusions: Collection[str] = FUSIONS, attention_backend: str = "auto", cuda_ops: str = "triton",
     ) -> None:  # fmt: skip
         if cuda_ops == "cuda" and dtype != "bfloat16":
             raise UnsupportedError(f"--cuda-ops cuda: the C++ operators compute in bfloat16, not {dtype}: take triton")
-        self._options = {"fuses": fuse_ops, "uses_cpp": cuda_ops == "cuda"}
+        self._fusions, self._uses_cpp = fusions, cuda_ops == "cuda"
         self._dtype = _torch_dtype(dtype)
         self._device = torch.device(device)
         self._backend = AttentionBackend(attention_backend, self._dtype, self._device)
@@ -87,7 +88,7 @@ class CudaRuntime(Runtime):
         self._check_dtype(dtype)
         for node in program.nodes:
             if isinstance(node, Experts):
-                raise no_experts(node)
+                raise UnsupportedError(f"{node.label}: the cuda runtime has no experts (MoE): take --runtime native")
         self._program = program
         self._limits = (max_num_tokens, max_num_logits, max_num_requests)
         num_weights = sum(math.prod(weight.shape) for weight in program.weights)
@@ -100,12 +101,12 @@ class CudaRuntime(Runtime):
             row_tokens = self._sampler.row_tokens
             self._launches = Launches(
                 program, self._weights, self._arena, self._kv, max_num_requests, row_tokens, self._backend,
-                **self._options,
+                fusions=self._fusions, uses_cpp=self._uses_cpp,
             ).make()  # fmt: skip
             self._results = Results(self._sampler.tokens, self.max_depth + 1)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(f"the device has no room for the weights: {error}") from None
-        notes = ", C++ operators" * self._options["uses_cpp"] + ", no graphs" * (self._graphs is None)
+        notes = ", C++ operators" * self._uses_cpp + ", no graphs" * (self._graphs is None)
         return f"cuda ({self._device_name()}, {dtype}{notes})"
 
     def weight_bytes(self, program: Program, weights: WeightSource, dtype: str) -> int:
@@ -165,7 +166,7 @@ class CudaRuntime(Runtime):
             self._make_pool(num_blocks, block_size, dtype)
             self._blocks = HostBlocks(self._kv.tensors, num_host_blocks, num_blocks)
             if self._device.type == "cuda":
-                for size in self._sizes():
+                for size in graphs.buckets(min(self._limits)):
                     for ending in (graphs.GREEDY, graphs.DRAWS):
                         self._run_null_step([1] * size, ending)
                 torch.cuda.synchronize()
@@ -230,27 +231,14 @@ class CudaRuntime(Runtime):
 
     def close(self) -> None:
         """Lets go of everything on the device."""
-        self._graphs = None
         self._program = None
         self._launches.clear()
         self._weights.clear()
-        self._padded.clear()
-        self._kv.keys.clear()
-        self._kv.values.clear()
         for name in ("_arena", "_sampler", "_staging", "_results", "_blocks"):
             self.__dict__.pop(name, None)
-        if self._device.type == "cuda":
-            gc.unfreeze()
-            torch.cuda.empty_cache()
-
-    def _sizes(self) -> list[int]:
-        """Batch sizes that start-up prepares, the largest first."""
-        most = min(self._limits)
-        return (
-            graphs.buckets(most)
-            if self._graphs is not None
-            else [graphs.bucket_of(n, most) for n in (most, 16, 8, 4, 2, 1)]
-        )
+        self._drop_pool()
+        self._graphs = None
+        gc.unfreeze()
 
     def _make_pool(self, num_blocks: int, block_size: int, dtype: str | None, *, waits: bool = True) -> None:
         program, kv_type = self._loaded(), self._kv_type(dtype)
@@ -287,7 +275,7 @@ class CudaRuntime(Runtime):
             if size <= self._most_mixed
         ]
         for ending in (graphs.GREEDY, graphs.DRAWS):
-            for counts in ([min(64, most_tokens)], *([1] * size for size in self._sizes())):
+            for counts in ([min(64, most_tokens)], *([1] * size for size in graphs.buckets(min(self._limits)))):
                 self._launch(self._send(self._null_step(counts), null_sampling(len(counts), ending)), ending)
             for shape in mixed:
                 counts = [3, 1][: shape.num_rows]
@@ -347,16 +335,15 @@ class CudaRuntime(Runtime):
         prompts in front of the second, so that no step waits for both."""
         assert self._graphs is not None
         key = (shape, ending)
-        if key not in self._graphs and key not in self._launched:
-            self._launch_quickly(step, ending)
-            if shape.is_decode:
-                self._graphs.capture(key, partial(self._launch_quickly, step, ending))
+        launch = partial(self._launch_quickly, step, ending)
+        if not (is_loaded := key in self._launched):
+            launch()
             self._launched.add(key)
-            return
-        if key not in self._graphs:
-            self._graphs.capture(key, partial(self._launch_quickly, step, ending))
-        self._graphs.replay(key)
-        self.num_replays += 1
+        if key not in self._graphs and (is_loaded or shape.is_decode):
+            self._graphs.capture(key, launch)
+        if is_loaded:
+            self._graphs.replay(key)
+            self.num_replays += 1
 
     def _launch(self, step: DeviceStep, ending: str) -> None:
         """Launches the program and, unless biases and penalties come between, what chooses the tokens."""

@@ -68,20 +68,16 @@ def _rope_kv_write(qkv, positions, slots, cos, sin, q_norm, k_norm, q, keys, val
     else:
         slot = tl.load(slots + token).to(tl.int64)
         offset = (slot // BLOCK_SIZE) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + (slot % BLOCK_SIZE) * HEAD_DIM
+        head += (part - Q_PARTS) % KV_PARTS * BLOCK_HEADS
+        inside = (head < NUM_KV_HEADS) & (cols < HEAD_DIM)
+        start = (NUM_HEADS + head) * HEAD_DIM
+        to = offset + head * (BLOCK_SIZE * HEAD_DIM) + cols
         if part < Q_PARTS + KV_PARTS:
-            head += (part - Q_PARTS) * BLOCK_HEADS
-            inside = (head < NUM_KV_HEADS) & (cols < HEAD_DIM)
-            start = (NUM_HEADS + head) * HEAD_DIM
             y = _rotated(row, start, cols, k_norm, cos, sin, at, eps, inside, HAS_NORM, HEAD_DIM, HALF)
-            to = keys + offset + head * (BLOCK_SIZE * HEAD_DIM) + cols
-            tl.store(to, _kept(y, k_scale, keys.dtype.element_ty), mask=inside)
+            tl.store(keys + to, _kept(y, k_scale, keys.dtype.element_ty), mask=inside)
         else:
-            head += (part - Q_PARTS - KV_PARTS) * BLOCK_HEADS
-            inside = (head < NUM_KV_HEADS) & (cols < HEAD_DIM)
-            start = (NUM_HEADS + NUM_KV_HEADS + head) * HEAD_DIM
-            y = tl.load(row + start + cols, mask=inside, other=0.0).to(tl.float32)
-            to = values + offset + head * (BLOCK_SIZE * HEAD_DIM) + cols
-            tl.store(to, _kept(y, v_scale, values.dtype.element_ty), mask=inside)
+            y = tl.load(row + NUM_KV_HEADS * HEAD_DIM + start + cols, mask=inside, other=0.0).to(tl.float32)
+            tl.store(values + to, _kept(y, v_scale, values.dtype.element_ty), mask=inside)
 
 
 def rope_kv_write(
