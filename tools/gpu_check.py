@@ -5,12 +5,13 @@
 
 `tests` runs tests/gpu there, `sanitizer` those of kernels under memcheck and racecheck; `model` compares the tokens of
 `--model FILE` with the CPU's; `server` asks `octavo serve FILE`, and one of random weights, over HTTP; `kernels` times
-each kernel against the card's limits, `sampler` those of sampling alone, `tiles` products of few rows in every tile;
-the shapes run the workloads of lab/gpu_workloads.py with random weights in a process of their own. `--workloads G2,G4`
-chooses; beside G1 to G5 there are G6 (arrivals over time at 80 % of G1's rate), `sync` (G2 and G1 with one step in
-flight) and `channel` (G1 through AsyncEngine). Of G1 to G3 eight requests are checked token by token. Prints RESULT
-lines, writes them as JSON to $OUT (default: the current folder), and ends with status 1 where something failed. No
-stage but `channel` and `server` needs a web package, none but `model` and `server` a tokenizer.
+each kernel against the card's limits, `sampler` those of sampling alone, `tiles` products of few rows in every tile,
+`trace` when steps are launched and their tokens copied; the shapes run the workloads of lab/gpu_workloads.py with
+random weights in a process of their own. `--workloads G2,G4` chooses; beside G1 to G5 there are G6 (arrivals over time
+at 80 % of G1's rate), `sync` (G2 and G1 with one step in flight) and `channel` (G1 through AsyncEngine). Of G1 to G3
+eight requests are checked token by token. Prints RESULT lines, writes them as JSON to $OUT (default: the current
+folder), and ends with status 1 where something failed. No stage but `channel` and `server` needs a web package, none
+but `model` and `server` a tokenizer.
 """
 
 from __future__ import annotations
@@ -117,6 +118,13 @@ def stage_kernels() -> None:
     from gpu_kernels import time_kernels
 
     stage_sampler(time_kernels(result, guarded))
+
+
+def stage_trace() -> None:
+    """Whether a step is launched before the one in front of it has given its tokens; a file keeps when."""
+    from gpu_trace import trace_shapes
+
+    trace_shapes(SHAPES[:2], ENGINE, result, guarded, out_folder())
 
 
 def stage_tiles() -> None:
@@ -301,6 +309,8 @@ def main() -> None:
             guarded(stage, lambda: stage_server(args.model))
         elif stage == "sanitizer":
             guarded(stage, stage_sanitizer)
+        elif stage == "trace":
+            guarded(stage, stage_trace)
         elif stage == "kernels":
             guarded(stage, stage_kernels)
         elif stage == "sampler":
