@@ -1,14 +1,18 @@
 """A checkpoint on the card and on the CPU: the same greedy tokens, however requests are batched. Part of gpu_check.
 
-The CPU's tokens are those of the reference runtime in float32; on the
-card float32 means without TF32.
+The CPU's tokens are those of the reference runtime in float32; on the card float32 means without TF32. In bfloat16
+products are rounded otherwise in a batch than alone, so an answer may turn where two tokens are nearly as likely: the
+reference says how near they were.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 Report = Callable[..., None]
 NUM_TOKENS = 32
@@ -51,7 +55,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "host memory": {"num_gpu_blocks_override": 40, "swap_space": 1.0},
     "chunks": {"max_num_batched_tokens": 64},
     "unfused": {"fuse_ops": False},
+    **{  # two at a time: what is fused into products of few rows is there
+        f"without {name}": {"disable_fusions": name, "max_num_seqs": 2}
+        for name in ("norm", "residual", "activation", "rope", "pdl")
+    },
 }
+MARGIN = 0.03  # of the largest logit: what bfloat16 may turn around
 EVENTS = {"preemption": "num_preempted", "host memory": "num_loaded_blocks", "chunks": "num_chunked"}
 
 
@@ -62,6 +71,7 @@ def check_model(model: str, report: Report, guarded: Callable[[str, Callable[[],
     report("model on the CPU", requests=len(TEXTS), tokens=NUM_TOKENS, s=time.perf_counter() - start)
     for name, settings in WAYS.items():
         guarded(f"model {name}", lambda n=name, s=settings: check_way(model, n, s, expected, report))
+    guarded("model bfloat16", lambda: check_ties(model, report))
 
 
 def check_way(model: str, name: str, settings: dict[str, Any], expected: list[list[int]], report: Report) -> None:
@@ -88,6 +98,45 @@ def check_way(model: str, name: str, settings: dict[str, Any], expected: list[li
     assert (replays == 0) == (name == "no graphs")
     assert (widest == 1) == (name == "one request at a time")
     assert widest == 64 or settings, "no full batch"
+
+
+def check_ties(model: str, report: Report) -> None:
+    """Answers in bfloat16, 64 together and one at a time: where they part, by how much of the largest logit.
+
+    Raises:
+        AssertionError: by more than bfloat16's roundings.
+    """
+    from lab.teacher import one_request
+    from octavo import LLM, SamplingParams
+    from octavo.runtime.base import SamplingInputs
+
+    together, core = generate(model, TEXTS * 4, runtime="cuda", dtype="bfloat16")
+    core.close()
+    alone, core = generate(model, TEXTS, runtime="cuda", dtype="bfloat16", max_num_seqs=1)
+    core.close()
+    llm = LLM(model, **{**SETTINGS, "runtime": "reference"})
+    reference = llm.core._executor.worker.runtime
+    usual, parted = [], []
+    for i, text in enumerate(TEXTS):
+        prompt = llm.generate([text], SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt_token_ids
+        ids = np.array([*prompt, *alone[i][:-1]], np.int32)
+        reference.execute(one_request(ids, first_logits=len(prompt) - 1, block_size=llm.config.block_size))
+        reference.sample(SamplingInputs.greedy(NUM_TOKENS))
+        logits = reference.logits()
+        best = np.sort(logits, axis=1)[:, -2:]
+        usual += list((best[:, 1] - best[:, 0]) / np.abs(logits).max(1))
+        for other in together[i :: len(TEXTS)]:
+            at = next((n for n in range(NUM_TOKENS) if other[n] != alone[i][n]), None)
+            if at is not None:
+                gap = abs(float(logits[at, other[at]] - logits[at, alone[i][at]])) / float(np.abs(logits[at]).max())
+                parted.append(gap)
+    llm.close()
+    report(
+        "model bfloat16, 64 together and one at a time", same=len(together) - len(parted), of=len(together),
+        largest_gap=max(parted, default=0.0), gap=statistics.median(parted or [0.0]),
+        usual_gap=float(np.median(usual)), nearer=float(np.mean(np.array(usual) < max(parted, default=0.0))),
+    )  # fmt: skip
+    assert max(parted, default=0.0) < MARGIN
 
 
 def generate(model: str, texts: list[str], **settings: Any) -> tuple[list[list[int]], Any]:
