@@ -82,13 +82,13 @@ class Gate:
 
     def _refusal(self, scope: Scope, headers: Headers, key: Key) -> Failure | None:
         """What can be told from the headers alone."""
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] != "POST":  # no route reads a body sent otherwise
             return None
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.max_body_bytes:
             return failure_of(_too_large(self.max_body_bytes), "")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if kind != "application/json" and (kind or length != "0" or "transfer-encoding" in headers):
             message = f"Content-Type is {kind[:80] or 'missing'}: send JSON with 'Content-Type: application/json'"
             return Failure(400, message, code="invalid_content_type")
         if (packed := headers.get("content-encoding", "identity")) != "identity":

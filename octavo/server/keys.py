@@ -130,9 +130,8 @@ class Keyring:
             return self._open
         key = self._find(headers)
         if key is None:
-            message = "no valid API key: send 'Authorization: Bearer KEY'"
-            challenge = {"WWW-Authenticate": "Bearer"}
-            return Failure(401, message, "authentication_error", code="invalid_api_key", headers=challenge)
+            why = "no valid API key: send 'Authorization: Bearer KEY'"
+            return Failure(401, why, "authentication_error", None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         if path in ADMIN_PATHS and not key.admin:
             return Failure(403, f"{path} needs an administrator's key", "permission_error", code="admin_only")
         return key
@@ -141,11 +140,9 @@ class Keyring:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = self._digest(given.encode("utf-8", "replace"))
-        found = None
-        for other, key in self._keys:  # all of them, so that time tells nothing
-            if hmac.compare_digest(digest, other):
-                found = key
-        return found
+        # all of them are compared, so that time tells nothing
+        found = [key for other, key in self._keys if hmac.compare_digest(digest, other)]
+        return found[0] if found else None
 
     def _digest(self, key: bytes) -> bytes:
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
@@ -171,9 +168,8 @@ def _read_file(path: Path) -> list[KeyEntry]:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise ConfigError(f"--api-key-file {path} is larger than {MAX_FILE_BYTES} bytes")
-        if path.suffix == ".toml":
-            return msgspec.toml.decode(data, type=KeyFile).key
-        return msgspec.json.decode(data, type=KeyFile).key
+        decode = msgspec.toml.decode if path.suffix == ".toml" else msgspec.json.decode
+        return decode(data, type=KeyFile).key
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
         raise ConfigError(f"--api-key-file {path}: {error}") from error
 

@@ -86,6 +86,12 @@ def test_unknown_route_and_wrong_method(shared: Server) -> None:
     answer = shared.http.get("/v1/completions")
     assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
+    for method, path in (("PUT", "/v1/completions"), ("PATCH", "/v1/chat/completions"), ("POST", "/health")):
+        answer = shared.http.request(method, path)  # no body, so no type of one is missed
+        assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed"), (method, path)
+    assert shared.http.put("/v1/completions", content=b"x").status_code == 405
+    answer = shared.http.post("/v1/completions")
+    assert (answer.status_code, error_of(answer)["message"]) == (400, "the body is empty: send a JSON object")
 
 
 def _chunks(size: int) -> Iterator[bytes]:
