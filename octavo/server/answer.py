@@ -23,6 +23,7 @@ from octavo.server.wire import Wire
 DONE = b"data: [DONE]\n\n"
 PING = b": still here\n\n"  # a comment: clients skip it
 STUCK_SECONDS = 60.0  # a client whose full buffer takes nothing for so long is gone
+Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # with the number of the prompt
 MERGED_AHEAD = 64  # outputs of several prompts that may wait for a slow client
 
 
@@ -115,7 +116,7 @@ class Answer(Response):
             self._num_sent += 1
 
 
-async def merge(streams: list[AsyncGenerator[RequestOutput, None]]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+async def merge(streams: list[AsyncGenerator[RequestOutput, None]]) -> Outputs:
     """Outputs of several prompts as they come, with the number of the prompt. The first error ends them all."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:

@@ -255,9 +255,8 @@ class Messages(Chat):
 
     def _usage(self) -> dict[str, int]:
         usage = self.usage
-        fresh = usage.prompt_tokens - usage.cached_tokens
         return {
-            "input_tokens": fresh,
+            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.cached_tokens,
             "output_tokens": usage.completion_tokens,

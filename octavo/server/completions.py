@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from octavo.outputs import CompletionOutput
-from octavo.server.answer import Answer
+from octavo.server.answer import Answer, Outputs
 from octavo.server.chunks import ChunkWriter
 from octavo.server.front import Caller, Front
 from octavo.server.generation import Generation
@@ -23,6 +24,10 @@ class Completion(Generation):
     is_chat = False
     body: CompletionRequest
     echoes: list[str]
+
+    def _outputs(self) -> Outputs:
+        outputs = super()._outputs()
+        return _echoes(outputs) if self.body.max_tokens == 0 else outputs
 
     def choice(self, number: int, output: CompletionOutput) -> dict[str, Any]:
         """The text, behind its prompt if that is echoed."""
@@ -53,13 +58,12 @@ class Completion(Generation):
 
 
 async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Answer:
-    """Checks a completion request and begins to answer it. max_tokens defaults to 16, as OpenAI's."""
+    """Checks a completion request and begins to answer it. max_tokens defaults to 16, as OpenAI's; 0 is an echo."""
     front.model(body.model)
     texts = one_by_one(body.prompt)
-    special = body.add_special_tokens
-    prompts = [await front.prompt_ids(prompt, body, add_special_tokens=special, param="prompt") for prompt in texts]
-    longest = max(map(len, prompts))
-    max_tokens = front.max_tokens(longest, body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
+    prompts = [await front.prompt_ids(prompt, body, "prompt") for prompt in texts]
+    default = 1 if body.max_tokens == 0 else DEFAULT_MAX_TOKENS  # one is generated, and not shown
+    max_tokens = front.max_tokens(max(map(len, prompts)), body.max_tokens, default=default, param="prompt")
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
     if body.echo and params.prompt_logprobs is None:
         params = replace(params, prompt_logprobs=body.logprobs)
@@ -67,3 +71,12 @@ async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Ans
     shown = texts if body.echo else [""] * len(texts)
     job.echoes = [text if isinstance(text, str) else front.tokenizer.decode(text) for text in shown]
     return job.answer()
+
+
+async def _echoes(outputs: Outputs) -> Outputs:
+    """Outputs without what was generated."""
+    async with aclosing(outputs):
+        async for number, output in outputs:
+            output.num_generated = 0
+            output.outputs = [CompletionOutput(o.index, "", [], None, [], "length") for o in output.outputs]
+            yield number, output

@@ -30,7 +30,6 @@ class PoolingRequest(EngineRequest):
     """What embeddings and scores share."""
 
     pooling: Pooling = "last"
-    add_special_tokens: bool = True
 
 
 class EmbeddingRequest(PoolingRequest):
@@ -87,8 +86,7 @@ async def _answer(
     shape: Callable[[list[Vector]], list[dict[str, Any]]],
     param: str,
 ) -> Answer:
-    special = body.add_special_tokens
-    ids = [await front.prompt_ids(prompt, body, add_special_tokens=special, param=param) for prompt in prompts]
+    ids = [await front.prompt_ids(prompt, body, param) for prompt in prompts]
     front.max_tokens(max(map(len, ids)), 1, default=None, param=param)  # there must be room
     front.check_priority(body)
     id = f"{'embd' if param == 'input' else 'score'}-{body.request_id or caller.request_id}"

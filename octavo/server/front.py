@@ -134,9 +134,7 @@ class Front:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def prompt_ids(
-        self, prompt: str | list[int], body: EngineRequest, *, add_special_tokens: bool, param: str
-    ) -> list[int]:
+    async def prompt_ids(self, prompt: str | list[int], body: EngineRequest, param: str) -> list[int]:
         """Checked token ids of a prompt, the last `truncate_prompt_tokens` of them where that is asked for. A text that
         is too long whatever its tokens are is refused without counting them.
 
@@ -146,7 +144,7 @@ class Front:
         if isinstance(prompt, str):
             if most is None:
                 refuse_hopeless(self.tokenizer, prompt, self.engine.max_model_len, param=param)
-            prompt = await self.encode(prompt, add_special_tokens=add_special_tokens)
+            prompt = await self.encode(prompt, add_special_tokens=body.add_special_tokens)
         if most is not None:
             prompt = prompt[-(self.engine.max_model_len - 1 if most < 0 else most) :]
         self.check_ids(prompt, param)

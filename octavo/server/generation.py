@@ -12,9 +12,9 @@ from contextlib import aclosing
 from typing import Any
 
 from octavo.errors import InvalidValueError
-from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.outputs import CompletionOutput, Logprob
 from octavo.sampling_params import SamplingParams
-from octavo.server.answer import DONE, Answer, merge
+from octavo.server.answer import DONE, Answer, Outputs, merge
 from octavo.server.chunks import ChunkWriter, Timing, Usage, encode
 from octavo.server.errors import Failure
 from octavo.server.front import Caller, Front
@@ -74,10 +74,9 @@ class Generation(ABC):
                     param="logprobs",
                 )
             tokenizer = front.engine.tokenizer
-            as_ids = bool(body.return_tokens_as_token_ids)
             unseen = tokenizer.special_ids if tokenizer and params.skip_special_tokens else frozenset()
             self.writers = [
-                LogprobsWriter(tokenizer, params.logprobs, as_ids=as_ids, unseen=unseen)
+                LogprobsWriter(tokenizer, params.logprobs, as_ids=bool(body.return_tokens_as_token_ids), unseen=unseen)
                 for _ in range(self.num_choices)
             ]
 
@@ -101,15 +100,14 @@ class Generation(ABC):
         """The HTTP response."""
         stream = bool(self.body.stream)
         parts = self._events() if stream else self._whole()
-        ping = self.front.ping_seconds
-        self._answer = Answer(parts, broken=self.broken, stream=stream, ping_seconds=ping)
+        self._answer = Answer(parts, broken=self.broken, stream=stream, ping_seconds=self.front.ping_seconds)
         return self._answer
 
     def broken(self, failure: Failure) -> bytes:
         """What ends a stream in which something went wrong."""
         return b"data: " + failure.body() + b"\n\n" + DONE
 
-    def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    def _outputs(self) -> Outputs:
         generate, key = self.front.generate, self.caller.key
         relay = self._relay if self.body.stream and len(self.prompts) == 1 else None
         return merge([generate(ids, self.params, self.body, self.id, key, relay=relay) for ids in self.prompts])
@@ -187,9 +185,8 @@ class Generation(ABC):
 
     def _finished(self, number: int, answer: CompletionOutput) -> dict[str, Any]:
         index = number * self.n + answer.index
-        choice = self.choice(number, answer)
-        fields = {"logprobs": None, **self._token_fields(index, answer), **self._ending(index, answer)}
-        return {"index": index, **choice, **fields}
+        choice = {"index": index, **self.choice(number, answer), "logprobs": None}  # counts calls, before the ending
+        return {**choice, **self._token_fields(index, answer), **self._ending(index, answer)}
 
     def _message_parts(self, writer: ChunkWriter, index: int, answer: CompletionOutput) -> list[bytes]:
         """The chunks of some more text of a message that may hold thoughts and calls."""

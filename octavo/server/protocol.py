@@ -303,6 +303,7 @@ class EngineRequest(Strict):
     """What everything that the engine runs has. Null means: the default."""
 
     model: Name | None = None
+    add_special_tokens: bool = True
     request_id: Annotated[str, Field(max_length=128, pattern=REQUEST_ID)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_PROMPT_TOKENS)] | None = None  # the last ones are kept
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -411,10 +412,14 @@ class CompletionRequest(GenerationRequest):
     best_of: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
-    add_special_tokens: bool = True
+    max_tokens: Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidValueError(
+                "max_tokens 0 asks for the prompt alone: it goes with echo=true", param="max_tokens"
+            )
         num_answers = max(self.n or 1, self.best_of or 1)
         if num_answers > (self.n or 1) and self.stream:
             raise InvalidValueError("best_of above n cannot be streamed: the best is known at the end", param="best_of")

@@ -174,9 +174,8 @@ def _messages(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
             if kind == "message":
                 said["content"] += _text(item["content"])
             elif kind == "reasoning":
-                said["reasoning_content"] = said.get("reasoning_content", "") + _text(
-                    item.get("content") or item.get("summary") or ()
-                )
+                thought = _text(item.get("content") or item.get("summary") or ())
+                said["reasoning_content"] = said.get("reasoning_content", "") + thought
             else:
                 function = {"name": item["name"], "arguments": item["arguments"]}
                 call = {"id": item["call_id"], "type": "function", "function": function}
@@ -334,11 +333,9 @@ class Responses(Chat):
             if "id" in call:
                 called = {"call_id": call["id"], "name": function["name"], "arguments": ""}
                 yield from self._begin({"type": "function_call", "id": _new("fc"), **called})
-            if function["arguments"]:
-                self.output[-1]["arguments"] += function["arguments"]
-                yield self._event(
-                    "response.function_call_arguments.delta", **self._place(), delta=function["arguments"]
-                )
+            if more := function["arguments"]:
+                self.output[-1]["arguments"] += more
+                yield self._event("response.function_call_arguments.delta", **self._place(), delta=more)
 
     @property
     def _open(self) -> str | None:

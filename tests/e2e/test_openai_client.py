@@ -141,6 +141,9 @@ def test_echo_tells_what_generating_told(client: openai.OpenAI) -> None:
     assert told[0] is None
     assert told[len(first.prompt_token_ids) : len(ids)] == pytest.approx(first.logprobs.token_logprobs, abs=1e-4)
     assert again.logprobs.tokens[:-1][-12:] == first.logprobs.tokens
+    alone = client.completions.create(**{**GREEDY, "prompt": ids, "max_tokens": 0}, echo=True, logprobs=1).choices[0]
+    assert alone.logprobs.token_logprobs == told[:-1]
+    assert again.text.startswith(alone.text)
 
 
 def test_embeddings_tell_alike_from_unlike(client: openai.OpenAI) -> None:

@@ -140,6 +140,26 @@ def test_echo_with_logprobs_tells_the_prompt_too(shared: Server, stream: bool) -
         assert len(tops) == 5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_alone_scores_the_prompt(shared: Server, stream: bool) -> None:
+    answer = shared.client.completions.create(
+        model="fake", prompt="ab", max_tokens=0, logprobs=1, echo=True, n=2, stream=stream,
+        extra_body={"return_token_ids": True}, **({"stream_options": {"include_usage": True}} if stream else {}),
+    )  # fmt: skip
+    chunks = list(answer) if stream else [answer]
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (3, 0)
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    for index in range(2):
+        own = [choice for choice in choices if choice.index == index]
+        assert "".join(choice.text for choice in own) == "ab"
+        assert [token for choice in own for token in getattr(choice, "token_ids", [])] == []
+        assert own[-1].finish_reason == "length"
+        told = [choice.logprobs for choice in own if choice.logprobs and choice.logprobs.tokens]
+        assert [t.tokens for t in told] == [["<bos>", "a", "b"]]
+        assert told[0].token_logprobs == [None, -1.0, -1.0]
+
+
 def test_prompt_logprobs_as_vllm_shows_them(shared: Server) -> None:
     first = {"97": {"logprob": -1.0, "rank": 1, "decoded_token": "a"}}
     second = {"98": {"logprob": -1.0, "rank": 1, "decoded_token": "b"}}
