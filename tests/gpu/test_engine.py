@@ -37,7 +37,10 @@ SETTINGS = {
     "one at a time": {"max_num_seqs": 1},
     "small pool": {"num_gpu_blocks_override": 12, "max_model_len": 192, "enable_prefix_caching": False},
     "nothing fused": {"fuse_ops": False},
-    **{f"without {name}": {"disable_fusions": name} for name in ("norm", "residual", "activation", "rope", "pdl")},
+    **{  # two at a time: some are for products of one and two rows
+        f"without {name}": {"disable_fusions": name, "max_num_seqs": 2}
+        for name in ("norm", "residual", "activation", "rope", "pdl")
+    },
 }
 EVENTS = {"prefix cache": "prefix_hits", "chunks of 7": "num_chunked", "small pool": "num_preempted"}
 
