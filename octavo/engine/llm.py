@@ -33,7 +33,7 @@ from octavo.outputs import (
     ScoringRequestOutput,
 )
 from octavo.sampling_params import BeamSearchParams, Pooling, PoolingParams, RequestOutputKind, SamplingParams
-from octavo.text.chat import ChatTemplate, cut_after_last_message, plain_message
+from octavo.text.chat import ChatTemplate, cut_at_open_end, plain_message, with_open_end
 from octavo.text.load import load_text
 from octavo.text.tokenizer import Tokenizer
 
@@ -126,9 +126,10 @@ class LLM:
         conversations = _conversations(messages)
         template = self._template(chat_template)
         variables = {**(chat_template_kwargs or {}), "tools": tools, "add_generation_prompt": add_generation_prompt}
-        texts = [template.render(conversation, **variables) for conversation in conversations]
+        asked = [with_open_end(one) for one in conversations] if continue_final_message else conversations
+        texts = [template.render(conversation, **variables) for conversation in asked]
         if continue_final_message:
-            texts = [cut_after_last_message(*pair) for pair in zip(texts, conversations, strict=True)]
+            texts = [cut_at_open_end(*pair) for pair in zip(texts, conversations, strict=True)]
         params = self._params_list(sampling_params, len(texts))
         tokenizer = self.get_tokenizer()
         # the template writes the special tokens itself: none may be added

@@ -23,7 +23,7 @@ from octavo.server.errors import Failure, Refused, unavailable
 from octavo.server.keys import Key
 from octavo.server.protocol import ChatRequest, EngineRequest, GenerationRequest, TokenizeRequest
 from octavo.server.tools import Form
-from octavo.text.chat import cut_after_last_message, plain_message
+from octavo.text.chat import cut_at_open_end, plain_message, with_open_end
 from octavo.text.tokenizer import LONG_TEXT, refuse_hopeless
 
 if TYPE_CHECKING:
@@ -162,9 +162,10 @@ class Front:
         tools = None
         if isinstance(body, ChatRequest) and body.tools and body.tool_choice != "none":
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        opened = body.add_generation_prompt
-        text = await self.engine.render(messages, tools=tools, add_generation_prompt=opened, **kwargs)
-        return cut_after_last_message(text, messages) if body.continue_final_message else text
+        opened, continues = body.add_generation_prompt, body.continue_final_message
+        asked = with_open_end(messages) if continues else messages
+        text = await self.engine.render(asked, tools=tools, add_generation_prompt=opened, **kwargs)
+        return cut_at_open_end(text, messages) if continues else text
 
     def check_ids(self, ids: list[int], param: str) -> None:
         """Raises InvalidValueError for an empty prompt or an id that the model does not have."""

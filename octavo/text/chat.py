@@ -11,8 +11,9 @@ server renders in a process that it can kill (engine/template.py).
 from __future__ import annotations
 
 import json
+import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +34,7 @@ MAX_STEPS = 500_000
 MAX_SECONDS = 5.0
 MAX_SIZE = 1 << 22  # characters of a string, elements of a list, bits of a number
 _SIZED = (str, list, tuple, dict)
+_OPEN_END = f"{secrets.randbits(128)} "  # nobody can know it; the blank is gone where a template trims
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -131,16 +133,25 @@ def _part_text(part: object) -> str:
     return text
 
 
-def cut_after_last_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Drops what the template wrote behind the last message, so that the model goes on with it.
+def with_open_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, the last one's text ending in a mark: what a template writes behind it is for `cut_at_open_end`.
+    (To look for the text itself would find it in a template's own words: "end" stands in `<|im_end|>`.)"""
+    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _OPEN_END}]
 
-    Raises InvalidValueError when the message is not found in what was rendered.
+
+def cut_at_open_end(text: str, messages: list[dict[str, Any]]) -> str:
+    """The prompt up to the end of the last of the `messages`, so that the model goes on with it; the blanks that end
+    the message go where the template trims.
+
+    Raises InvalidValueError when the mark is not found in what was rendered.
     """
-    last: str = messages[-1]["content"]
-    for ending in (last, last.strip()):  # many templates trim
-        if ending and (found := text.rfind(ending)) >= 0:
-            return text[: found + len(ending)]
-    raise InvalidValueError("the chat template changes the last message: it cannot be continued", param="messages")
+    at = text.rfind(_OPEN_END.rstrip())
+    if at < 0:
+        raise InvalidValueError("the chat template changes the last message: it cannot be continued", param="messages")
+    if text.startswith(_OPEN_END, at):
+        return text[:at]
+    content = messages[-1]["content"]
+    return text[:at].removesuffix(content[len(content.rstrip()) :])
 
 
 def missing_template(model: str) -> InvalidValueError:

@@ -13,7 +13,14 @@ from vectors import templates
 from vocabularies import byte_level
 
 from octavo.errors import InvalidValueError, ModelFileError, UnsupportedParameterError
-from octavo.text.chat import MAX_SIZE, ChatTemplate, missing_template, plain_message
+from octavo.text.chat import (
+    MAX_SIZE,
+    ChatTemplate,
+    cut_at_open_end,
+    missing_template,
+    plain_message,
+    with_open_end,
+)
 from octavo.text.tokenizer import load_tokenizer
 
 TOKENIZER = byte_level()
@@ -153,6 +160,23 @@ def test_the_sandbox_holds(source: str) -> None:
 def test_a_template_that_does_not_compile_is_the_models_fault() -> None:
     with pytest.raises(ModelFileError, match="line 2"):
         ChatTemplate("fine\n{% if %}", TOKENIZER)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content CONTENT }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("content", ["end", "<", "m", "_", "{", "", " ", "user", "Sure:\n1.", " end \n"])
+def test_an_open_end_is_that_of_the_message_and_not_of_its_template(content: str) -> None:
+    messages = [{"role": "user", "content": "end"}, {"role": "assistant", "content": content}]
+    before = "<|im_start|>user\nend<|im_end|>\n<|im_start|>assistant\n"
+    for source, end in (
+        (CHATML.replace("CONTENT", ""), content),
+        (CHATML.replace("CONTENT", "| trim"), content.strip()),
+    ):
+        assert cut_at_open_end(render(source, with_open_end(messages)), messages) == before + end
+    assert messages[1]["content"] == content
+    with pytest.raises(InvalidValueError, match="cannot be continued"):
+        cut_at_open_end(render("{{ messages[0].content }}", with_open_end(messages)), messages)
 
 
 def test_a_missing_template_says_how_to_give_one() -> None:
