@@ -71,8 +71,8 @@ async def prepare(kind: type[Job], front: Front, body: ChatRequest, caller: Call
     """A checked chat of some kind; its id begins with `prefix`. max_tokens defaults to the rest of the context."""
     front.model(body.model)
     text = await front.render(body)
-    ids = await front.prompt_ids(text, body, "messages")
     asked = body.max_completion_tokens or body.max_tokens
+    ids = await front.prompt_ids(text, body, "messages", room=asked or 1)
     max_tokens = front.max_tokens(len(ids), asked, default=None, param="messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)

@@ -61,8 +61,9 @@ async def complete(front: Front, body: CompletionRequest, caller: Caller) -> Ans
     """Checks a completion request and begins to answer it. max_tokens defaults to 16, as OpenAI's; 0 is an echo."""
     front.model(body.model)
     texts = one_by_one(body.prompt)
-    prompts = [await front.prompt_ids(prompt, body, "prompt") for prompt in texts]
     default = 1 if body.max_tokens == 0 else DEFAULT_MAX_TOKENS  # one is generated, and not shown
+    room = body.max_tokens or default
+    prompts = [await front.prompt_ids(prompt, body, "prompt", room=room) for prompt in texts]
     max_tokens = front.max_tokens(max(map(len, prompts)), body.max_tokens, default=default, param="prompt")
     params = front.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
     if body.echo and params.prompt_logprobs is None:

@@ -134,9 +134,10 @@ class Front:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def prompt_ids(self, prompt: str | list[int], body: EngineRequest, param: str) -> list[int]:
-        """Checked token ids of a prompt, the last `truncate_prompt_tokens` of them where that is asked for. A text that
-        is too long whatever its tokens are is refused without counting them.
+    async def prompt_ids(self, prompt: str | list[int], body: EngineRequest, param: str, *, room: int = 1) -> list[int]:
+        """Checked token ids of a prompt, the last `truncate_prompt_tokens` of them where that is asked for (-1: as many
+        as leave `room` for the answer). A text that is too long whatever its tokens are is refused without counting
+        them.
 
         Raises ContextLengthError, InvalidValueError.
         """
@@ -146,7 +147,8 @@ class Front:
                 refuse_hopeless(self.tokenizer, prompt, self.engine.max_model_len, param=param)
             prompt = await self.encode(prompt, add_special_tokens=body.add_special_tokens)
         if most is not None:
-            prompt = prompt[-(self.engine.max_model_len - 1 if most < 0 else most) :]
+            most = max(self.engine.max_model_len - room, 1) if most < 0 else most
+            prompt = prompt[max(len(prompt) - most, 0) :]
         self.check_ids(prompt, param)
         return prompt
 

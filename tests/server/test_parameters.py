@@ -151,8 +151,24 @@ def test_truncation_lets_a_long_prompt_in(server: Server) -> None:
     assert server.http.post("/v1/completions", json=long).status_code == 400
     post(server, "/v1/completions", **long, truncate_prompt_tokens=100)
     assert server.engine.seen[-1].prompt == list(b"a" * 100)
-    post(server, "/v1/completions", **{**long, "max_tokens": 1}, truncate_prompt_tokens=-1)
-    assert len(server.engine.seen[-1].prompt) == server.engine.max_model_len - 1
+    limit = server.engine.max_model_len
+    for max_tokens, kept in ((1, limit - 1), (2, limit - 2), (20, limit - 20), (limit - 1, 1), (None, limit - 16)):
+        post(server, "/v1/completions", **{**long, "max_tokens": max_tokens}, truncate_prompt_tokens=-1)
+        assert len(server.engine.seen[-1].prompt) == kept
+    chat = {"messages": [{"role": "user", "content": "a" * 5000}], "truncate_prompt_tokens": -1}
+    for max_tokens, kept in ((20, limit - 20), (None, limit - 1)):
+        post(server, "/v1/chat/completions", **chat, max_tokens=max_tokens)
+        assert len(server.engine.seen[-1].prompt) == kept
+
+
+@pytest.mark.parametrize(
+    ("truncated", "max_tokens", "why"), [(0, 2, "the prompt is empty"), (-1, 128, "lower max_tokens to 127")]
+)
+def test_truncation_that_leaves_nothing_is_refused(server: Server, truncated: int, max_tokens: int, why: str) -> None:
+    body = {"prompt": "a" * 300, "truncate_prompt_tokens": truncated, "max_tokens": max_tokens}
+    refused = server.http.post("/v1/completions", json=body)
+    assert refused.status_code == 400
+    assert why in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
