@@ -84,7 +84,7 @@ class EngineReady:
     block_size: int
     max_model_len: int
     vocab_size: int
-    generation_defaults: dict[str, float]  # what the model's own generation_config recommends
+    generation_defaults: dict[str, int | float]  # what the model's generation_config recommends of SamplingParams
     weight_bytes: int
     kv_bytes: int
     runtime: str  # "native (portable, 2 threads)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,9 +9,7 @@ from typing import Any, Literal, get_args
 
 from octavo.errors import InvalidValueError, UnsupportedParameterError
 
-MAX_N = 128
 MAX_BEAM_WIDTH = 64
-MAX_LOGPROBS = 20
 MAX_STOP = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_STOP_TOKEN_IDS = 128
@@ -22,8 +19,26 @@ MAX_BAD_WORDS = 128
 MAX_GRAMMAR = 1 << 16  # characters of a specification as JSON
 MAX_NESTING = 32
 MAX_TOKENS = 1 << 24  # of a request; the model's context binds long before
-MAX_SEED = (1 << 63) - 1
-
+BOUNDS: dict[str, tuple[float, float]] = {  # of numbers, here, in HTTP bodies and in a generation_config.json
+    "n": (1, 128),
+    "best_of": (1, 128),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),  # without 0
+    "top_k": (-1, 1 << 30),
+    "min_p": (0.0, 1.0),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+    "max_tokens": (1, MAX_TOKENS),
+    "min_tokens": (0, MAX_TOKENS),
+    "max_thinking_tokens": (0, MAX_TOKENS),
+    "logprobs": (0, 20),
+    "prompt_logprobs": (0, 20),
+    "length_penalty": (-10.0, 10.0),
+}
+_MAY_BE_NONE = {"best_of", "seed", "max_tokens", "max_thinking_tokens", "logprobs", "prompt_logprobs"}
+_SWITCHES = ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "use_beam_search")
 
 Pooling = Literal["last", "mean"]
 
@@ -60,7 +75,10 @@ class StructuredOutputsParams:
             raise InvalidValueError(
                 f"{kind} must have at most {MAX_GRAMMAR} characters and {MAX_NESTING} levels", param=self.asked_as
             )
-        if kind == "choice" and not all(isinstance(text, str) and text for text in self.choice or [""]):
+        if kind in ("regex", "grammar") and not isinstance(spec, str):
+            raise InvalidValueError(f"{kind} must be a string, not {_show(spec)}", param=self.asked_as)
+        is_list = isinstance(self.choice, list | tuple) and all(isinstance(text, str) and text for text in self.choice)
+        if kind == "choice" and not (is_list and self.choice):
             raise InvalidValueError("choice must be a list of strings, none empty", param=self.asked_as)
 
     @property
@@ -117,27 +135,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._refuse_unbuilt()
-        _integer("n", self.n, 1, MAX_N)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
+        for name, (low, high) in BOUNDS.items():
+            if (value := getattr(self, name)) is not None or name not in _MAY_BE_NONE:
+                _number(name, value, low, high)
         if self.top_p == 0.0:
             raise InvalidValueError("top_p must be above 0 and at most 1; for greedy use temperature=0", param="top_p")
-        for name, low, high in (
-            ("best_of", self.n, MAX_N),
-            ("seed", -MAX_SEED - 1, MAX_SEED),
-            ("max_tokens", 1, MAX_TOKENS),
-            ("max_thinking_tokens", 0, MAX_TOKENS),
-            ("logprobs", 0, MAX_LOGPROBS),
-            ("prompt_logprobs", 0, MAX_LOGPROBS),
-        ):
-            if (value := getattr(self, name)) is not None:
-                _integer(name, value, low, high)
-        _integer("top_k", self.top_k, -1, 1 << 30)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else MAX_TOKENS)
+        _number("best_of", self.num_candidates, self.n, BOUNDS["n"][1])
+        _number("min_tokens", self.min_tokens, 0, self.max_tokens or MAX_TOKENS)
+        for name in _SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidValueError(f"{name} must be True or False, not {_show(value)}", param=name)
         if _stop_list(self.stop) and not self.detokenize:
             raise InvalidValueError("stop strings need detokenize=True; use stop_token_ids", param="stop")
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
@@ -145,6 +152,11 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidValueError("allowed_token_ids must name at least one token", param="allowed_token_ids")
         _words("bad_words", self.bad_words, MAX_BAD_WORDS)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise InvalidValueError(
+                f"structured_outputs must be StructuredOutputsParams, not {_show(self.structured_outputs)}",
+                param="structured_outputs",
+            )
         if self.structured_outputs and (self.ignore_eos or self.min_tokens):
             name = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise InvalidValueError(f"{name} does not go with structured outputs: they say when to end", param=name)
@@ -203,7 +215,6 @@ class SamplingParams:
                 raise UnsupportedParameterError(f"{name} is not supported yet: leave it out", param=name)
 
     def _check_beams(self) -> None:
-        _number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InvalidValueError('early_stopping must be true, false or "never"', param="early_stopping")
         if not self.use_beam_search:
@@ -211,7 +222,7 @@ class SamplingParams:
                 name = "early_stopping" if self.length_penalty == 1.0 else "length_penalty"
                 raise InvalidValueError(f"{name} needs use_beam_search=true", param=name)
             return
-        _integer("n" if self.best_of is None else "best_of", self.num_candidates, 1, MAX_BEAM_WIDTH)
+        _number("n" if self.best_of is None else "best_of", self.num_candidates, 1, MAX_BEAM_WIDTH)
         asked = {
             "temperature": self.temperature not in (0.0, 1.0),
             "top_p": self.top_p != 1.0,
@@ -240,7 +251,7 @@ class SamplingParams:
                 f"logit_bias must be a mapping of at most {MAX_LOGIT_BIAS} token ids to numbers", param="logit_bias"
             )
         for token, bias in self.logit_bias.items():
-            _integer("logit_bias", token, 0, 1 << 31)
+            _number("logit_bias", token, 0, 1 << 31, "a token id of logit_bias")
             _number("logit_bias", bias, -100.0, 100.0)
 
 
@@ -259,7 +270,7 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         if self.temperature != 0.0:
             raise InvalidValueError("beam search does not sample: leave temperature out", param="temperature")
-        _integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        _number("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
         self.as_sampling()
 
     def as_sampling(self) -> SamplingParams:
@@ -299,15 +310,13 @@ class PoolingParams:
         return SamplingParams(temperature=0.0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidValueError(f"{name} must be an integer from {low} to {high}, not {_show(value)}", param=name)
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not low <= value <= high:  # type: ignore[operator]
-        raise InvalidValueError(f"{name} must be a number from {low:g} to {high:g}, not {_show(value)}", param=name)
+def _number(name: str, value: object, low: float, high: float, what: str = "") -> None:
+    """Between bounds that are integers only an integer is right."""
+    kind, word, form = (int, "an integer", "d") if isinstance(low, int) else (int | float, "a number", "g")
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # false for NaN as well
+        raise InvalidValueError(
+            f"{what or name} must be {word} from {low:{form}} to {high:{form}}, not {_show(value)}", param=name
+        )
 
 
 def _stop_list(stop: object) -> list[str]:
@@ -320,7 +329,7 @@ def _token_ids(name: str, ids: object, limit: int) -> None:
     if not isinstance(ids, Sequence) or isinstance(ids, str) or len(ids) > limit:
         raise InvalidValueError(f"{name} must be a list of at most {limit} token ids", param=name)
     for token in ids:
-        _integer(name, token, 0, 1 << 31)
+        _number(name, token, 0, 1 << 31)
 
 
 def _words(name: str, words: object, limit: int, kind: str = "a list") -> list[str]:

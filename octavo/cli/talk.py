@@ -153,11 +153,10 @@ class EngineTalker:
         await self._engine.shutdown()
 
     async def _generate(self, prompt: str | list[int], sampling: Sampling, answer: Answer) -> AsyncGenerator[str, None]:
-        from octavo.engine.frontend import default_sampling
         from octavo.sampling_params import RequestOutputKind, SamplingParams
 
-        recommended = default_sampling(self._engine.ready.generation_defaults)
-        settings = {"temperature": TEMPERATURE, "max_tokens": None} | recommended | sampling.given()
+        defaults = {"temperature": TEMPERATURE, "max_tokens": None} | self._engine.ready.generation_defaults
+        settings = defaults | sampling.given()
         params = SamplingParams(output_kind=RequestOutputKind.DELTA, **settings)
         self._count += 1
         async for output in self._engine.generate(prompt, params, f"cli-{self._count}"):

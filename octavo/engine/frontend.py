@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
 from octavo.config import EngineConfig
 from octavo.engine.groups import Arrivals, Child, Group, Update
@@ -24,7 +24,6 @@ from octavo.step import TokenLogprobs
 from octavo.text.stream import TextStream
 from octavo.text.tokenizer import Tokenizer, refuse_hopeless
 
-MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 MAX_PROMPT_LOGPROBS = 1 << 20  # of one request; they are told in one message
 _OWN_ERRORS: dict[type[RequestError], str] = {  # that the engine found, and the parameter to blame
     TimeLimitError: "timeout",
@@ -417,9 +416,3 @@ def _error(delta: RequestDelta) -> Exception | None:
         if delta.error_kind == kind.__name__:
             return kind(delta.error, param=param)
     return StepError(delta.error)
-
-
-def default_sampling(recommended: Mapping[str, float]) -> dict[str, Any]:
-    """Of what a model's own generation_config recommends, the sampling parameters, by the names of SamplingParams."""
-    given = {name: value for name, value in recommended.items() if name in MODEL_DEFAULTS}
-    return {name: int(value) if name == "top_k" else value for name, value in given.items()}

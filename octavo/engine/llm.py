@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import prepare
 from octavo.engine.core import EngineCore
-from octavo.engine.frontend import Frontend, Prompt, default_sampling
+from octavo.engine.frontend import Frontend, Prompt
 from octavo.engine.grammar import compile_here
 from octavo.engine.groups import Group
 from octavo.engine.vectors import cosine, vector_of
@@ -200,7 +200,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends; plain defaults where it has none."""
-        return SamplingParams(**default_sampling(self.core.info.spec.generation_defaults))
+        return SamplingParams(**self.core.info.spec.generation_defaults)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError when the engine runs without one."""

@@ -11,6 +11,7 @@ from octavo.models.hf_config import Fields, read_json
 from octavo.models.rope import RopeParameters, make_rope
 from octavo.models.spec import LayerSpec, ModelFiles, ModelSpec
 from octavo.program.ops import Rope
+from octavo.sampling_params import BOUNDS
 
 MAX_LAYERS = 1024
 MAX_VOCAB = 1 << 24
@@ -20,13 +21,7 @@ MIN_THETA = 1.001  # its logarithm is a divisor
 _DTYPES = ("float32", "bfloat16", "float16")
 _SLIDING = "sliding_attention"
 _LAYER_TYPES = (_SLIDING, "full_attention")
-_GENERATION_DEFAULTS = {  # field: (low, high)
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (-1.0, float(1 << 30)),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-}
+_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_hf_spec(files: ModelFiles, *, max_model_len: int | None = None) -> ModelSpec:
@@ -116,8 +111,8 @@ class _SpecReader:
             return replace(spec, eos_token_ids=eos)
         generation = Fields(read_json(path), path)
         defaults = {
-            name: generation.number(name, low=low, high=high)
-            for name, (low, high) in _GENERATION_DEFAULTS.items()
+            name: type(BOUNDS[name][0])(generation.number(name, low=BOUNDS[name][0], high=BOUNDS[name][1]))
+            for name in _GENERATION_DEFAULTS
             if generation.has(name)
         }
         eos = generation.token_ids("eos_token_id", spec.vocab_size) or eos

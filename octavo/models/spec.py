@@ -76,4 +76,4 @@ class ModelSpec:
 
     stored_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "quantized"
     eos_token_ids: tuple[int, ...] = ()
-    generation_defaults: dict[str, float] = field(default_factory=dict)  # temperature, top_p, top_k, ...
+    generation_defaults: dict[str, int | float] = field(default_factory=dict)  # what it recommends of SamplingParams

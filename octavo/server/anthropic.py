@@ -195,7 +195,7 @@ class MessagesRequest(CountRequest):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: protocol.TopP | None = None
     metadata: Metadata | None = None
 
     def as_chat(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
-from octavo.engine.frontend import default_sampling
 from octavo.errors import ContextLengthError, InvalidValueError, UnknownModelError, UnsupportedParameterError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import Pooling, RequestOutputKind, SamplingParams
@@ -218,7 +217,7 @@ class Front:
             raise UnsupportedParameterError("stop strings need a tokenizer: use stop_token_ids", param="stop")
         given = {name: value for name in SAMPLING if (value := getattr(body, name, None)) is not None}
         params = SamplingParams(
-            **{**({} if body.use_beam_search else default_sampling(engine.ready.generation_defaults)), **given},
+            **{**({} if body.use_beam_search else engine.ready.generation_defaults), **given},
             max_tokens=max_tokens,
             logprobs=logprobs,
             logit_bias={int(token): bias for token, bias in body.logit_bias.items()} if body.logit_bias else None,

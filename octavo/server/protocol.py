@@ -34,6 +34,12 @@ def _bounded(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _within(name: str) -> Any:
+    """The bounds of a number of SamplingParams."""
+    low, high = limits.BOUNDS[name]
+    return Field(ge=low, le=high)
+
+
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
@@ -41,7 +47,10 @@ TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", max_length=64)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=limits.MAX_GRAMMAR)]
 JsonSchema = Annotated[dict[str, Any], Field(max_length=1024), AfterValidator(_bounded)]
-Count = Annotated[int, Field(ge=1, le=limits.MAX_TOKENS)]
+Count = Annotated[int, _within("max_tokens")]
+Temperature = Annotated[float, _within("temperature")]
+TopP = Annotated[float, Field(gt=0, le=limits.BOUNDS["top_p"][1])]
+NumLogprobs = Annotated[int, _within("logprobs")]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_LENGTH)]
 BiasKey = Annotated[str, Field(max_length=10, pattern=r"^(0|[1-9][0-9]{0,9})$")]  # one spelling a token
 BiasValue = Annotated[float, Field(ge=-100, le=100)]
@@ -316,27 +325,27 @@ class GenerationRequest(EngineRequest):
     """What chat and completions share. Null means: the default."""
 
     max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1 << 30)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: Annotated[int, _within("top_k")] | None = None
+    min_p: Annotated[float, _within("min_p")] | None = None
+    n: Annotated[int, _within("n")] | None = None
     use_beam_search: bool = False  # n is the width, or best_of where it is given
-    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    length_penalty: Annotated[float, _within("length_penalty")] | None = None
     early_stopping: bool | Literal["never"] | None = None
-    seed: Annotated[int, Field(ge=-limits.MAX_SEED - 1, le=limits.MAX_SEED)] | None = None
+    seed: Annotated[int, _within("seed")] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)] = 0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, _within("min_tokens")] = 0
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
     logit_bias: Annotated[dict[BiasKey, BiasValue], Field(max_length=limits.MAX_LOGIT_BIAS)] | None = None
     bad_words: Annotated[list[StopString], Field(max_length=limits.MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=limits.MAX_ALLOWED_IDS)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None  # not streamed
+    prompt_logprobs: NumLogprobs | None = None  # not streamed
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool = True
@@ -369,12 +378,12 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    top_logprobs: NumLogprobs | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: WordOrObject[ToolWord, NamedTool] | None = None  # default: auto with tools, none without
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
-    max_thinking_tokens: Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)] | None = None
+    max_thinking_tokens: Annotated[int, _within("max_thinking_tokens")] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False  # a template writes its own
@@ -409,9 +418,9 @@ class CompletionRequest(GenerationRequest):
     refused = {**UNBUILT_SAMPLING, "suffix": ("",)}
 
     prompt: Prompt
-    best_of: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
+    best_of: Annotated[int, _within("best_of")] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    logprobs: NumLogprobs | None = None
     max_tokens: Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)] | None = None
 
     @model_validator(mode="after")

@@ -123,8 +123,8 @@ class ResponsesRequest(protocol.EngineRequest):
     input: StringOrList[Text, Annotated[list[InputItem], Field(min_length=1, max_length=protocol.MAX_MESSAGES)]]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: protocol.Temperature | None = None
+    top_p: protocol.TopP | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=protocol.MAX_TOOLS)] | None = None
     tool_choice: WordOrObject[ToolWord, NamedFunction] | None = None
     parallel_tool_calls: bool | None = None

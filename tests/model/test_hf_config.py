@@ -11,6 +11,7 @@ import pytest
 from octavo.errors import ConfigError, ModelFileError, UnsupportedModelError
 from octavo.models.reader import read_spec
 from octavo.models.spec import ModelFiles, ModelSpec
+from octavo.sampling_params import SamplingParams
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -74,11 +75,12 @@ def test_dtype_in_both_places(tmp_path: Path, key: str) -> None:
 
 def test_generation_config_wins_and_gives_defaults(tmp_path: Path) -> None:
     assert read(tmp_path, eos_token_id=2).eos_token_ids == (2,)
-    generation = {"eos_token_id": [7, 9, 7, 1000], "temperature": 0.6, "top_k": 20, "do_sample": True, "top_p": None}
+    generation = {"eos_token_id": [7, 9, 7, 1000], "temperature": 0.6, "top_k": 20.0, "do_sample": True, "top_p": None}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     spec = read(tmp_path, eos_token_id=2)
     assert spec.eos_token_ids == (7, 9)  # 1000 is outside the vocabulary
-    assert spec.generation_defaults == {"temperature": 0.6, "top_k": 20.0}
+    assert spec.generation_defaults == {"temperature": 0.6, "top_k": 20}
+    assert SamplingParams(**spec.generation_defaults).top_k == 20
     (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 7}))
     with pytest.raises(ModelFileError, match=r"generation_config.json: top_p must be a number from 0 to 1, not 7"):
         read(tmp_path)

@@ -300,7 +300,7 @@ def test_null_is_the_default_everywhere(server: Server) -> None:
 
 
 def test_model_defaults_apply_where_a_request_is_silent(serve) -> None:
-    server = serve(FakeEngine(generation_defaults={"temperature": 0.6, "top_p": 0.9, "top_k": 40.0, "unknown": 1.0}))
+    server = serve(FakeEngine(generation_defaults={"temperature": 0.6, "top_p": 0.9, "top_k": 40}))
     post(server, "/v1/chat/completions", **CHAT, top_p=0.5)
     params = server.engine.seen[-1].params
     assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.5, 40)

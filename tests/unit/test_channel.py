@@ -9,7 +9,7 @@ import pytest
 from octavo.engine.channel import MAX_FRAME, EngineChannel, decode, encode, merge_delta
 from octavo.engine.front_channel import FrontChannel
 from octavo.errors import EngineDeadError
-from octavo.messages import AbortRequests, AddRequest, RequestDelta, StepOutputs, StepRecord
+from octavo.messages import AbortRequests, AddRequest, EngineReady, RequestDelta, StepOutputs, StepRecord
 from octavo.sampling_params import SamplingParams
 from octavo.step import TokenLogprobs
 
@@ -39,6 +39,14 @@ def test_messages_survive_any_cut():
     assert channel.receive(wait=True) == []
     assert channel.closed
     channel.close()
+
+
+def test_what_a_model_recommends_keeps_its_types():
+    given = {"top_k": 20, "temperature": 1.0}
+    frame = encode(EngineReady(1, 16, 64, 99, given, 0, 0, "native", "int8", "bfloat16", {}, ""))
+    told = decode(frame[4], frame[5:]).generation_defaults
+    assert {name: type(value) for name, value in told.items()} == {"top_k": int, "temperature": float}
+    assert SamplingParams(**told).top_k == 20
 
 
 def test_a_slow_front_gets_merged_deltas_and_loses_nothing():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from octavo.errors import InvalidValueError, UnsupportedParameterError
-from octavo.sampling_params import MAX_STOP, RequestOutputKind, SamplingParams
+from octavo.sampling_params import MAX_STOP, RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,27 @@ from octavo.sampling_params import MAX_STOP, RequestOutputKind, SamplingParams
         ("early_stopping", True),
         ("prompt_logprobs", 21),
         ("early_stopping", "always"),
+        ("n", None),
+        ("temperature", None),
+        ("logit_bias", {"1": 1.0}),
+        ("ignore_eos", "no"),
+        ("use_beam_search", 1),
+        ("structured_outputs", {"json": {}}),
     ],
 )
 def test_out_of_bounds_is_refused_by_name(name, bad):
     with pytest.raises(InvalidValueError) as caught:
         SamplingParams(**{name: bad})
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    "given", [{"choice": "abc"}, {"choice": ["a", 1]}, {"choice": []}, {"regex": 5}, {"grammar": []}]
+)
+def test_a_structure_of_the_wrong_type_is_refused(given):
+    with pytest.raises(InvalidValueError, match=f"{next(iter(given))} must be") as caught:
+        StructuredOutputsParams(**given)
+    assert caught.value.param == "structured_outputs"
 
 
 @pytest.mark.parametrize(
