@@ -78,7 +78,7 @@ def linear_program(shape: tuple[int, int], num_weights: int, role: str = "linear
         table = Weight("w", ("w",), (channels,), shape, "embedding")
         build.add(Embedding("x", weight=table, out=x))
         build.add(GatherRows("rows", x=x, out=rows))
-        return build.finish(hidden=rows, logits=rows, hidden_size=depth, vocab_size=depth, max_len=1 << 16)
+        return build.finish(hidden=rows, logits=rows, vocab_size=depth, max_len=1 << 16)
     build.add(
         Embedding("x", weight=Weight("x", ("x",), (_TOKENS,), (_TOKENS, depth), "embedding"), out=x, scale=_SCALE)
     )
@@ -87,7 +87,7 @@ def linear_program(shape: tuple[int, int], num_weights: int, role: str = "linear
         build.add(Linear("w", x=x, weight=Weight(f"w{n}", (f"w{n}",), (channels,), shape, "linear"), out=out))
     logits = build.logit_rows("logits", channels)
     build.add(GatherRows("logits", x=out, out=logits))
-    return build.finish(hidden=logits, logits=logits, hidden_size=channels, vocab_size=channels, max_len=1 << 16)
+    return build.finish(hidden=logits, logits=logits, vocab_size=channels, max_len=1 << 16)
 
 
 def load(level: str, threads: int, program: Program, source: Blocks, dtype: str, rows: int) -> NativeRuntime:

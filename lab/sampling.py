@@ -69,7 +69,7 @@ def microseconds(logits: Float32, level: str) -> dict[str, float]:
     table = Weight("logits", ("logits",), (rows,), (rows, vocab), "embedding")
     build.add(Embedding("embed", weight=table, out=x))
     build.add(GatherRows("gather", x=x, out=out))
-    program = build.finish(hidden=out, logits=out, hidden_size=vocab, vocab_size=rows, max_len=rows)
+    program = build.finish(hidden=out, logits=out, vocab_size=rows, max_len=rows)
     runtime = NativeRuntime(1, level)
     runtime.load(program, _Given(logits), dtype="float32", max_num_tokens=rows, max_num_logits=rows, max_num_requests=1)
     runtime.allocate_kv(rows // 16, 16)

@@ -188,7 +188,7 @@ def _with_engine(config: EngineConfig, trace: TraceFlags, path: Path, num_runs: 
                 arrivals = arrivals or _arrivals(trace, costs.machine(config), config)
                 with progress(f"Running {number + 1}/{num_runs}", len(arrivals)) as tell:
                     measured.append(run_real(arrivals, core, salt=f"run {number}", tell=tell))
-    costs.write(path)
+    write_json(path, asdict(costs))
     _say_costs(costs, path)
     if not measured:
         return 0

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any, Unpack
 
-from octavo import __version__, errors, messages
+from octavo import errors, messages
 from octavo.config import EngineConfig
 from octavo.engine.black_box import MAX_STEPS, write_black_box
 from octavo.engine.child import EngineProcess
@@ -250,7 +250,7 @@ class AsyncEngine:
         ready = asdict(self.ready)
         config = asdict(self.config) | {name: ready[name] for name in ("dtype", "kv_cache_dtype", "max_model_len")}
         config.pop("prefix_caching_hash_key")  # a secret
-        return {"version": __version__, "config": config, "engine": ready, "start_up_seconds": self.timings}
+        return {"config": config, "engine": ready, "start_up_seconds": self.timings}
 
     @property
     def num_unfinished(self) -> int:

@@ -41,13 +41,8 @@ class _Decoder:
             stream, update = self._attention_block(f"layers.{index}", layer, stream, update, is_last=is_last)
             stream, update = self._mlp_block(f"layers.{index}", index, stream, update)
         hidden = self._last_states(stream, update)
-        return self._build.finish(
-            hidden=hidden,
-            logits=self._logits(hidden),
-            hidden_size=spec.hidden_size,
-            vocab_size=spec.vocab_size,
-            max_len=spec.max_model_len,
-        )
+        logits = self._logits(hidden)
+        return self._build.finish(hidden=hidden, logits=logits, vocab_size=spec.vocab_size, max_len=spec.max_model_len)
 
     def _embedding(self) -> Buffer:
         """Token embeddings plus learned positions; narrow ones are widened before positions are added (OPT-350m)."""

@@ -56,7 +56,6 @@ class Program:
     hidden: Buffer
     logits: Buffer
     vocab_size: int
-    hidden_size: int
     max_model_len: int
 
     @property
@@ -206,6 +205,6 @@ class ProgramBuilder:
         self._kv_layers.append(replace(layer, place=len(self._kv_layers)))
         return len(self._kv_layers) - 1
 
-    def finish(self, *, hidden: Buffer, logits: Buffer, hidden_size: int, vocab_size: int, max_len: int) -> Program:
+    def finish(self, *, hidden: Buffer, logits: Buffer, vocab_size: int, max_len: int) -> Program:
         """The recorded program."""
-        return Program(tuple(self._nodes), tuple(self._kv_layers), hidden, logits, vocab_size, hidden_size, max_len)
+        return Program(tuple(self._nodes), tuple(self._kv_layers), hidden, logits, vocab_size, max_len)

@@ -9,11 +9,11 @@ Routes: POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/responses
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.middleware.cors import CORSMiddleware
 
 from octavo import __version__
@@ -35,36 +35,6 @@ if TYPE_CHECKING:
 
 
 ResponseId = Annotated[str, Field(max_length=256)]
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: Annotated[str, Field(max_length=65536)]
-    type: Annotated[str, Field(max_length=64)]
-    param: Annotated[str, Field(max_length=65536)] | None
-    code: Annotated[str, Field(max_length=64)] | None
-
-
-class ErrorResponse(BaseModel):
-    """OpenAI's error object."""
-
-    error: ErrorDetail
-
-
-class AnthropicErrorDetail(BaseModel):
-    """What went wrong."""
-
-    type: Annotated[str, Field(max_length=64)]
-    message: Annotated[str, Field(max_length=65536)]
-
-
-class AnthropicErrorResponse(BaseModel):
-    """Anthropic's error object."""
-
-    type: Literal["error"]
-    error: AnthropicErrorDetail
-    request_id: Annotated[str, Field(max_length=128)]
 
 
 def create_app(
@@ -209,7 +179,7 @@ def _add_information(app: FastAPI, front: Front) -> None:
 
     @app.get("/server_info")
     async def server_info() -> Response:
-        return _json(engine.describe())
+        return _json({"version": __version__, **engine.describe()})
 
     @app.get("/memory", responses=_ERRORS)
     async def memory() -> Response:
@@ -239,16 +209,26 @@ def _add_health(app: FastAPI, front: Front) -> None:
         app.head(path, include_in_schema=False)(handler)
 
 
-def _errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    return {"4XX": {"model": model}, "5XX": {"model": model}}
+def _object(**fields: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "required": [*fields]}
 
 
-_ERRORS = _errors(ErrorResponse)
+def _errors(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    told = {"description": "Refused, or failed", "content": {"application/json": {"schema": schema}}}
+    return {"4XX": told, "5XX": told}
+
+
+_WORDS = {"type": "string", "maxLength": 1 << 16}
+_MAYBE = {"anyOf": [_WORDS, {"type": "null"}]}
+_ERRORS = _errors(_object(error=_object(message=_WORDS, type=_WORDS, param=_MAYBE, code=_MAYBE)))
+_ANTHROPIC_ERRORS = _errors(
+    _object(type={"const": "error"}, error=_object(type=_WORDS, message=_WORDS), request_id=_WORDS)
+)
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
 
 
 def _post(app: FastAPI, path: str, *, streams: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    told = _errors(AnthropicErrorResponse) if path.startswith(errors.ANTHROPIC_PATH) else _ERRORS
+    told = _ANTHROPIC_ERRORS if path.startswith(errors.ANTHROPIC_PATH) else _ERRORS
     return app.post(path, responses={**told, **(_STREAM if streams else {})})
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,13 +74,6 @@ class Costs:
             self.kv_windows,
             int(config.swap_space * (1 << 30) // (self.block_bytes * scale)) if config.swap_space else 0,
         )
-
-    def write(self, path: Path) -> None:
-        """Writes the file. Raises ConfigError where it cannot be written."""
-        try:
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> Costs:

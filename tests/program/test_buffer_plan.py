@@ -60,7 +60,7 @@ def programs(draw: st.DrawFn) -> Program:
     hidden, logits = build.logit_rows("hidden", last.width), build.logit_rows("logits", 11)
     build.add(GatherRows("gather", last, hidden))
     build.add(Linear("head", hidden, _matrix("head", 11, last.width), logits))
-    return build.finish(hidden=hidden, logits=logits, hidden_size=8, vocab_size=11, max_len=8)
+    return build.finish(hidden=hidden, logits=logits, vocab_size=11, max_len=8)
 
 
 def _matrix(name: str, *shape: int) -> Weight:

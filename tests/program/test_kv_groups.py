@@ -12,7 +12,7 @@ def program(windows: list[int], max_model_len: int = 4096, heads: list[int] | No
     heads = heads or [2] * len(windows)
     layers = tuple(KVLayer(n, 8, window=w, place=i) for i, (n, w) in enumerate(zip(heads, windows, strict=True)))
     buffer = Buffer("x", Rows.TOKENS, 8)
-    return Program((), layers, buffer, buffer, 10, 8, max_model_len)
+    return Program((), layers, buffer, buffer, 10, max_model_len)
 
 
 def shape(windows: list[int], max_model_len: int = 4096) -> tuple[tuple[int, ...], int]:

@@ -143,7 +143,7 @@ def row_program(width: int, body: Callable[[ProgramBuilder, Buffer], Buffer], **
     y = body(build, x)
     logits = build.logit_rows("logits", y.width)
     build.add(GatherRows("gather", x=y, out=logits))
-    return build.finish(hidden=logits, logits=logits, hidden_size=y.width, vocab_size=VOCAB, max_len=MAX_LEN)
+    return build.finish(hidden=logits, logits=logits, vocab_size=VOCAB, max_len=MAX_LEN)
 
 
 def attention_program(
@@ -213,7 +213,7 @@ def decoder_program(
     logits = build.logit_rows("logits", VOCAB)
     build.add(GatherRows("gather", x=last, out=rows_out))
     build.add(Linear("lm_head", x=rows_out, weight=embed, out=logits))
-    return build.finish(hidden=rows_out, logits=logits, hidden_size=hidden, vocab_size=VOCAB, max_len=MAX_LEN)
+    return build.finish(hidden=rows_out, logits=logits, vocab_size=VOCAB, max_len=MAX_LEN)
 
 
 def _add_norm(build: ProgramBuilder, stream: Buffer, update: Buffer, name: str, out: Buffer) -> Buffer:

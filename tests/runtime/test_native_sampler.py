@@ -22,7 +22,7 @@ def head_program() -> Program:
     build.add(Embedding("embed", weight=matrix("embed", 61, 32, "embedding"), out=x))
     build.add(GatherRows("gather", x=x, out=rows))
     build.add(Linear("head", x=rows, weight=matrix("head", VOCAB, 32), out=logits))
-    return build.finish(hidden=rows, logits=logits, hidden_size=32, vocab_size=VOCAB, max_len=400)
+    return build.finish(hidden=rows, logits=logits, vocab_size=VOCAB, max_len=400)
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def small_program() -> tuple[Program, dict[str, Float32]]:
     build.add(Add("sum", normed, kept, out))
     build.add(GatherRows("gather", out, last))
     build.add(Linear("head", last, embed, logits))
-    program = build.finish(hidden=last, logits=logits, hidden_size=8, vocab_size=11, max_len=16)
+    program = build.finish(hidden=last, logits=logits, vocab_size=11, max_len=16)
     return program, arrays
 
 

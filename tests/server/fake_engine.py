@@ -126,7 +126,7 @@ class FakeEngine:
         return len(self.running)
 
     def describe(self) -> dict:
-        return {"version": "0"}
+        return {"config": {}}
 
     async def memory(self) -> dict:
         return {"states": "", "holders": [], "metrics": self.metrics.now()}

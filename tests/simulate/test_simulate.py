@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 
 from octavo.cli.app import run
+from octavo.cli.files import write_json
 from octavo.config import EngineConfig
 from octavo.engine.calibrate import LONGEST, NUM_NEW, timed_steps
 from octavo.engine.core import EngineCore
@@ -310,7 +311,7 @@ def costs_file(tmp_path):
         typical_error=0.01,
     )
     path = tmp_path / "costs.json"
-    costs.write(path)
+    write_json(path, asdict(costs))
     assert Costs.read(path) == costs
     return path
 
