@@ -200,7 +200,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends; plain defaults where it has none."""
-        return SamplingParams(**self.core.info.spec.generation_defaults)
+        recommended: dict[str, Any] = self.core.info.spec.generation_defaults
+        return SamplingParams(**recommended)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError when the engine runs without one."""
