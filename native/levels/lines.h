@@ -295,14 +295,26 @@ OCTAVO_FORCED void each_line(const uint8_t* group, size_t block, const float* ta
     });
 }
 
-// Asks for what a block needs, so many bytes ahead. Inlined by force: gcc drops calls of functions that only prefetch.
+// Asks for scales that a block needs, so many bytes ahead. Inlined by force: gcc drops calls of functions that only
+// prefetch.
+template <Layout L>
+OCTAVO_FORCED void fetch_scales(const uint8_t* group, size_t block, size_t ahead) {
+    if (block % L.period() != 0) return;
+    const uint8_t* at = group + L.header_at(block) + ahead;
+    for (size_t i = 0; i < L.header_bytes(); i += 64) __builtin_prefetch(at + i, 0, kFetchTo);
+}
+
+// The same for the values of a line, where they begin a line of the cache.
+template <Layout L>
+OCTAVO_FORCED void fetch_line(const uint8_t* group, size_t block, size_t line, size_t ahead) {
+    const size_t at = line * L.payload_bytes() / kBlockLines;
+    if (at % 64 == 0) __builtin_prefetch(group + L.payload_at(block) + at + ahead, 0, kFetchTo);
+}
+
 template <Layout L>
 OCTAVO_FORCED void fetch(const uint8_t* group, size_t block, size_t ahead) {
-    const uint8_t* at = group + L.payload_at(block) + ahead;
-    for (size_t i = 0; i < L.payload_bytes(); i += 64) __builtin_prefetch(at + i, 0, kFetchTo);
-    if (block % L.period() != 0) return;
-    at = group + L.header_at(block) + ahead;
-    for (size_t i = 0; i < L.header_bytes(); i += 64) __builtin_prefetch(at + i, 0, kFetchTo);
+    for (size_t line = 0; line < kBlockLines; ++line) fetch_line<L>(group, block, line, ahead);
+    fetch_scales<L>(group, block, ahead);
 }
 
 // Decodes blocks of a group into kLineBytes a line, and asks for the same blocks of the group `ahead` bytes later.

@@ -78,9 +78,11 @@ void few(const Part& part, size_t group, size_t count, const PackedArgs& a, Sums
         const size_t at = block * kBlockDepth;
 #pragma GCC unroll 4
         for (size_t pair = 0; pair < GROUPS; pair += kInterleaved) {
-            for (size_t g = pair; g < pair + kInterleaved; ++g) fetch<L>(data[g], block, ahead);
+            for (size_t g = pair; g < pair + kInterleaved; ++g)
+                kInterleaved == 1 ? fetch<L>(data[g], block, ahead) : fetch_scales<L>(data[g], block, ahead);
             for (size_t r = 0; r < ROWS; ++r) asm("" : "+r"(x[r]));  // or pairs are kept for the next group, and spilt
             const auto add = [&](size_t g, size_t line, const Strip* strips) OCTAVO_INLINE_LAMBDA {
+                if constexpr (kInterleaved > 1) fetch_line<L>(data[pair + g], block, line, ahead);
                 for (size_t r = 0; r < ROWS; ++r) {
                     const Strip x_pair = load_pair(x[r] + at + 2 * line);
                     for (size_t s = 0; s < kStrips; ++s)
