@@ -113,7 +113,6 @@ private:
     void norm(const OctavoNode& node, const RowRange& rows);
     void linear(const OctavoNode& node, const RowRange& rows);
     void packed_linear(const OctavoNode& node, const Weight& weight, const octavo::Epilogue& epilogue, const RowRange& rows);
-    void split_linear(const octavo::Part* parts, size_t num_parts, bool pairs, size_t rows);
     const octavo::PackedKernels& kernels_of(const Weight& weight) const {
         return weight.is_int8() ? *kernels_.int8 : *kernels_.packed;
     }
@@ -185,7 +184,6 @@ private:
     size_t min_blocks_tokens_ = 0, block_rows_ = 0;  // of a step that is cut into blocks, and of one of them
     std::vector<int64_t> block_times_;  // [thread][node of a run]
     std::vector<octavo::SamplerScratch> sampler_scratch_;
-    std::vector<LinearTask> linear_tasks_;
     octavo::Shares shares_;  // of them
     octavo::Mapping rounded_;  // inputs of a packed Linear, or of experts
     octavo::Mapping expert_sums_;

@@ -77,31 +77,29 @@ void OctavoEngine::packed_linear(const OctavoNode& node, const Weight& weight, c
             kernels.linear(args, part, 0, args.parts[part].num_groups(), scratch_[rows.thread].as<void>());
         return;
     }
-    split_linear(args.parts, num_parts, pairs, rows.count);
-    shares_.fill(linear_tasks_.size());
-    pool_.run(linear_tasks_.size(), [&](size_t, size_t thread) {
-        const FlushDenormals as_tiles_do(!weight.is_int8());
-        const LinearTask& task = linear_tasks_[shares_.take(thread)];
-        kernels.linear(args, task.part, task.first_group, task.last_group, scratch_[thread].as<void>());
-    });
-}
-
-// As many tasks of even size as keep the threads busy to the end, but none too small to be worth handing out.
-void OctavoEngine::split_linear(const Part* parts, size_t num_parts, bool pairs, size_t rows) {
+    const auto units_of = [](const Part& part) { return divide_up(part.num_groups(), kTaskGroups); };
     size_t bytes = 0, units = 0;
     for (size_t i = 0; i < num_parts; ++i) {
-        bytes += parts[i].num_groups() * parts[i].group_bytes * (pairs ? 2 : 1);
-        units += divide_up(parts[i].num_groups(), kTaskGroups);
+        bytes += args.parts[i].num_groups() * args.parts[i].group_bytes * (pairs ? 2 : 1);
+        units += units_of(args.parts[i]);
     }
+    // As many tasks of even size as keep the threads busy to the end, but none too small to be worth handing out.
     const size_t threads = pool_.num_threads();
-    const size_t most = threads * (rows <= kSerialRows ? kFewRowsTasks : kTasksPerThread);
-    const size_t wanted = std::min(most, round_up(std::max<size_t>(1, bytes * rows / kMinTaskBytes), threads));
-    linear_tasks_.clear();
-    for (size_t i = 0; i < num_parts; ++i) {
-        const size_t groups = parts[i].num_groups(), part_units = divide_up(groups, kTaskGroups);
-        const size_t tasks = std::min(part_units, divide_up(wanted * part_units, units));
-        for (size_t task = 0; task < tasks; ++task)
-            linear_tasks_.push_back({i, part_units * task / tasks * kTaskGroups,
-                                     std::min(groups, part_units * (task + 1) / tasks * kTaskGroups)});
-    }
+    const size_t most = threads * (rows.count <= kSerialRows ? kFewRowsTasks : kTasksPerThread);
+    const size_t wanted = round_up(std::max<size_t>(1, bytes * rows.count / kMinTaskBytes), threads);
+    const size_t tasks = std::min({most, wanted, units});
+    shares_.fill(tasks);
+    pool_.run(tasks, [&](size_t, size_t thread) {
+        const FlushDenormals as_tiles_do(!weight.is_int8());
+        const size_t task = shares_.take(thread);
+        size_t first = units * task / tasks, last = units * (task + 1) / tasks;  // counted from each part's own on
+        for (size_t i = 0; i < num_parts && last > 0; ++i) {
+            const size_t own = units_of(args.parts[i]);
+            if (first < own)
+                kernels.linear(args, i, first * kTaskGroups, std::min(args.parts[i].num_groups(), last * kTaskGroups),
+                               scratch_[thread].as<void>());
+            first -= std::min(first, own);
+            last -= std::min(last, own);
+        }
+    });
 }
