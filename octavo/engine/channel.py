@@ -92,10 +92,11 @@ class EngineChannel:
         self.closed = False
 
     def receive(self, *, wait: bool) -> list[Any]:
-        """All messages that have arrived; with `wait`, at least one unless the front is gone (then `closed`)."""
+        """What has arrived, the first MiB of it; with `wait`, at least one unless the front is gone (then `closed`)."""
         messages: list[Any] = []
         while not self.closed:
-            self._read_available()
+            if self._arrivals.poll(0):  # most steps have nothing to read: asking is cheaper than being refused
+                self._read_available()
             if self._received:
                 messages.extend(take_frames(self._received))
             if messages or not wait or self.closed:
@@ -130,13 +131,11 @@ class EngineChannel:
 
     def _read_available(self) -> None:
         try:
-            while self._arrivals.poll(0):  # most steps have nothing to read: asking is cheaper than being refused
-                if not (data := self._sock.recv(1 << 20)):
-                    self.closed = True
-                    return
-                self._received += data
+            data = self._sock.recv(1 << 20)
         except ConnectionError:
-            self.closed = True
+            data = b""
+        self._received += data
+        self.closed = not data
 
     def _flush(self) -> None:
         try:

@@ -308,7 +308,7 @@ class EngineCore:
         self._done_at = done_at
         record.update_seconds = self._clock() - done_at
         self._pending.extend(deltas)
-        for request_id, reason in self._rules.take(deltas):
+        for request_id, reason in self._rules.take(deltas) if self._rules.live else ():
             if self.scheduler.abort(request_id):
                 self._pending.append(_failed(request_id, str(reason), type(reason).__name__))
         self.log.append(record)

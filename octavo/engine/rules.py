@@ -163,7 +163,7 @@ class RuleBook:
 
     def take(self, deltas: Iterable[RequestDelta]) -> list[tuple[str, Exception]]:
         """Hears what a step brought; returns the Requests that cannot go on, and why."""
-        for delta in deltas if self.live else ():
+        for delta in deltas:
             rules = self.live.get(delta.request_id)
             if rules is not None and delta.finish_reason is None:
                 try:

@@ -65,6 +65,7 @@ class Ring(LeftOut):
         self.older = path.with_name(path.name + ".1")
         self._half = max_bytes // 2
         self._size = self._limit = 0  # bytes of this half, and with how many it is full
+        self.is_full = True  # a new half should begin, with a state
         self._lines: list[str] = []
         self._file = -1
         try:
@@ -72,11 +73,6 @@ class Ring(LeftOut):
             self._open()
         except OSError as error:
             raise ConfigError(f"cannot record to {path}: {error.strerror}; take another --record, or off") from error
-
-    @property
-    def is_full(self) -> bool:
-        """True when a new half should begin, with a state."""
-        return self._size >= self._limit
 
     def turn(self) -> None:
         """Begins a new half; the older one is dropped."""
@@ -111,6 +107,7 @@ class Ring(LeftOut):
             return
         self._size += len(data)
         self._limit = self._limit or max(self._half, HALF_IN_STATES * self._size)  # it begins with a state, by itself
+        self.is_full = self._size >= self._limit
         try:
             while data:
                 data = data[os.write(self._file, data) :]
@@ -127,7 +124,7 @@ class Ring(LeftOut):
 
     def _give_up(self, error: OSError) -> None:
         log.error("recording to %s ends: %s", self.path, error)
-        self._size, self._limit = 0, self._half
+        self.is_full = False
         with contextlib.suppress(OSError):  # the disk that failed a moment ago
             self._shut()
 

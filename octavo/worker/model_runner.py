@@ -56,6 +56,8 @@ class ModelRunner:
             out = wait()
             if batch.is_decode:
                 new = [[token] for token in self._batches.take(batch, out.token_ids)]
+                if batch.wanted == []:
+                    return ModelRunnerOutput(new, [None] * len(new), out.foreign_seconds, num_calls)
                 told = [None if entry is None else [entry] for entry in _logprobs(batch, out)]
                 return ModelRunnerOutput(new, told, out.foreign_seconds, num_calls)
             num_sampled = len(batch.tokens_of.rows)
@@ -93,10 +95,10 @@ def _set_masks(batch: Batch, masks: Mapping[int, npt.NDArray[np.uint32]]) -> Non
 
 
 def _logprobs(batch: Batch, out: SamplerOutput) -> list[TokenLogprobs | None]:
-    wanted = batch.wanted
-    if wanted is None:
-        wanted = batch.wanted = batch.sampling.num_logprobs.tolist()
-    if max(wanted, default=-1) < 0:
+    wanted = batch.sampling.num_logprobs.tolist()
+    if batch.wanted is None:
+        batch.wanted = wanted if max(wanted, default=-1) >= 0 else []
+    if not batch.wanted:
         return [None] * len(wanted)
     return [
         None
