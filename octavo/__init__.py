@@ -7,8 +7,6 @@
 The public names are those below; each is loaded when it is first used, so `import octavo` costs milliseconds.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -3,8 +3,6 @@
 The files are those of the kernel's cgroup-v2.rst and, where that hierarchy is mounted instead, of cgroup-v1/.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -25,8 +25,6 @@ OctavoError
 `-- ServerError              what our own HTTP client heard: nobody there, or an error in answer
 """
 
-from __future__ import annotations
-
 
 class OctavoError(Exception):
     """Root of everything raised on purpose."""

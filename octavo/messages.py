@@ -1,8 +1,6 @@
 """Typed messages between the front (text) and the engine (ids). Plain records: offline they are handed over
 as they are; between processes the channel encodes them as msgpack by their declared types. Never pickle."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import TypedDict
 

@@ -4,8 +4,6 @@ It has no phase. `num_computed_tokens` tries to catch up with `num_tokens`; chun
 resuming after a preemption are that one rule. (`n > 1` is several Requests of one group, made by the front.)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 

@@ -1,7 +1,5 @@
 """How one request wants its tokens chosen and when it wants to stop. Names and defaults are vLLM's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum

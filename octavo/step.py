@@ -4,8 +4,6 @@
 A Request owns one row of the worker from admission to finish or preemption; a step sends only what changed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from octavo.sampling_params import Pooling, SamplingParams

@@ -4,8 +4,6 @@ The offline engine also runs where only numpy and torch are, on a machine with a
 dataclasses.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 try:

@@ -1,7 +1,5 @@
 """The command line: one file per verb. Nothing heavy is imported until a verb runs."""
 
-from __future__ import annotations
-
 import gc
 import sys
 

@@ -1,7 +1,5 @@
 """The `octavo` command: its verbs, and the one place where errors become a line and an exit status."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import traceback

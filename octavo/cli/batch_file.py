@@ -1,7 +1,5 @@
 """Requests of an OpenAI batch file, put through the server's own application in this process."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import uuid

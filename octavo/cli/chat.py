@@ -1,7 +1,5 @@
 """`octavo chat`: a conversation in the terminal, or a pipe of lines when stdin is none."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import sys

@@ -1,7 +1,5 @@
 """`octavo complete`: continue a text, streaming to stdout; what it cost goes to stderr."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from typing import Annotated

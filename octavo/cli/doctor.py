@@ -1,7 +1,5 @@
 """`octavo doctor`: what this machine has, and for each thing it lacks one sentence and one command."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

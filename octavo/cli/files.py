@@ -1,7 +1,5 @@
 """Files that verbs read and write: a result is JSON, and what cannot be read or written the verb says so."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

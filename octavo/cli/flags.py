@@ -6,8 +6,6 @@
 gives `serve` the argument MODEL and a flag for every other field. Flags have vLLM's names.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """The look of `--help`: names are never cut, flags stand in groups, defaults are said, examples end the page."""
 
-from __future__ import annotations
-
 import inspect
 import shutil
 import textwrap

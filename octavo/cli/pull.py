@@ -1,7 +1,5 @@
 """`octavo pull`: fetch a model into the cache, or list what is there and what can be had."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`octavo run-batch`: answers a file of requests, one a line, without a server."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Numbers as people type them: 400MiB, 1.5G, 8k."""
 
-from __future__ import annotations
-
 import re
 
 _FACTORS = {"": 1, "kb": 1000}

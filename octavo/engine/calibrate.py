@@ -2,8 +2,6 @@
 together. The requests are random tokens that share nothing, and leave nothing in the prefix cache.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import time

@@ -1,7 +1,5 @@
 """The engine process as its front sees it: spawned with its ends of a socket and a pipe, watched, ended."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -4,8 +4,6 @@ Owns text (tokenise, detokenise, stop strings) and groups (`n > 1` is n engine r
 blocks). Used by the offline LLM and by AsyncEngine alike.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import time

@@ -5,8 +5,6 @@ nesting, memory and seconds, before the engine ever sees it, by `python -m octav
 started when the first request needs it.
 """
 
-from __future__ import annotations
-
 import json
 from collections import OrderedDict
 from typing import Any

@@ -1,7 +1,5 @@
 """The KV memory at one moment between two steps, for whoever watches it: each block, and who holds which."""
 
-from __future__ import annotations
-
 from heapq import nlargest
 
 import numpy as np

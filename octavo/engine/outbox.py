@@ -4,8 +4,6 @@ A consumer that only writes what it gets to a socket may leave a relay: what com
 it need not wake up for each.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 

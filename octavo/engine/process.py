@@ -3,8 +3,6 @@
 One thread: messages are read between steps, outputs are written without blocking. It ends when the front does.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import signal
 import socket

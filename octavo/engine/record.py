@@ -1,7 +1,5 @@
 """Where the recording of an engine's scheduler goes, and for how long it stays."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import asdict

@@ -5,8 +5,6 @@ runs in `python -m MODULE`, which calls `serve` and answers one line of JSON wit
 process is replaced when it was too slow or too large, or when nobody waits for its answer any more.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

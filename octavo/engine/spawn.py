@@ -1,7 +1,5 @@
 """Starts engine processes. Imports next to nothing, so that a server can start its engine before anything else."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal

@@ -2,8 +2,6 @@
 `python -m octavo.engine.template`. What text/chat.py bounds by counting ends there; what it cannot is killed here.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Vectors of prompts: normalised, cut out of messages, compared."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -7,8 +7,6 @@ step could take (an endless loop). Where the system tells no CPU time (macOS), a
 computes.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What carries a step to the worker, here: when `sample` returns, a CPU has run it, a GPU was given it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import numpy as np

@@ -6,8 +6,6 @@ The key stands in front of what is hashed, which BLAKE2 allows (no length extens
 key to 128 bytes and hash as many more for each block.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from array import array

@@ -10,8 +10,6 @@ A touched block is in exactly one of three places:
 Blocks that were never touched are free too, and cost no resident memory until then.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Which idle block loses its prefix first, when the pool has nothing else to give. Every operation is O(1)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 

@@ -8,8 +8,6 @@ This is also how a preempted Request is swapped: its full blocks are cached pref
 Those that somebody takes go to the host, the others stay where they are, and it finds both when it comes back.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 

@@ -1,7 +1,5 @@
 """Where each Request's KV lives: block tables over one pool, and the prefixes found in it."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field

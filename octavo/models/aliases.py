@@ -1,7 +1,5 @@
 """Built-in model names: which registry package carries the weights, which file inside, and what they must hash to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -4,8 +4,6 @@ A row holds only what differs. `octavo/models/reader.py` turns a row and a confi
 `octavo/models/safetensors_weights.py` turns its tensor names into canonical ones (octavo/models/names.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The one parametric decoder: records a program from a ModelSpec. It computes nothing and never looks at a dtype."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Literal
 

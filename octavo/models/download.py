@@ -4,8 +4,6 @@ Nothing is installed. The final name exists only when every byte was there and h
 killed, or two that fetch at once, leave no half file.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import importlib.util

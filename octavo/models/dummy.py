@@ -1,7 +1,5 @@
 """Seeded random weights from a bare config.json: for benchmarks and tests without a checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -3,8 +3,6 @@
 Source of the keys: the format's specification, docs/gguf.md in ggml-org/ggml.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Weights of a GGUF file under canonical names, in their stored blocks: views of the map wherever rows allow it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A ModelSpec from a Hugging Face folder: config.json through a row of architectures.py, and generation_config.json."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From what a user typed to files on disk: a folder, a .gguf file, an alias, or a Hugging Face Hub repository."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

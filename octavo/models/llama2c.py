@@ -5,8 +5,6 @@ vocab_size, seq_len), float32 tensors in the order of `_weights`, then the token
 token a float32 score, an int32 length and its bytes. Rotated pairs lie next to each other, as in a Llama GGUF.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from pathlib import Path

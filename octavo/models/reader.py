@@ -1,7 +1,5 @@
 """Reads what a model is: a ModelSpec from a Hugging Face folder or a GGUF file."""
 
-from __future__ import annotations
-
 from octavo.models.hf_spec import read_hf_spec
 from octavo.models.spec import ModelFiles, ModelSpec
 

@@ -11,8 +11,6 @@ valid. Arithmetic is float32 in the order that transformers uses, so that angles
     longrope   Ding et al. 2024: searched factors per frequency, one list for short and one for long contexts
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

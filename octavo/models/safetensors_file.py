@@ -4,8 +4,6 @@ Format: 8 bytes little-endian header length N, N bytes of JSON {name: {dtype, sh
 offsets count from the end of the header. Source: the format's specification in huggingface/safetensors.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

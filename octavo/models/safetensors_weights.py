@@ -1,7 +1,5 @@
 """Weights of a Hugging Face folder: one safetensors file, or shards with an index, under canonical names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ Readers (Hugging Face config.json, GGUF metadata) produce a `ModelSpec`; the dec
 nothing else. Also the files a model consists of.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """Opens the weights of a model, whatever they are stored as."""
 
-from __future__ import annotations
-
 from octavo.errors import ConfigError
 from octavo.models.spec import ModelFiles, ModelSpec
 from octavo.runtime.base import WeightSource

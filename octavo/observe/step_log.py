@@ -1,7 +1,5 @@
 """The ring of StepRecords: one per step, the newest kept. Written by the engine; everything shown is read from here."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 

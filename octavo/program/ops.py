@@ -5,8 +5,6 @@ definition; every other runtime is tested against it. T is the number of tokens 
 whose logits are wanted, B the number of requests in the step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """What the nodes of a program took, next to what they had to do: the profile of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

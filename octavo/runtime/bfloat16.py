@@ -1,7 +1,5 @@
 """bfloat16 in numpy, which has no such type: bit patterns in uint16."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -1,7 +1,5 @@
 """Which runtime and which number type run a model: decided once at load, before packing, with the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from octavo.config import FUSIONS

@@ -1,7 +1,5 @@
 """float16 on a runtime that computes in float32: matrices are rounded to float16, then kept and computed in float32."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from octavo.errors import UnsupportedError

@@ -1,7 +1,5 @@
 """What a scheduler may take on, what a step may still hold, and how far its Requests may run ahead."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from octavo.config import PROMPT_ROWS

@@ -1,7 +1,5 @@
 """The policy that a config names."""
 
-from __future__ import annotations
-
 from octavo.config import EngineConfig
 from octavo.scheduler.cost import CostModel
 from octavo.scheduler.fair import FairPolicy

@@ -3,8 +3,6 @@
 Both are followed: machines drift, and a copy beside a large step is not the copy that was timed at start.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from octavo.scheduler.cost import CostModel, StepWork

@@ -1,7 +1,5 @@
 """What a scheduler counts for the StepRecord."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 

@@ -1,7 +1,5 @@
 """What is told of a Request: its row to the worker, its tokens and its end to the front."""
 
-from __future__ import annotations
-
 from octavo.messages import RequestDelta
 from octavo.request import FinishReason, Request
 from octavo.step import Blocks, NewRow, TokenLogprobs

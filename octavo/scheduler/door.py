@@ -1,7 +1,5 @@
 """The door of the queue: how many may wait, how long a newcomer would, and who has waited too long."""
 
-from __future__ import annotations
-
 import heapq
 from collections import deque
 from collections.abc import Iterator

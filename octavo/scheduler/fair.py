@@ -18,8 +18,6 @@ it is; first come, first served has no such bound. (The paper charges a prompt a
 when a step computes it for the first time: prefix hits and recomputation are free.)
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 from octavo.request import Request

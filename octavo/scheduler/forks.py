@@ -4,8 +4,6 @@ A child is held, outside the queue, until its parent's prompt is complete. It th
 samples its first token from the parent's logits, in the very step that computes them.
 """
 
-from __future__ import annotations
-
 from octavo.request import Request
 
 

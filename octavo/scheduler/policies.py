@@ -4,8 +4,6 @@ A policy only orders. The scheduler keeps the two promises that no policy can br
 or nobody (no overtaking), and the oldest running Request is never preempted for another, so whatever fits alone ends.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable

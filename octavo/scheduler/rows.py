@@ -3,8 +3,6 @@
 The two go together: whoever has a row has blocks for all of its known tokens, and nobody else has any.
 """
 
-from __future__ import annotations
-
 import heapq
 
 from octavo.kvcache.manager import KVCacheManager

@@ -11,8 +11,6 @@ whatever a policy says: the oldest running Request can take blocks from everybod
 could not finish is refused at the door.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -11,8 +11,6 @@ Chunks: a step that carries running Requests gets only as many prompt tokens as 
 to fit into the inter-token target, but at least MIN_CHUNK, so that prompts always advance.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable
 

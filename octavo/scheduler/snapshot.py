@@ -5,8 +5,6 @@ order. Of token ids only their number is kept, so no prompt can be read from it.
 prefix hasher with its secret key, and log probabilities are left out: who restores a state brings its own.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The address that the server listens on: tried before a model is loaded, taken when one is."""
 
-from __future__ import annotations
-
 import socket
 
 from octavo.errors import ConfigError

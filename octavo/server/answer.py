@@ -6,8 +6,6 @@ up on silence. When the client leaves, the generator is closed, which closes the
 iterators in it: the requests are aborted at the next step boundary.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable

@@ -3,8 +3,6 @@
 A request becomes a ChatRequest, what a chat answers becomes content blocks; events and errors have Anthropic's shapes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing

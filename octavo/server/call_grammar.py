@@ -4,8 +4,6 @@ Where a call must be made, the answer is nothing else. Where the model may choos
 a call in the model's own form (tools.py) is one, and follows the schema of a strict tool.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

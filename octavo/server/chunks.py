@@ -4,8 +4,6 @@ A token without logprobs, the common case, is two prepared byte strings around i
 through a dictionary.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

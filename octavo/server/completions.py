@@ -1,7 +1,5 @@
 """POST /v1/completions."""
 
-from __future__ import annotations
-
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any

@@ -3,8 +3,6 @@
 Plain ASGI, so that a streamed token passes through one extra function call and nothing else.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 import time

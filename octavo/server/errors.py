@@ -4,8 +4,6 @@ Client libraries map by HTTP status, people read the message, programs read `cod
 id and nothing of the inside.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

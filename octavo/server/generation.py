@@ -3,8 +3,6 @@
 Chat and completions differ in how a choice looks and how a stream opens; those are the methods of the subclasses.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator

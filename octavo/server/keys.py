@@ -5,8 +5,6 @@ routes that do not exist included. Keys are compared as digests under a secret d
 constant time. A key stands for a tenant: its requests never share cached prefixes with another's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import math

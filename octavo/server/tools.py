@@ -6,8 +6,6 @@ written (a Python literal when it is complete); what these are does not depend o
 looked like a call and is none is given as text; what breaks off inside a call's arguments leaves them unfinished.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """How long the counting half takes per step: the real scheduler in a steady state, with all that goes with it."""
 
-from __future__ import annotations
-
 import random
 import tempfile
 import time

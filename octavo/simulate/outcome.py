@@ -1,7 +1,5 @@
 """What a run brought, simulated or real, in the field's figures: one definition for both, so that they compare."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 

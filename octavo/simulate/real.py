@@ -1,7 +1,5 @@
 """The same traces on a real engine core, so that a simulation can be held against it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 

@@ -5,8 +5,6 @@ is equal, and the hasher answers with the recorded digests. Log probabilities ar
 recording says.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from array import array

@@ -1,8 +1,6 @@
 """Runs the engine's scheduler (not a copy) and its KV cache manager on a trace. Only the computing half is replaced: a
 step takes what the cost model says, in virtual time, and the model says what the trace says."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

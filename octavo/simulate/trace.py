@@ -2,8 +2,6 @@
 formats. Prompts are segments of content ids: two prompts share a prefix exactly as far as their segments agree.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

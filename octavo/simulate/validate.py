@@ -1,7 +1,5 @@
 """Holds a simulation against the real engine, on the same trace."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass

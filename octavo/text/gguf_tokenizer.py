@@ -10,8 +10,6 @@ Two kinds are built, as named by `tokenizer.ggml.model` in the GGUF specificatio
 Every length and type is checked, so that a damaged file ends in a ModelFileError and never in wrong ids.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from enum import IntEnum

@@ -1,7 +1,5 @@
 """The text half of a model: its tokenizer and chat template, as the config asks for them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -5,8 +5,6 @@ with. Only rows that reproduce a published tokenizer's ids on test vectors are l
 refused, because a wrong cut gives plausible text from the wrong tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from octavo.errors import UnsupportedModelError

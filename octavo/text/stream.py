@@ -4,8 +4,6 @@ Work per token does not grow with the text: bytes go through an incremental UTF-
 for in what is new and in the end of the text that may be the beginning of one. Nothing is decoded twice.
 """
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Sequence
 from typing import NamedTuple

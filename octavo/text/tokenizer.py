@@ -8,8 +8,6 @@ byte tokens, Octavo only the broken ones. For byte-level BPE it may read an adde
 added tokens are plain text.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """From a SchedulerOutput and the rows to the host arrays of one step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """One vector of a prompt's last states, gathered chunk by chunk."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from octavo.runtime.base import Float32

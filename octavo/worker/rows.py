@@ -3,8 +3,6 @@
 A Request keeps its row from admission to finish or preemption, so a step costs its differences, not its state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -5,8 +5,6 @@ Between two steps the weights pass through the caches, and whatever the host the
 addresses the runtime knows already.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

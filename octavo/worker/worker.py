@@ -1,7 +1,5 @@
 """One worker: loads its share of the model, plans memory, then runs steps. Knows nothing of queues or clients."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

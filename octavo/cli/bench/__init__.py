@@ -1,7 +1,5 @@
 """`octavo bench`: throughput, latency and serve, with vLLM's flags, arithmetic and printed block; scheduler."""
 
-from __future__ import annotations
-
 import typer
 
 from octavo.cli.bench import latency, scheduler, serve, throughput

@@ -5,8 +5,6 @@ TPOT = (E2EL - TTFT) / (output tokens - 1); ITL, the gaps between successive chu
 the others have one value a request. Goodput counts requests that meet every stated objective, per second.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Source of the Gamma arrivals and of the meaning of burstiness: Wang et al. 2024,
 vLLM's `bench serve`.
 """
 
-from __future__ import annotations
-
 import random
 from math import inf
 from typing import Literal

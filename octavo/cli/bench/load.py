@@ -1,7 +1,5 @@
 """Puts load on a server: sends each prompt at its time, reads its stream, keeps what was seen."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

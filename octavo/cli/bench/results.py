@@ -1,7 +1,5 @@
 """The JSON file of a `bench serve` run, under vLLM's keys."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from datetime import datetime

@@ -1,7 +1,5 @@
 """`octavo bench scheduler`: what deciding a step costs, without a model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated
 

@@ -5,8 +5,6 @@ of 7-bit sign indices and a 4-bit scale s; value = d (2 s + 1) / 8 * {8, 25, 43}
 grid and the signs are the gguf package's own.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

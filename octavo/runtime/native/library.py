@@ -1,7 +1,5 @@
 """Loads the shared library and mirrors native/abi.h: structs, signatures, error codes."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p

@@ -5,8 +5,6 @@ Vectors, and all weights of dtype "float32", are row-major float32. Other matric
 rare block types that only the gguf package can read, as bf16). The library converts with all threads.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """NativeRuntime: the Runtime protocol over the C++ library. All of a step happens in one foreign call."""
 
-from __future__ import annotations
-
 import ctypes
 import time
 import weakref

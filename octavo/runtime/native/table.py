@@ -1,7 +1,5 @@
 """The program as the library reads it: arrays of C structs, built once at load."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import Any
 

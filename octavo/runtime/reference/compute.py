@@ -3,8 +3,6 @@
 T tokens, B requests, H query heads, G KV heads, D values a head. `positions` are absolute within a request.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """An interpreter: walks the nodes of a program and calls the function that defines each op."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

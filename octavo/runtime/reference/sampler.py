@@ -17,8 +17,6 @@ u is one uniform number in [0, 1) of (seed, position): results do not depend on 
 float64, so that another implementation can only differ where u * total lies within its own rounding of a boundary.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -1,7 +1,5 @@
 """Stored tensors as float32 arrays: every float type, every GGUF block type."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from octavo.errors import ModelFileError, UnsupportedModelError
