@@ -145,6 +145,7 @@ class LLM:
             RequestError: a prompt or the parameters are wrong; nothing was started.
             StepError: the engine failed on a request even when it was retried alone.
         """
+        _check("params", params, BeamSearchParams)
         outputs = self.generate(prompts, params.as_sampling(), use_tqdm=use_tqdm)
         return [BeamSearchOutput([self._beam(output, answer) for answer in output.outputs]) for output in outputs]
 
@@ -161,6 +162,7 @@ class LLM:
             StepError: the engine failed on a request even when it was retried alone.
         """
         params = pooling_params or PoolingParams()
+        _check("pooling_params", params, PoolingParams)
         todo = [self._frontend.tokenize(prompt) for prompt in _prompt_list(prompts, None)]
         outputs = self._run(todo, [params.as_sampling()] * len(todo), use_tqdm, pooling=params.pooling)
         vectors = [EmbeddingOutput(vector_of(output, normalize=params.normalize).tolist()) for output in outputs]
@@ -234,14 +236,14 @@ class LLM:
             return [self.get_default_sampling_params()] * count
         if isinstance(params, SamplingParams):
             return [params] * count
-        return _one_each("sampling_params", params, count)
+        return _one_each("sampling_params", params, count, SamplingParams)
 
     def _priorities(self, priority: Sequence[int] | None, count: int) -> list[int]:
         if priority is None:
             return [0] * count
         if self.config.scheduling_policy != "priority":
             raise InvalidValueError('priority needs scheduling_policy="priority"', param="priority")
-        return _one_each("priority", priority, count)
+        return _one_each("priority", priority, count, int)
 
     def _template(self, source: str | None) -> ChatTemplate:
         if source is not None:
@@ -301,7 +303,15 @@ class LLM:
             self.core.step()
 
 
-def _one_each(name: str, values: Sequence[Item], count: int) -> list[Item]:
+def _check(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise InvalidValueError(f"{name} must be {kind.__name__}, not {value!r:.60}", param=name)
+
+
+def _one_each(name: str, values: Sequence[Item], count: int, kind: type) -> list[Item]:
+    _check(name, values, Sequence)
+    for value in values:
+        _check(name, value, kind)
     if len(values) != count:
         raise InvalidValueError(f"{count} prompts, but {len(values)} of {name}", param=name)
     return list(values)
@@ -348,10 +358,10 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt] | None, ids: Any) -> list[Pr
     if (prompts is None) == (ids is None):
         raise InvalidValueError("give either prompts or prompt_token_ids", param="prompts")
     if ids is not None:
-        many = bool(ids) and not isinstance(ids[0], int)
-        return [{"prompt_token_ids": list(p)} for p in (ids if many else [ids])]
+        many = isinstance(ids, Sequence) and bool(ids) and not isinstance(ids[0], int)
+        return [{"prompt_token_ids": [*p] if isinstance(p, Sequence) else p} for p in (ids if many else [ids])]
     assert prompts is not None
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence):
         return [prompts]
     if prompts and isinstance(prompts[0], int):
         return [{"prompt_token_ids": list(prompts)}]
@@ -360,6 +370,7 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt] | None, ids: Any) -> list[Pr
 
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[dict[str, Any]]]:
     """One conversation or many as many, their messages as templates know them."""
+    _check("messages", messages, Sequence)
     many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
     if not all(many):
         raise InvalidValueError("a conversation is empty: give at least one message", param="messages")
