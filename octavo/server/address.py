@@ -6,7 +6,7 @@ from octavo.errors import ConfigError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that has the address and does not listen yet. Raises ConfigError where nobody could."""
+    """A socket that listens there, so that nobody else can. Raises ConfigError where nobody could, or somebody does."""
     if not 0 <= port < 1 << 16:
         raise ConfigError(f"--port must be from 0 (any free one) to 65535, not {port}")
     bound = None
@@ -15,6 +15,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()
     except (OSError, UnicodeError) as error:  # the latter: a name that no host can have
         if bound is not None:
             bound.close()

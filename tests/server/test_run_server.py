@@ -16,6 +16,7 @@ from fake_engine import FakeEngine
 from uvicorn.server import ServerState
 
 from octavo.errors import ConfigError
+from octavo.server.address import bind
 from octavo.server.app import create_app
 from octavo.server.loop import _Connection, run_server
 
@@ -29,6 +30,14 @@ def test_a_port_in_use_is_one_sentence() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"cannot listen on .*:{port} .* in use.*--port"):
             asyncio.run(run_server(make_app(), port=port))
+
+
+def test_an_address_is_nobody_else_s_before_anything_is_served() -> None:
+    """Two servers that start together: the second is told so, and not by its loop."""
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen on .*:{port} .* in use"):
+            bind("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
