@@ -9,6 +9,7 @@ from typing import Annotated
 from typer import Option
 
 from octavo.cli import talk
+from octavo.cli.files import read_stdin
 from octavo.cli.flags import engine_flags
 from octavo.cli.serve import find_model, read_template
 from octavo.cli.talk import Answer, Message, Sampling, Talker
@@ -123,7 +124,7 @@ class Conversation:
 
     def _read_line(self) -> str | None:
         if not self._interactive:
-            return sys.stdin.readline() or None
+            return read_stdin(sys.stdin.readline) or None
         try:
             return input("\n> ")
         except EOFError:

@@ -35,8 +35,8 @@ class Server:
     @classmethod
     def parse(cls, url: str, *, api_key: str | None = None) -> Server:
         """From `http://host:port`, with or without `/v1` at its end. Raises ConfigError for what is no such address."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
         try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
             port = parts.port
         except ValueError as error:
             raise ConfigError(f"{url!r}: {error}") from error

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from octavo.cli.files import read_stdin
 from octavo.cli.flags import engine_flags
 from octavo.cli.serve import find_model
 from octavo.cli.talk import Answer, ApiKeyOption, Sampling, TemperatureOption, TopPOption, UrlOption, open_talker, show
@@ -43,7 +44,7 @@ def complete(
 def _read_stdin() -> str:
     if sys.stdin.isatty():
         raise ConfigError('nothing to complete: octavo complete "Once upon a time", or pipe a text in')
-    prompt = sys.stdin.read().removesuffix("\n")
+    prompt = read_stdin(sys.stdin.read).removesuffix("\n")
     if not prompt:
         raise ConfigError("nothing to complete: stdin was empty")
     return prompt

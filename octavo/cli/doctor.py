@@ -104,7 +104,7 @@ def _cache() -> Finding:
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
     found = f"{folder}, {size_text(free)} free"
-    if not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.W_OK):
         return Finding("cache", found, "The cache folder cannot be written.", "export OCTAVO_CACHE=/a/folder/of/yours")
     if free < MIN_FREE_DISK and not _default_model_path():
         problem = "There is little room for models: free some, or put the cache elsewhere."

@@ -59,5 +59,7 @@ async def _run(config: EngineConfig, source: Path, target: Path, at_once: int) -
         app = create_app(engine, served_model_names=[engine.model_name])
         with tqdm(total=total, desc="Requests", unit="req", dynamic_ncols=True) as bar:
             return await answer_all(app, source, target, at_once=at_once, done=lambda _: bar.update())
+    except OSError as error:
+        raise OctavoError(f"-o {target}: {error.strerror}; what is answered stays: the same command goes on") from error
     finally:
         await engine.shutdown()

@@ -29,7 +29,9 @@ UrlOption = Annotated[
 TemperatureOption = Annotated[
     float | None, Option(help="0 is greedy; default: the model's or server's own, else 0.3.", min=0.0, metavar="X")
 ]
-TopPOption = Annotated[float | None, Option(help="Keep the most likely tokens of this mass.", metavar="X")]
+TopPOption = Annotated[
+    float | None, Option(help="Keep the most likely tokens of this mass.", min=0.0, max=1.0, metavar="X")
+]
 ApiKeyOption = Annotated[str | None, Option("--api-key", help="Key for --url.", metavar="KEY", envvar="OPENAI_API_KEY")]
 
 

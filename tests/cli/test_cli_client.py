@@ -38,7 +38,7 @@ def test_addresses(url: str, expected: str) -> None:
     assert Server.parse(url).url == expected
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port", "http://host:99999"])
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port", "http://host:99999", "http://[::1"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError):
         Server.parse(url)

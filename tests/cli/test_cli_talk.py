@@ -80,6 +80,12 @@ def test_complete_streams_to_stdout_and_reads_stdin(
     assert [body["prompt"] for path, body in server.asked if "completions" in path] == ["made", "piped"]
 
 
+def test_what_is_no_text_is_not_completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff\n"), encoding="utf-8"))
+    assert run(["complete", "--url", "http://127.0.0.1:1"]) == 2
+    assert "stdin is no text in utf-8: invalid start byte at byte 3" in capsys.readouterr().err
+
+
 def test_summary_counts_rate_after_the_first_token() -> None:
     answer = Answer(asked_at=10.0)
     assert answer.summary() == "no tokens"

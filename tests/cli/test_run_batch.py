@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 
 from octavo.cli import batch_file
 from octavo.cli.batch_file import answer_all, answered
-from octavo.errors import ConfigError
+from octavo.cli.run_batch import _run
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError, OctavoError
 from octavo.server.app import create_app
 
 sys.path.append(str(Path(__file__).parents[1] / "server"))
@@ -104,6 +108,20 @@ def test_no_more_run_at_once_than_allowed(tmp_path: Path) -> None:
     engine = Counting(token_seconds=0.001)
     run(tmp_path, [{"custom_id": str(n), **COMPLETION} for n in range(12)], engine=engine, at_once=4)
     assert 2 <= engine.most <= 4
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(_: object) -> FakeEngine:
+        return FakeEngine()
+
+    async def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("octavo.engine.async_engine.AsyncEngine.start", start)
+    monkeypatch.setattr(batch_file, "answer_all", full)
+    (tmp_path / "in.jsonl").write_text("")
+    with pytest.raises(OctavoError, match=r"-o .*out.jsonl: No space left on device; .* goes on"):
+        asyncio.run(_run(EngineConfig(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 1))
 
 
 def test_another_file_is_not_written_to(tmp_path: Path) -> None:
