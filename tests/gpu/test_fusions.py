@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from octavo.config import FUSIONS  # noqa: E402
 from octavo.runtime.cuda import launches, operators  # noqa: E402
 from octavo.runtime.cuda.kernels import linear, rope, rows  # noqa: E402
-from tests.gpu.test_runtime import SHAPES, compare  # noqa: E402
+from tests.gpu.test_runtime import SHAPES, SMALL, compare  # noqa: E402
 from tests.runtime.programs import Piece, attention_program, decoder_program  # noqa: E402
 
 JOINED = {  # what is not launched any more
@@ -83,7 +83,7 @@ def test_each_fusion_has_a_switch(device, launched, name):
 
 
 def test_with_all_of_them_off_nothing_is_joined(device, launched):
-    program = decoder_program(hidden=32, heads=2, kv_heads=1, dim=16, inner=24)
+    program = decoder_program(**SMALL)
     compare(device, program, [[Piece(0, 0, 3)], [Piece(0, 3, 1)]], fusions=())
     assert not any(launched[kind] for kind in JOINED.values())
     assert all(launched[APART[name]] for name in ("norm", "residual", "activation", "rope"))
