@@ -160,6 +160,8 @@ class CountRequest(Strict):
         for turn in self.messages:
             messages += _turn(turn)
         chat: dict[str, Any] = {"model": self.model, "messages": messages}
+        if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:  # the answer goes on with it
+            chat |= {"continue_final_message": True, "add_generation_prompt": False}
         if self.thinking is not None and self.thinking.type != "adaptive":
             chat["max_thinking_tokens"] = self.thinking.budget_tokens or 0
         if self.output_config is not None and self.output_config.format is not None:

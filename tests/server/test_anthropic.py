@@ -178,6 +178,15 @@ def test_the_conversation_becomes_a_chat() -> None:
     assert tools[0]["function"]["name"] == "time"
 
 
+def test_an_answer_that_is_begun_goes_on() -> None:
+    engine = FakeEngine()
+    ask, user = Inside(engine), ASK["messages"]
+    call = {"type": "tool_use", "id": "1", "name": "time", "input": {}}
+    for begun, prompt in (("He", "<assistant>He"), ([call], "<assistant>\n<assistant>")):
+        create(ask, messages=[*user, {"role": "assistant", "content": begun}])
+        assert bytes(engine.seen[-1].prompt).decode() == "<user>hi\n" + prompt
+
+
 def test_count_tokens() -> None:
     ask = Inside()
     body = {"model": "fake", "messages": ASK["messages"], "system": "be"}
