@@ -6,12 +6,12 @@
 `tests` runs tests/gpu there, `sanitizer` those of kernels under memcheck and racecheck; `model` compares the tokens of
 `--model FILE` with the CPU's; `server` asks `octavo serve FILE`, and one of random weights, over HTTP; `kernels` times
 each kernel against the card's limits, `sampler` those of sampling alone, `tiles` products of few rows in every tile,
-`trace` when steps are launched and their tokens copied; the shapes run the workloads of lab/gpu_workloads.py with
-random weights in a process of their own. `--workloads G2,G4` chooses; beside G1 to G5 there are G6 (arrivals over time
-at 80 % of G1's rate), `sync` (G2 and G1 with one step in flight) and `channel` (G1 through AsyncEngine). Of G1 to G3
-eight requests are checked token by token. Prints RESULT lines, writes them as JSON to $OUT (default: the current
-folder), and ends with status 1 where something failed. No stage but `channel` and `server` needs a web package, none
-but `model` and `server` a tokenizer.
+`trace` when steps are launched and their tokens copied, `fusions` G2 and G4 without each fused kernel; the shapes run
+the workloads of lab/gpu_workloads.py with random weights in a process of their own. `--workloads G2,G4` chooses; beside
+G1 to G5 there are G6 (arrivals over time at 80 % of G1's rate), `sync` (G2 and G1 with one step in flight) and
+`channel` (G1 through AsyncEngine). Of G1 to G3 eight requests are checked token by token. Prints RESULT lines, writes
+them as JSON to $OUT (default: the current folder), and ends with status 1 where something failed. No stage but
+`channel` and `server` needs a web package, none but `model` and `server` a tokenizer.
 """
 
 from __future__ import annotations
@@ -125,6 +125,23 @@ def stage_trace() -> None:
     from gpu_trace import trace_shapes
 
     trace_shapes(SHAPES[:2], ENGINE, result, guarded, out_folder())
+
+
+def stage_fusions() -> None:
+    """One request, and prompts, without each fused kernel."""
+    from lab.gpu_workloads import gpu_workloads
+    from octavo import LLM
+    from octavo.config import FUSIONS
+
+    works = gpu_workloads()
+    for name in ("", *FUSIONS):
+        settings = {**ENGINE, "num_gpu_blocks_override": 4096, "disable_fusions": name}
+        llm = LLM(str(ROOT / "lab" / "shapes" / SHAPES[0]), **settings)
+        label = f"{SHAPES[0]} without {name or 'nothing'}"
+        time_work(llm, label, works["warm"], 1, keep=False)
+        for work, count in (("G2", 5), ("G4", 3)):
+            guarded(label, lambda m=llm, n=label, w=works[work], c=count: time_work(m, n, w, c))
+        llm.close()
 
 
 def stage_tiles() -> None:
@@ -309,6 +326,8 @@ def main() -> None:
             guarded(stage, lambda: stage_server(args.model))
         elif stage == "sanitizer":
             guarded(stage, stage_sanitizer)
+        elif stage == "fusions":
+            guarded(stage, stage_fusions)
         elif stage == "trace":
             guarded(stage, stage_trace)
         elif stage == "kernels":
