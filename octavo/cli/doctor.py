@@ -100,7 +100,10 @@ def _memory() -> Finding:
 def _cache() -> Finding:
     from octavo.models.hub import cache_folder
 
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except ConfigError as error:
+        return Finding("cache", "none", str(error), "export OCTAVO_CACHE=/a/folder/of/yours")
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
     found = f"{folder}, {size_text(free)} free"
@@ -115,7 +118,10 @@ def _cache() -> Finding:
 def _default_model_path() -> Path | None:
     from octavo.models.hub import cached_models
 
-    return cached_models().get(DEFAULT_MODEL)
+    try:
+        return cached_models().get(DEFAULT_MODEL)
+    except ConfigError:
+        return None  # as _cache() tells
 
 
 def _default_model() -> Finding:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo import structs
 from octavo.config import EngineConfig
+from octavo.errors import ConfigError
 from octavo.messages import EngineReady, StepRecord
 from octavo.models.hub import cache_folder
 
@@ -56,12 +57,12 @@ def write_black_box(
         "requests": [_facts(child) for child in islice(running, MAX_REQUESTS)],
         "steps": [structs.asdict(step) for step in steps],
     }
-    folder, keep = record_folder(config)
-    path = folder / f"engine-{pid}-{now:%Y%m%dT%H%M%S}.black-box.json"
     try:
+        folder, keep = record_folder(config)
+        path = folder / f"engine-{pid}-{now:%Y%m%dT%H%M%S}.black-box.json"
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(box, indent=1) + "\n")
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         log.warning("no black box was written: %s", error)
         return ""
     if not keep:

@@ -55,10 +55,16 @@ def resolve_model_of(config: EngineConfig) -> ModelFiles:
 
 
 def cache_folder(download_dir: str | Path | None = None) -> Path:
-    """Where fetched models lie: `download_dir`, $OCTAVO_CACHE, $XDG_CACHE_HOME/octavo or ~/.cache/octavo."""
+    """Where fetched models lie: `download_dir`, $OCTAVO_CACHE, $XDG_CACHE_HOME/octavo or ~/.cache/octavo.
+
+    Raises ConfigError: none of these is set, and a user without a home, as containers have them.
+    """
     if own := download_dir or os.environ.get("OCTAVO_CACHE"):
         return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo"
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if folder.startswith("~"):
+        raise ConfigError("this user has no home folder for a cache: name a folder, OCTAVO_CACHE or --download-dir")
+    return Path(folder) / "octavo"
 
 
 def cached_models(download_dir: str | Path | None = None) -> dict[str, Path]:

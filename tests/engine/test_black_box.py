@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from octavo.config import EngineConfig
 from octavo.engine.black_box import MAX_LEFT, MAX_REQUESTS, MAX_STEPS, write_black_box
 from octavo.engine.watchdog import Progress
+from octavo.errors import ConfigError
 from octavo.messages import EngineReady, StepRecord
 
 READY = EngineReady(8, 16, 128, 64, {}, 1, 1, "reference", "float32", "float32", {}, "", record="engine-1.jsonl")
@@ -28,6 +29,15 @@ def write(config: EngineConfig, pid: int, count: int = 1) -> str:
     steps = [StepRecord(step, 1e9 + step / 3) for step in range(MAX_STEPS)]
     kwargs = {"config": config, "ready": READY, "progress": PROGRESS, "steps": steps}
     return write_black_box("a test", pid=pid, running=running(count), **kwargs)
+
+
+def test_without_a_place_for_it_there_is_none(monkeypatch, caplog) -> None:
+    def no_home(*_: object) -> None:
+        raise ConfigError("this user has no home folder")
+
+    monkeypatch.setattr("octavo.engine.black_box.cache_folder", no_home)
+    assert write(EngineConfig(model="m"), 1) == ""
+    assert "no black box was written: this user has no home folder" in caplog.text
 
 
 def test_it_is_bounded_and_says_nothing_of_what_was_said(tmp_path) -> None:

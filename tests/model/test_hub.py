@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo.cli.app import run
 from octavo.errors import ConfigError, DownloadError, ModelFileError, ModelNotFoundError
 from octavo.models import download, hub
 from octavo.models.aliases import ALIASES, Alias, Digest, Package
@@ -146,6 +147,28 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     assert cache_folder(tmp_path / "asked") == tmp_path / "asked"
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user that the system does not know, without HOME: containers run as such."""
+
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "OCTAVO_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_is_told_to_name_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for call in (cache_folder, cached_models, lambda: resolve_model("smollm2")):
+        with pytest.raises(ConfigError, match=r"no home folder.*OCTAVO_CACHE"):
+            call()
+    assert cache_folder(tmp_path) == tmp_path
+    assert run(["doctor"]) == 1
+    assert "export OCTAVO_CACHE=" in capsys.readouterr().err
 
 
 def test_aliases_pin_everything() -> None:
