@@ -42,8 +42,11 @@ def chat(
     ] = None,
     url: talk.UrlOption = None,
     api_key: talk.ApiKeyOption = None,
-) -> None:
-    """Talk to a model, here or at a server. /help lists what can be typed."""
+) -> int:
+    """Talk to a model, here or at a server. /help lists what can be typed.
+
+    A pipe's lines are answered one by one; the exit status is 1 where one of them could not be.
+    """
     sampling = Sampling(max_tokens, temperature, top_p)
     template = read_template(chat_template)
     if url is None:
@@ -52,7 +55,7 @@ def chat(
     with asyncio.Runner() as runner:
         talker = runner.run(talk.open_talker(config, url, api_key, chats=True, chat_template=template))
         try:
-            Conversation(runner, talker, sampling, system).run()
+            return Conversation(runner, talker, sampling, system).run()
         finally:
             runner.run(talker.close())
 
@@ -67,14 +70,15 @@ class Conversation:
         self._interactive = sys.stdin.isatty()
         self._system = system
         self._messages: list[Message] = []
+        self._failed = False  # a turn
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything but the system prompt."""
         self._messages = [{"role": "system", "content": self._system}] if self._system else []
 
-    def run(self) -> None:
-        """Reads lines until /exit or the end of stdin."""
+    def run(self) -> int:
+        """Reads lines until /exit or the end of stdin; the exit status."""
         if self._interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (line editing and history for input())
@@ -83,9 +87,10 @@ class Conversation:
             line = line.strip()
             if line.startswith("/"):
                 if not self.obey(line):
-                    return
+                    break
             elif line:
                 self.ask(line)
+        return 1 if self._failed and not self._interactive else 0
 
     def obey(self, line: str) -> bool:
         """Does what a command says; False means leave."""
@@ -113,6 +118,7 @@ class Conversation:
             self._runner.run(talk.show(self._talker.chat(self._messages, self._sampling, answer)))
         except (RequestError, ServerError) as error:
             self._messages.pop()
+            self._failed = True
             say_error(f"{error}; /reset forgets the conversation")
             return
         except KeyboardInterrupt:

@@ -59,6 +59,7 @@ def test_a_refused_turn_is_forgotten_and_the_chat_goes_on() -> None:
         done = chat(server, "one\ntwo\nthree\n")
     assert done.stdout.splitlines() == ["1 messages", "3 messages"]
     assert "error: the server ended the stream: too long" in done.stderr
+    assert done.returncode == 1, "a pipe is told that one line was not answered"
 
 
 def test_complete_streams_to_stdout_and_reads_stdin(
