@@ -27,8 +27,8 @@ struct Scratch {
     Sums range;         // of the current range
     Sums merged;        // of the ranges before
     float* scores;      // [kTogether, kKVTile]
-    uint16_t* rounded;  // [kTogether, kKVTile]: weights as bfloat16
-    uint16_t* q;        // [rows, key_dim]: queries as bfloat16
+    Rounded* weights;   // [kTogether, kKVTile], rounded to bfloat16
+    Rounded* q;         // [rows, key_dim]: queries rounded to bfloat16
     uint8_t* pieces;    // kTileGroups pieces of the cache: for blocks that are no multiple of kGroup
     uint8_t* wide;      // the same in bfloat16: widened from int8
     uint8_t* end;
@@ -42,8 +42,8 @@ struct Scratch {
         range = Sums::in(reinterpret_cast<float*>(take(Sums::size(rows, c) * 4)), rows, c);
         merged = Sums::in(reinterpret_cast<float*>(take(Sums::size(rows, c) * 4)), rows, c);
         scores = reinterpret_cast<float*>(take(kTogether * kKVTile * 4));
-        rounded = reinterpret_cast<uint16_t*>(take(kTogether * kKVTile * 2));
-        q = reinterpret_cast<uint16_t*>(take(rows * c.key_dim * 2 + sizeof(Halves)));
+        weights = reinterpret_cast<Rounded*>(take(kTogether * kKVTile * sizeof(Rounded)));
+        q = reinterpret_cast<Rounded*>(take(rows * c.key_dim * sizeof(Rounded)));
         pieces = take(kTileGroups * c.piece_bytes);
         wide = take(kTileGroups * kGroup * (c.key_dim + c.value_width) * 2);
         end = memory;
@@ -102,12 +102,6 @@ OCTAVO_FORCED void mix(const typename KV::Element* weights, const KVTile& tile, 
     }
     for (size_t r = 0; r < ROWS; ++r)
         for (size_t v = 0; v < VECTORS; ++v) store(total + r * stride + column + v * kLanes, sums[r][v]);
-}
-
-inline void put_weight(float* at, Floats weight) { store(at, weight); }
-inline void put_weight(uint16_t* at, Floats weight) {
-    const Halves rounded = to_bfloat16(weight);
-    std::memcpy(at, &rounded, sizeof rounded);
 }
 
 // Scores of a row that cannot be taken as they are: scales or caps them and hides the positions that it does not see;
@@ -183,7 +177,12 @@ void soften(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size
             }
         }
         store(weights, sums);
-        for (size_t v = 0; v < kTileVectors; ++v) put_weight(out + r * kKVTile + v * kLanes, part[v]);
+        for (size_t v = 0; v < kTileVectors; ++v) {
+            if constexpr (KV::kRounded)
+                store_rounded(out + r * kKVTile + v * kLanes, part[v]);
+            else
+                store(out + r * kKVTile + v * kLanes, part[v]);
+        }
     }
 }
 
@@ -208,7 +207,7 @@ void score_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, 
     const typename KV::Element* q[ROWS];
     Rows rows(a, t, t.kv_head, row);
     for (size_t r = 0; r < ROWS; ++r)
-        if constexpr (KV::kDepth == 2)
+        if constexpr (KV::kRounded)
             q[r] = s.q + (row + r) * a.cache.key_dim;
         else
             q[r] = a.q + rows.next();
@@ -244,8 +243,8 @@ OCTAVO_FORCED void by_blocks(size_t count, const Step& step) {
 template <class KV, bool SCALED>
 void visit_rows(const AttentionArgs& a, const QueryTile& t, const KVTile& tile, size_t rows, const Scratch& s) {
     typename KV::Element* weights;
-    if constexpr (KV::kDepth == 2)
-        weights = s.rounded;
+    if constexpr (KV::kRounded)
+        weights = s.weights;
     else
         weights = s.scores;
     for (size_t row = 0; row < rows; row += kTogether) {

@@ -150,29 +150,25 @@ struct KVSpan {
 // scales stay where they are.
 template <size_t GROUPS>
 void widen(const KVCache& c, uint8_t* keys, uint8_t* values, KVSpan<GROUPS>& span) {
-    const auto put = [](uint8_t* at, Pairs pairs) {
-        const Words bits = bits_of(pairs);
-        std::memcpy(at, &bits, sizeof bits);
-    };
-    Pairs pairs[2];
+    Words pairs[2];
     for (size_t g = span.first; g < span.last; ++g) {
         const uint8_t *k = span.k[g], *v = span.v[g];
         uint8_t* out = keys + g * kGroup * c.key_dim * 2;
         span.k[g] = out;
         for (size_t step = 0; step < c.key_dim / 2; step += 2, out += 2 * kGroup * 4) {
             for (size_t lane = 0; lane < kGroup; lane += kLanes) {
-                Int8KV::load(k + operand_offset<Int8KV>(kGroup, step, lane), pairs);
-                put(out + lane * 4, pairs[0]);
-                put(out + (kGroup + lane) * 4, pairs[1]);
+                widen_int8(load_words(k + (step / 2 * kGroup + lane) * 4), pairs);
+                std::memcpy(out + lane * 4, &pairs[0], sizeof *pairs);
+                std::memcpy(out + (kGroup + lane) * 4, &pairs[1], sizeof *pairs);
             }
         }
         out = values + g * kGroup * c.value_width * 2;
         span.v[g] = out;
         for (size_t step = 0; step < kGroup / 2; step += 2, out += 2 * c.value_width * 4) {
             for (size_t column = 0; column < c.value_width; column += kLanes) {
-                Int8KV::load(v + operand_offset<Int8KV>(c.value_width, step, column), pairs);
-                put(out + column * 4, pairs[0]);
-                put(out + (c.value_width + column) * 4, pairs[1]);
+                widen_int8(load_words(v + (step / 2 * c.value_width + column) * 4), pairs);
+                std::memcpy(out + column * 4, &pairs[0], sizeof *pairs);
+                std::memcpy(out + (c.value_width + column) * 4, &pairs[1], sizeof *pairs);
             }
         }
     }
@@ -223,22 +219,21 @@ inline void write_out(const AttentionArgs& a, const QueryTile& t, size_t head, s
 }
 
 // `rounded`: [padded, key_dim], as bfloat16; rows behind the last are zeros.
-inline void round_queries(const AttentionArgs& a, const QueryTile& t, size_t head, size_t count, size_t padded, uint16_t* rounded) {
+inline void round_queries(const AttentionArgs& a, const QueryTile& t, size_t head, size_t count, size_t padded,
+                          Rounded* rounded) {
     const size_t dim = a.cache.head_dim;
     Rows rows(a, t, head, 0);
     for (size_t row = 0; row < count; ++row, rounded += a.cache.key_dim) {
         const float* q = a.q + rows.next();
         size_t d = 0;
-        for (; d + kLanes <= dim; d += kLanes) {
-            const Halves bits = to_bfloat16(load(q + d));
-            std::memcpy(rounded + d, &bits, sizeof bits);
-        }
+        for (; d + kLanes <= dim; d += kLanes) store_rounded(rounded + d, load(q + d));
         if (d < dim) {
-            const Halves bits = to_bfloat16(load_part(q + d, dim - d));
-            std::memcpy(rounded + d, &bits, (a.cache.key_dim - d) * sizeof(uint16_t));
+            Rounded rest[kLanes];
+            store_rounded(rest, load_part(q + d, dim - d));
+            std::memcpy(rounded + d, rest, (a.cache.key_dim - d) * sizeof *rest);
         }
     }
-    std::memset(rounded, 0, (padded - count) * a.cache.key_dim * sizeof(uint16_t));
+    std::memset(rounded, 0, (padded - count) * a.cache.key_dim * sizeof *rounded);
 }
 
 }  // namespace

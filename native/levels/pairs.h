@@ -1,9 +1,9 @@
 // The KV cache as operands of multiply-adds, one struct for each type: FloatKV, BFloat16KV, Int8KV.
 //
-// A reduction walks K along head_dim and V along positions, kDepth of them in a step; kSteps steps are loaded at once. With kDepth 2 the two lie
-// together (Pairs) and their products are added to the sum one after the other, by VDPBF16PS where the level has it,
-// else by two multiply-adds; the other factor, a query or a weight, is rounded to bfloat16. int8 numbers are exact in
-// bfloat16, so that an Int8KV piece and the same piece widened to a BFloat16KV one give the same bits.
+// A reduction walks K along head_dim and V along positions, kDepth of them in a step; kSteps steps are loaded at once. Of
+// bfloat16 numbers VDPBF16PS takes two in a step (Pairs), where the level has it, and multiply-adds of floats one; the
+// other factor, a query or a weight, is rounded to bfloat16 too. int8 numbers are exact in bfloat16, so that an Int8KV
+// piece and the same piece widened to a BFloat16KV one give the same bits.
 #pragma once
 
 #include "simd.h"
@@ -11,28 +11,27 @@
 namespace octavo::OCTAVO_LEVEL {
 namespace {
 
+#if !defined(__AVX512BF16__)
+// Rounded to bfloat16, in the upper half of each lane; a NaN stays one.
+inline Words bfloat16_bits(Floats v) {
+    const Words bits = (Words)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return (v != v ? bits | 0x400000u : rounded) & 0xffff0000u;
+}
+#endif
+
 inline Halves to_bfloat16(Floats v) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)(bfloat16_bits(v) >> 16));
 #else
-    const Words bits = (Words)v;
-    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Words nan = (bits >> 16) | 0x40;
-    const Words kept = v != v ? nan : rounded;
-#if defined(__AVX512F__)
-    return (Halves)_mm512_cvtepi32_epi16((__m512i)kept);
-#else
-    return __builtin_convertvector(kept, Halves);
-#endif
+    return __builtin_convertvector(bfloat16_bits(v) >> 16, Halves);
 #endif
 }
 
 #if defined(__AVX512BF16__)
 using Pairs = __m512bh;  // lane l: two bfloat16 numbers, the first in the low half
 
-inline Pairs pairs_of(Words bits) { return (Pairs)bits; }
-inline Words bits_of(Pairs v) { return (Words)v; }
-inline Floats multiply_add(Pairs a, Pairs b, Floats sum) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
 // The two bytes of the bfloat16 numbers 0 to 127.
 struct Int8Tables {
@@ -63,20 +62,6 @@ inline void pairs_of_int8(Words quads, Pairs (&out)[2]) {
     out[0] = (Pairs)_mm512_unpacklo_epi8(low, high);
     out[1] = (Pairs)_mm512_unpackhi_epi8(low, high);
 }
-#else
-struct Pairs {
-    Floats first, second;
-};
-
-inline Pairs pairs_of(Words bits) { return {(Floats)(bits << 16), (Floats)(bits & 0xffff0000u)}; }
-inline Words bits_of(Pairs v) { return ((Words)v.first >> 16) | (Words)v.second; }
-inline Floats multiply_add(Pairs a, Pairs b, Floats sum) { return fma(a.second, b.second, fma(a.first, b.first, sum)); }
-
-inline void pairs_of_int8(Words quads, Pairs (&out)[2]) {
-    const auto number = [quads](int up) { return __builtin_convertvector((Ints)(quads << up) >> 24, Floats); };
-    out[0] = {number(24), number(16)};
-    out[1] = {number(8), number(0)};
-}
 #endif
 
 inline Words load_words(const void* p) {
@@ -93,6 +78,7 @@ inline size_t operand_offset(size_t width, size_t step, size_t column) {
 
 struct FloatKV {
     static constexpr size_t kDepth = 1, kSteps = 1;
+    static constexpr bool kRounded = false;  // the other factor
     using Element = float;  // of a query or of a weight
     using Operand = Floats;
 
@@ -101,30 +87,80 @@ struct FloatKV {
     static Floats add(Operand factor, Operand kv, Floats sum) { return fma(factor, kv, sum); }
 };
 
-struct PairKV {
+#if defined(__AVX512BF16__)
+struct RoundedKV {
     static constexpr size_t kDepth = 2;
+    static constexpr bool kRounded = true;
     using Element = uint16_t;
     using Operand = Pairs;
 
     static Operand factor(const Element* row, size_t step) {
         uint32_t bits;
         std::memcpy(&bits, row + 2 * step, sizeof bits);
-        return pairs_of(Words{} + bits);
+        return (Operand)(Words{} + bits);
     }
-    static Floats add(Operand factor, Operand kv, Floats sum) { return multiply_add(factor, kv, sum); }
+    static Floats add(Operand factor, Operand kv, Floats sum) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, factor, kv);
+    }
 };
 
-struct BFloat16KV : PairKV {
+struct BFloat16KV : RoundedKV {
     static constexpr size_t kSteps = 1;
 
-    static void load(const uint8_t* at, Operand (&out)[kSteps]) { out[0] = pairs_of(load_words(at)); }
+    static void load(const uint8_t* at, Operand (&out)[kSteps]) { out[0] = (Pairs)load_words(at); }
 };
 
-struct Int8KV : PairKV {
+struct Int8KV : RoundedKV {
     static constexpr size_t kSteps = 2;
 
     static void load(const uint8_t* at, Operand (&out)[kSteps]) { pairs_of_int8(load_words(at), out); }
 };
+
+inline void store_rounded(uint16_t* at, Floats v) {
+    const Halves rounded = to_bfloat16(v);
+    std::memcpy(at, &rounded, sizeof rounded);
+}
+
+// Four signed bytes of each lane as bfloat16: out[0] gets the first two, out[1] the others.
+inline void widen_int8(Words quads, Words (&out)[2]) {
+    Pairs pairs[2];
+    pairs_of_int8(quads, pairs);
+    out[0] = (Words)pairs[0], out[1] = (Words)pairs[1];
+}
+#else
+struct RoundedKV : FloatKV {
+    static constexpr bool kRounded = true;
+};
+
+struct BFloat16KV : RoundedKV {
+    static constexpr size_t kSteps = 2;
+
+    static void load(const uint8_t* at, Operand (&out)[kSteps]) {
+        const Words pairs = load_words(at);
+        out[0] = (Floats)(pairs << 16), out[1] = (Floats)(pairs & 0xffff0000u);
+    }
+};
+
+struct Int8KV : RoundedKV {
+    static constexpr size_t kSteps = 4;
+
+    static void load(const uint8_t* at, Operand (&out)[kSteps]) {
+        const Words quads = load_words(at);
+        for (int i = 0; i < 4; ++i) out[i] = __builtin_convertvector((Ints)(quads << (24 - 8 * i)) >> 24, Floats);
+    }
+};
+
+inline void store_rounded(float* at, Floats v) { store(at, (Floats)bfloat16_bits(v)); }
+
+// Four signed bytes of each lane as bfloat16: out[0] gets the first two, out[1] the others.
+inline void widen_int8(Words quads, Words (&out)[2]) {
+    const auto bits = [quads](int up) { return (Words)__builtin_convertvector((Ints)(quads << up) >> 24, Floats); };
+    out[0] = bits(24) >> 16 | bits(16);
+    out[1] = bits(8) >> 16 | bits(0);
+}
+#endif
+
+using Rounded = RoundedKV::Element;
 
 }  // namespace
 }  // namespace octavo::OCTAVO_LEVEL

@@ -33,7 +33,8 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Not 0 + value, which must turn -0 into 0 and so adds, instead of broadcasting from memory.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats load(const float* p) {
     Floats v;
