@@ -12,7 +12,7 @@ namespace {
 // Weight rows read together: few activation rows need more of them to hide the latency of their chains.
 template <size_t ROWS>
 constexpr size_t kTogether = ROWS > 2 ? 4 : (kLanes == 16 ? 16 : 8) / ROWS;
-constexpr size_t kMaxRows = kLanes == 16 ? 4 : 2;  // activation rows of a tile: what the registers hold
+constexpr size_t kMaxRows = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;  // activation rows of a tile: what the registers hold
 
 // totals[r][column + c] = the lanes of dot(x row r, w[c]) for kTogether weight rows. STREAM: the weights come from
 // memory, so those of the next tile, which follow, are asked for while these are used.
