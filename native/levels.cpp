@@ -44,7 +44,10 @@ double multiply_adds(size_t turns, float* sink);
 }
 
 static bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned f16c = 1u << 29;  // of cpuid leaf 1, ecx: not every compiler knows the name
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+           (ecx & f16c);
 }
 
 static bool has_avx512() {

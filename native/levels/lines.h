@@ -109,6 +109,8 @@ inline PerChannel load_halves(const uint8_t* p) {
         std::memcpy(&bits, p + i * sizeof bits, sizeof bits);
 #if defined(__AVX512F__)
         out.v[i] = (Floats)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+        out.v[i] = (Floats)_mm256_cvtph_ps((__m128i)bits);
 #else
         const Words half = (Words)widen(bits) >> 16, rest = (half & 0x7fffu) << 13, exponent = rest & 0x0f800000u;
         const Words normal = rest + 0x38000000u + (exponent == 0x0f800000u ? Words{} + 0x38000000u : Words{});

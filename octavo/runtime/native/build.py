@@ -21,7 +21,7 @@ SOURCES = Path(__file__).resolve().parents[3] / "native"
 
 # -ffp-contract=off: multiply-adds are fused where the source says so, never by a compiler's choice (same bits).
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-ffp-contract=off"]
-_AVX2 = ["-mavx2", "-mfma"]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"]
 _X86_LEVELS = {
