@@ -1,5 +1,7 @@
 """`octavo program`: the model as the list of nodes that a runtime runs, with shapes, bytes and operations."""
 
+from __future__ import annotations
+
 import math
 from typing import TYPE_CHECKING, Annotated
 
