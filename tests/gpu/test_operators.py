@@ -131,6 +131,67 @@ def test_products_are_taken_where_the_last_round_of_tiles_is_nearly_full(monkeyp
     assert operators.fills(rows, num_out) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_out", "depth", "expected"),
+    [
+        (12288, 4096, (64, 1)),
+        (4096, 4096, (64, 2)),
+        (22016, 4096, (128, 2)),
+        (4096, 1024, (64, 1)),
+        (1024, 3072, (64, 4)),
+        (1024, 1024, (64, 4)),
+    ],
+)
+def test_streamed_tiles_fill_the_card(monkeypatch, num_out, depth, expected):
+    monkeypatch.setattr(operators, "_num_multiprocessors", lambda: 132)
+    operators.streamed_tile.cache_clear()
+    assert operators.streamed_tile(num_out, depth) == expected
+    operators.streamed_tile.cache_clear()
+
+
+@pytest.mark.gpu
+def test_product_by_the_fastest_of_the_kernels_that_cublas_offers(device):
+    x = numbers((48, 520), 1, device, torch.bfloat16)
+    weight = numbers((1040, 520), 2, device, torch.bfloat16) * 520**-0.5
+    out = torch.full((49, 1040), float("nan"), device=device, dtype=torch.bfloat16)
+    assert not operators.multiply(x, weight, out[:48]), "nobody measured it"
+    assert operators.multiply(x, weight, out[:48], measures=True)
+    out.fill_(float("nan"))
+    assert operators.multiply(x, weight, out[:48])
+    assert not operators.multiply(x[:47], weight, out[:47])
+    close(out[:48], (x.float() @ weight.float().T).cpu().numpy(), 5e-3)
+    assert out[48:].isnan().all(), "a row behind the last"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(64, 1), (64, 4), (128, 2), (128, 1), (128, 4)])
+@pytest.mark.parametrize("activation", ["none", "silu_mul", "gelu_tanh_mul"])
+@pytest.mark.parametrize(
+    ("rows", "width", "depth"), [(3, 8, 8), (17, 136, 72), (64, 1032, 2048), (90, 640, 1096), (128, 3072, 1024)]
+)
+def test_streamed_product(device, monkeypatch, rows, width, depth, activation, tile):
+    """Every number of rows that has a kernel, at and around the edges of tiles, parts of the depth without a step."""
+    stacked = width * (1 if activation == "none" else 2)
+    node = Linear("linear", HANDLE, matrix("w", stacked, depth), HANDLE, None, activation)
+    if stacked % 16 or not operators.can_multiply(node):
+        pytest.skip("written for Hopper")
+    monkeypatch.setattr(operators, "streamed_tile", lambda *_: tile)
+    x = numbers((rows + 3, depth), 1, device, torch.bfloat16)
+    weight = numbers((stacked, depth), 2, device, torch.bfloat16) * depth**-0.5
+    offset = numbers((stacked,), 3, device) if rows % 2 else None
+    out = torch.full((rows + 3, width), float("nan"), device=device, dtype=torch.bfloat16)
+    product = operators.Product(node, x, weight, offset, out, chained=True)
+    for _ in range(3):
+        product.stream(rows)
+    expected = (x[:rows].float() @ weight.float().T + (0 if offset is None else offset)).cpu().numpy()
+    if activation != "none":
+        gate, up = expected.reshape(rows, 2, -1).swapaxes(0, 1)
+        act = reference.silu if activation == "silu_mul" else reference.gelu_tanh
+        expected = act(np.ascontiguousarray(gate)) * up
+    close(out[:rows], expected, 5e-3)
+    assert out[rows:].isnan().all(), "a row behind the last"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["silu_mul", "gelu_tanh_mul"])
@@ -170,7 +231,7 @@ def test_product_that_turns_its_heads(device, heads, kv_heads, dim, rows, norms,
     rope = Rope(tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)))
     linear = Linear("qkv", HANDLE, matrix("w", width, depth), HANDLE)
     node = RopeKVWrite("rope", HANDLE, HANDLE, 0, heads, kv_heads, dim, rope)
-    if not operators.can_multiply(linear, node):
+    if not operators.can_multiply(linear):
         pytest.skip("written for Hopper")
     rng = np.random.default_rng(0)
     x = numbers((rows + 3, depth), 1, device, torch.bfloat16)

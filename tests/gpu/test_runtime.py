@@ -156,6 +156,19 @@ def test_products_of_many_rows_in_a_decoder(device, monkeypatch, groups, kv):
     assert kinds == [64, 1] * 4
 
 
+@pytest.mark.gpu
+def test_products_of_some_rows_in_a_decoder(device, monkeypatch):
+    """In a step of 30 tokens three products of a layer are streamed; that of heads, and logits 61 wide, are not."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("written for Hopper")
+    rows, stream = [], operators.Product.stream
+    monkeypatch.setattr(operators.Product, "stream", lambda self, n: (rows.append(n), stream(self, n)))
+    program = decoder_program(hidden=64, heads=4, kv_heads=2, dim=64, inner=96)
+    compare(device, program, [[Piece(i, 0, 3 * i + 3) for i in range(4)]], dtype="bfloat16")
+    assert rows[-6:] == [30] * 6
+    assert 30 not in rows[:-6]
+
+
 def test_two_kv_groups_in_a_decoder(device):
     compare(device, decoder_program(groups=2), CHUNKS[:2], steps=Steps(groups=2))
 

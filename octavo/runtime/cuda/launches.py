@@ -21,6 +21,7 @@ from octavo.runtime.cuda.packing import rope_tables
 from octavo.runtime.cuda.staging import DeviceStep
 
 Launch = Callable[[DeviceStep], None]
+_MANY_WEIGHTS = 1 << 25  # from which on reading them takes so long that more rows may be streamed (docs/kernels.md)
 HeadTensors = tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -90,10 +91,10 @@ class Launches:
         found = find_fusion(program)
         self._fusion = found if "norm" in fusions else Fusion(heads_of=found.heads_of)
         self._chained = "pdl" in fusions and can_chain(self._device)
+        self._can_take_over = self._device.type == "cuda" and arena.view(program.logits).dtype == torch.bfloat16
         self._ropes: dict[ops.Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._turned: dict[ops.Buffer, Callable[[int], bool]] = {}  # q: whether its product makes it in so many rows
         self._turn_of: dict[ops.Buffer, Callable[[DeviceStep], operators.Turn | None]] = {}  # q: what attention does
-        self._can_take_over = self._device.type == "cuda" and arena.view(program.logits).dtype == torch.bfloat16
         shapes = {(n.num_heads, n.num_kv_heads, n.head_dim) for n in program.nodes if isinstance(n, ops.Attention)}
         sizes = [(attention.partial_rows(max_decodes, heads, kv_heads), dim) for heads, kv_heads, dim in shapes]
         kv_heads = max((shape[1] for shape in shapes), default=0)
@@ -184,6 +185,8 @@ class Launches:
         fused_x, fused_out, fused = self._fused(node)
         in_cpp = self._uses_cpp and _is_gelu(node) and out.shape[1] % 8 == 0
         of_many, turns = self._of_many(node), self._turns(self._fusion.heads_of.get(node))
+        streamed, backend, can_choose = self._streamed(node), self._backend, self._can_take_over
+        most_streamed = 16 if node in self._fusion.heads_of else 64 if weight.numel() >= _MANY_WEIGHTS else 32
 
         def launch(step: DeviceStep) -> None:
             num_rows = count(step)
@@ -199,10 +202,13 @@ class Launches:
                     fused=fused, chained=chained,
                 )  # fmt: skip
                 return
+            if streamed is not None and num_rows <= most_streamed and backend.has_cpp:
+                streamed.stream(num_rows)
+                return
             product = arena.product(num_rows, num_in_rows) if gated else out[:num_rows]
             if is_few:
                 linear.few_rows(num_rows, fused_x, weight, None, product, fused=fused, chained=chained)
-            else:
+            elif not (can_choose and backend.has_cpp and operators.multiply(x[:num_rows], weight, product)):
                 torch.mm(x[:num_rows], transposed, out=product)
             if in_cpp and bias is not None:
                 operators.bias_gelu(product, bias, out, num_rows, activation == "gelu_tanh")
@@ -213,11 +219,20 @@ class Launches:
 
         return launch
 
+    def _streamed(self, node: ops.Linear) -> operators.Product | None:
+        """The kernel for up to 128 rows, of which some are faster than cuBLAS."""
+        is_on = self._can_take_over and (node.activation == "none" or "activation" in self._fusions)
+        if not is_on or not operators.can_multiply(node):
+            return None
+        tensors = self._arena.view(node.x), self._weights[node.weight.parts], self._weight(node.bias)
+        return operators.Product(node, *tensors, self._arena.view(node.out), chained=self._chained)
+
     def _of_many(self, node: ops.Linear) -> Callable[[DeviceStep, int], bool]:
         """Launches a product and what follows it, in a step whose rows fill the card; else returns False."""
         heads = self._fusion.heads_of.get(node)
         is_on = self._can_take_over and ("qkv" if heads else "activation") in self._fusions
-        if not is_on or not operators.can_multiply(node, heads):
+        is_followed = heads is not None or node.activation != "none"
+        if not is_on or not is_followed or not operators.can_multiply(node):
             return lambda step, num_rows: False
         weight, bias, x = self._weights[node.weight.parts], self._weight(node.bias), self._arena.view(node.x)
         if heads is None:

@@ -3,8 +3,8 @@
 `--attention-backend` selects decode attention (head sizes 64, 128, 256, up to 8 query heads a KV head, blocks of 16,
 bfloat16 or fp8 KV) and, on Hopper, prefill attention (head sizes 64 and 128, bfloat16 KV, no window or soft-cap);
 `--cuda-ops cuda` LayerNorm with residual, and bias + GELU. LayerNorm + GELU in one pass is here for the study: no
-decoder computes GELU(LN(x)). Products of many rows with what follows them (`Product`) run on Hopper unless
-`--no-fuse-ops`, wherever the library is there.
+decoder computes GELU(LN(x)). On Hopper, wherever the library is there, products of many rows do what follows them
+(`Product`, unless `--no-fuse-ops`), and those of some rows stream their weights.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def _library() -> ctypes.CDLL:
     library.octavo_decode_attention.argtypes = [ctypes.POINTER(_Decode), *[integer] * 5, pointer]
     library.octavo_prefill_attention.argtypes = [ctypes.POINTER(_Prefill), integer, pointer]
     library.octavo_product.argtypes = [ctypes.POINTER(_Product), integer, integer, pointer]
+    library.octavo_streamed_product.argtypes = [ctypes.POINTER(_Product), *[integer] * 3, pointer]
+    library.octavo_multiply.argtypes = [*[pointer] * 3, *[integer] * 4, pointer]
     library.octavo_layer_norm.argtypes = [*[pointer] * 6, real, *[integer] * 3, pointer]
     library.octavo_bias_gelu.argtypes = [*[pointer] * 3, *[integer] * 3, pointer]
     return library
@@ -261,16 +263,29 @@ def _prefill_attention(*arguments: Any) -> None:
     _check("prefill_attention", code)
 
 
-def can_multiply(node: Linear, heads: RopeKVWrite | None = None) -> bool:
-    """Whether a product of many rows has a kernel here, gated or with `heads` behind it: Hopper's, whole vectors."""
+def can_multiply(node: Linear) -> bool:
+    """Whether a product has kernels here, of some rows and, if it is gated or heads follow, of many: Hopper's, whole
+    vectors."""
     num_out, num_in = node.weight.shape
     return (
-        (heads is not None or node.activation in ("silu_mul", "gelu_tanh_mul"))
+        node.activation in ("none", "silu_mul", "gelu_tanh_mul")
         and num_in % 8 == num_out % 16 == 0
         and not node.softcap
         and node.scale == 1.0
         and torch.cuda.get_device_capability() == (9, 0)
     )
+
+
+@functools.cache
+def streamed_tile(num_out: int, depth: int) -> tuple[int, int]:
+    """Weights of a program of a streamed product, and into how many parts its depth is cut: all begin at once."""
+    most = _num_multiprocessors()
+    if num_out > 128 * most:
+        return 128, 2
+    tiles, steps, splits = -(-num_out // 64), -(-depth // 64), 1
+    while splits < 4 and (tiles * splits < most // 3 or (2 * tiles * splits <= most and steps >= 64 * splits)):
+        splits *= 2
+    return 64, splits
 
 
 def fills(num_rows: int, num_out: int) -> bool:
@@ -312,7 +327,8 @@ class Product:
         x_at, weight_at, bias_at, out_at = map(_address, self._tensors[:4])
         self._arguments = _Product(
             x=x_at, weight=weight_at, bias=bias_at, out=out_at, depth=weight.shape[1],
-            width=weight.shape[0] // (1 if heads else 2), activation=ACTIVATION_CODES[node.activation],
+            width=weight.shape[0] // (1 if node.activation == "none" else 2),
+            activation=ACTIVATION_CODES[node.activation],
         )  # fmt: skip
         self._kind, self._chained = heads.head_dim if heads else 1, int(chained)
         if heads and table:
@@ -332,6 +348,23 @@ class Product:
         self._arguments.rows = num_rows
         code = _library().octavo_product(ctypes.byref(self._arguments), self._kind, self._chained, _stream())
         _check("product", code)
+
+    def stream(self, num_rows: int) -> None:
+        """The same for up to 128 rows, heads left alone. Raises StepError: the card refused it."""
+        arguments = self._arguments
+        arguments.rows = num_rows
+        tile = streamed_tile(self._tensors[1].shape[0], arguments.depth)
+        code = _library().octavo_streamed_product(ctypes.byref(arguments), *tile, self._chained, _stream())
+        _check("streamed product", code)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, measures: bool = False) -> bool:
+    """out = x @ weight.T in bfloat16, by the fastest of cuBLAS's kernels. False where this size was not measured.
+
+    `measures`: does so now, which waits for the device.
+    """
+    pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+    return not _library().octavo_multiply(*pointers, len(x), *weight.shape, int(measures), _stream())
 
 
 @_operator("out", "residual_out")

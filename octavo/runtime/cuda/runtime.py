@@ -14,7 +14,7 @@ from octavo.errors import MemoryPlanError, StepError, UnsupportedError
 from octavo.program.ops import Attention, Experts, Linear, Rows
 from octavo.program.program import Program
 from octavo.runtime.base import Float32, Runtime, SamplerOutput, SamplingInputs, StepInputs, WeightSource
-from octavo.runtime.cuda import graphs
+from octavo.runtime.cuda import graphs, operators
 from octavo.runtime.cuda.backend import AttentionBackend
 from octavo.runtime.cuda.host import HostBlocks
 from octavo.runtime.cuda.launches import Arena, KVPool, Launch, Launches
@@ -146,6 +146,7 @@ class CudaRuntime(Runtime):
                 compile_kernels(self._launch_null_steps, self._warm_products)
             self._drop_pool()
             self._make_pool(0, block_size, dtype)
+            self._measure_products()
             length = min(most_tokens, self._loaded().max_model_len)
             prompts = [length] * min(most_tokens // length, most_rows)
             for counts in (prompts, [1] * most):
@@ -286,12 +287,25 @@ class CudaRuntime(Runtime):
             self._launch_adjusted(self._arena.view(self._loaded().logits)[:1], step, sampling)
         HostBlocks(self._kv.tensors, 0, 1).copy([(0, 0)])
 
+    def _products(self) -> list[Linear]:
+        """One of each shape, of those that a step's tokens go through."""
+        nodes = [n for n in self._loaded().nodes if isinstance(n, Linear) and n.out.rows is Rows.TOKENS]
+        return list({n.weight.shape: n for n in nodes}.values())
+
     def _warm_products(self) -> None:
         """cuBLAS chooses and loads a kernel for a shape when first asked: up to 20 ms in steps that are captured."""
-        kinds = {n.weight.shape: n for n in self._loaded().nodes if isinstance(n, Linear) and n.out.rows is Rows.TOKENS}
         for size in graphs.mixed_sizes(self._most_mixed):
-            for node in kinds.values():
+            for node in self._products():
                 torch.mm(self._arena.view(node.x)[:size], self._weights[node.weight.parts].t())
+
+    def _measure_products(self) -> None:
+        """Which of cuBLAS's kernels is the fastest in decodes, of weights that take some time to read."""
+        large = [n for n in self._products() if math.prod(n.weight.shape) >= 1 << 24]
+        is_there = self._backend.has_cpp and self._dtype == torch.bfloat16
+        for size in [n for n in graphs.buckets(min(self._limits)) if n > 32] if is_there else ():
+            for node in large:
+                x, weight = self._arena.view(node.x)[:size], self._weights[node.weight.parts]
+                operators.multiply(x, weight, x.new_empty(size, len(weight)), measures=True)
 
     def _null_step(self, counts: list[int]) -> StepInputs:
         return null_step(counts, self._null_block, self._block_size, self._loaded().num_kv_groups)

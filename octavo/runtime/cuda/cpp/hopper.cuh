@@ -52,6 +52,37 @@ __device__ __forceinline__ void bring(void* to, const CUtensorMap& from, int col
       : "memory");
 }
 
+// Programs side by side that may reach each other's shared memory.
+__device__ __forceinline__ int rank_in_cluster() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Arrives at the barrier of a program of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t& barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(address(&barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// Asks for a box that lands in several programs (a bit each) at the same place, and is counted by the barriers of each.
+__device__ __forceinline__ void bring_to(uint16_t programs, void* to, const CUtensorMap& from, int column, int row,
+                                         uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(address(to)),
+      "l"(&from), "r"(column), "r"(row), "r"(address(&barrier)), "h"(programs)
+      : "memory");
+}
+
 // How wgmma finds a matrix in shared memory, in rows of 128 swizzled bytes: 8 of them are 1,024 bytes, and `lead` bytes
 // lie between one 64 columns and the next (read for V only, whose columns are the product's).
 __device__ __forceinline__ uint64_t matrix(const void* at, int lead) {
@@ -77,9 +108,13 @@ __device__ __forceinline__ void pin(float (&x)[N]) {
 #define D8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D32(d, i) D8(d, i), D8(d, i + 8), D8(d, i + 16), D8(d, i + 24)
+#define N8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define N16 N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define N32                                                                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
+#define N48                                                                                                          \
+  N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define N64                                                                                                          \
   N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
       "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"

@@ -8,30 +8,9 @@
 // cache can deliver. Two warpgroups multiply 64 rows each (wgmma), the second two steps behind the first, so that one
 // multiplies while the other stores.
 
-#include "hopper.cuh"
+#include "product.cuh"
 
 #include <cuda_fp8.h>
-
-struct Product {
-  const __nv_bfloat16* x;       // [rows, depth]
-  const __nv_bfloat16* weight;  // [columns, depth]; of a gated product gate over up
-  const float* bias;            // [columns], or none
-  __nv_bfloat16* out;           // [rows, width]; of heads those of q alone
-  const int* positions;         // [rows]; from here on what heads need
-  const int* slots;             // [rows]: where in the cache
-  const float* cosines;         // [positions, D / 2]
-  const float* sines;
-  const float* q_norm;  // [D], or none
-  const float* k_norm;
-  void* keys;  // [blocks, KV heads, 16, D], bfloat16 or e4m3
-  void* values;
-  int rows, depth;
-  int width;  // of `out` before heads are taken apart: columns, or half of them
-  int activation;  // of the gate: 4 SiLU, 5 GELU by tanh
-  int num_heads, num_kv_heads;
-  int kv_bytes;
-  float eps;
-};
 
 namespace {
 
@@ -64,36 +43,6 @@ struct Place {
   }
 };
 
-__device__ __forceinline__ int rank_in_pair() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void pair_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Arrives at the barrier of a program of the pair.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t& barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(address(&barrier)),
-      "r"(rank)
-      : "memory");
-}
-
-// Asks for a box that lands in both programs at the same place, and is counted by the barriers of both.
-__device__ __forceinline__ void bring_to_both(void* to, const CUtensorMap& from, int column, int row,
-                                              uint64_t& barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(address(to)),
-      "l"(&from), "r"(column), "r"(row), "r"(address(&barrier)), "h"(uint16_t(3))
-      : "memory");
-}
-
 // sums [64, 256] (+)= x [64, 16] weight [256, 16]^T, both in shared memory.
 __device__ __forceinline__ void multiply(float (&d)[128], uint64_t x, uint64_t weight, int adds) {
   asm volatile(
@@ -101,12 +50,6 @@ __device__ __forceinline__ void multiply(float (&d)[128], uint64_t x, uint64_t w
       "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" N128 "}, %128, %129, p, 1, 1, 0, 0;\n}"
       : D32(d, 0), D32(d, 32), D32(d, 64), D32(d, 96)
       : "l"(x), "l"(weight), "r"(adds));
-}
-
-__device__ __forceinline__ float activated(float x, int activation) {
-  if (activation == 4) return __fdividef(x, 1.0f + __expf(-x));
-  const float y = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return __fdividef(x, 1.0f + __expf(-2.0f * y));  // (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
 }
 
 __device__ __forceinline__ void put(__nv_bfloat16* to, uint4 value) { *reinterpret_cast<uint4*>(to) = value; }
@@ -122,7 +65,7 @@ __device__ __forceinline__ uint2 narrowed(uint4 value) {
 template <int kKind>
 __device__ void produce(const Product& p, const CUtensorMap& x, const CUtensorMap& weight, Shared& shared, int num_pairs,
                         int num_columns) {
-  const int rank = rank_in_pair(), steps = (p.depth + kSwizzled - 1) / kSwizzled;
+  const int rank = rank_in_cluster(), steps = (p.depth + kSwizzled - 1) / kSwizzled;
   int turn = 0;
   for (int work = blockIdx.x / 2; work < num_pairs * num_columns; work += gridDim.x / 2) {
     const Place place(work, num_pairs, num_columns);
@@ -134,7 +77,7 @@ __device__ void produce(const Product& p, const CUtensorMap& x, const CUtensorMa
       barrier_wait(shared.empty[stage], turn / kStages % 2 ^ 1);
       barrier_expect(shared.full[stage], sizeof(shared.x[0]) + sizeof(shared.weight[0]));
       bring(shared.x[stage], x, k * kSwizzled, row, shared.full[stage]);
-      bring_to_both(shared.weight[stage][rank], weight, k * kSwizzled, column, shared.full[stage]);
+      bring_to(3, shared.weight[stage][rank], weight, k * kSwizzled, column, shared.full[stage]);
     }
   }
 }
@@ -334,7 +277,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(int num_pairs, int num_columns) {
-    const int rank = rank_in_pair(), steps = (p.depth + kSwizzled - 1) / kSwizzled;
+    const int rank = rank_in_cluster(), steps = (p.depth + kSwizzled - 1) / kSwizzled;
     bool is_first = true;
     for (int work = blockIdx.x / 2; work < num_pairs * num_columns; work += gridDim.x / 2) {
       const Place place(work, num_pairs, num_columns);
@@ -372,7 +315,7 @@ __global__ void __launch_bounds__(384, 1)
   if (kKind > kGated && p.q_norm != nullptr) {
     for (int i = threadIdx.x; i < kKind; i += 384) shared.norms[0][i] = p.q_norm[i], shared.norms[1][i] = p.k_norm[i];
   }
-  pair_sync();
+  cluster_sync();
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");  // what comes below was written by the kernels in front
   const int role = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // which the compiler then knows to be one for a warp
@@ -384,7 +327,7 @@ __global__ void __launch_bounds__(384, 1)
     Consumer<kKind> consumer(p, shared, role - 1);
     consumer.run(num_pairs, num_columns);
   }
-  pair_sync();  // neither ends while the other may still write to it
+  cluster_sync();  // neither ends while the other may still write to it
 #endif
 }
 
