@@ -1,8 +1,8 @@
 """Matrix products for one or two rows, where time is the reading of the weights: one pass over them, all else fused.
 
 The weights are read once for all rows and multiplied on the CUDA cores. The norm in front, the bias, the activation,
-the soft-cap and the residual sum happen in the same pass. More rows are cuBLAS's: at four, the multiply-adds of this
-kernel take longer than the weights, and one of ours on the tensor cores was no faster (docs/kernels.md).
+the soft-cap and the residual sum happen in the same pass. At four rows the multiply-adds of this kernel take longer
+than the weights: more are multiplied on the tensor cores, by cpp/streamed.cu or cuBLAS.
 """
 
 from __future__ import annotations
