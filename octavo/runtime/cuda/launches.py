@@ -185,7 +185,8 @@ class Launches:
         fused_x, fused_out, fused = self._fused(node)
         in_cpp = self._uses_cpp and _is_gelu(node) and out.shape[1] % 8 == 0
         of_many, turns = self._of_many(node), self._turns(self._fusion.heads_of.get(node))
-        streamed, backend, can_choose = self._streamed(node), self._backend, self._can_take_over
+        streamed, backend = self._streamed(node), self._backend
+        most_measured = self._max_decodes if self._can_take_over else 0
         most_streamed = 16 if node in self._fusion.heads_of else 64 if weight.numel() >= _MANY_WEIGHTS else 32
 
         def launch(step: DeviceStep) -> None:
@@ -208,7 +209,9 @@ class Launches:
             product = arena.product(num_rows, num_in_rows) if gated else out[:num_rows]
             if is_few:
                 linear.few_rows(num_rows, fused_x, weight, None, product, fused=fused, chained=chained)
-            elif not (can_choose and backend.has_cpp and operators.multiply(x[:num_rows], weight, product)):
+            elif (
+                num_rows > most_measured or not backend.has_cpp or not operators.multiply(x[:num_rows], weight, product)
+            ):
                 torch.mm(x[:num_rows], transposed, out=product)
             if in_cpp and bias is not None:
                 operators.bias_gelu(product, bias, out, num_rows, activation == "gelu_tanh")
