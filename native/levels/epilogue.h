@@ -24,10 +24,15 @@ inline Floats gelu_tanh(Floats x) {
 // x[i] = silu(x[i]), step after step for all.
 template <size_t N>
 OCTAVO_FORCED void silu_each(Floats* x) {
-    Floats powers[N];
+    Floats powers[N];  // e^-x
+#if defined(__AVX512F__)
 #pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) powers[i] = at_most(x[i] * -1.44269504088896341f, 126.0f);
+    powers_of_two<N>(powers);
+#else
     for (size_t i = 0; i < N; ++i) powers[i] = -x[i];
     exp_each<N>(powers);
+#endif
 #pragma GCC unroll 8
     for (size_t i = 0; i < N; ++i) x[i] *= reciprocal(1.0f + powers[i]);
 }

@@ -32,6 +32,7 @@ struct Int8Tiles {
         const uint8_t* at(size_t block) const { return data + block * kInt8BlockBytes; }
         OCTAVO_FORCED void prepare(size_t block) const {
             const uint8_t* next = at(block) + ahead;
+#pragma GCC unroll 1
             for (size_t i = 0; i < kInt8BlockBytes; i += kInt8LineBytes) __builtin_prefetch(next + i, 0, 2);
         }
     };
@@ -51,11 +52,13 @@ struct Int8Tiles {
             scales = load(reinterpret_cast<const float*>(end));
         }
         OCTAVO_FORCED Floats of(size_t n, const int32_t* sums) const {
-            Int8Tail of_row;
-            std::memcpy(&of_row, tail + n * row_bytes, sizeof of_row);
+            float scale;  // by itself: both at once would be taken apart by way of other registers
+            int32_t correction;
+            std::memcpy(&scale, tail + n * row_bytes + offsetof(Int8Tail, scale), sizeof scale);
+            std::memcpy(&correction, tail + n * row_bytes + offsetof(Int8Tail, correction), sizeof correction);
             Ints total;
             std::memcpy(&total, sums, sizeof total);
-            return __builtin_convertvector(total + of_row.correction, Floats) * (of_row.scale * scales);
+            return __builtin_convertvector(total + correction, Floats) * (scale * scales);
         }
     };
 };

@@ -235,21 +235,35 @@ inline Floats exp(Floats x) {
 
 // 2^x for x <= 126, within 3 ulp: 1 for 0, 0 for -infinity. A minimax polynomial of what is left beside a whole number: from 0
 // to 1 of AVX-512, else from -1/2 to 1/2.
+#if defined(__AVX512F__)
+template <size_t N>
+OCTAVO_FORCED void powers_of_two(Floats* x) {
+    constexpr float c[] = {9.0170297772e-03f, 5.5799912661e-02f, 2.4016444385e-01f, 6.9315129519e-01f, 1.0f};
+    Floats r[N], p[N];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) r[i] = (Floats)_mm512_reduce_ps((__m512)x[i], 0x09);  // x - floor(x)
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) p[i] = splat(1.8671302823e-03f);
+#pragma GCC unroll 8
+    for (const float coefficient : c)
+#pragma GCC unroll 8
+        for (size_t i = 0; i < N; ++i) p[i] = fma(p[i], r[i], splat(coefficient));
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N; ++i) x[i] = (Floats)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);
+}
+#endif
+
 inline Floats power_of_two(Floats x) {
 #if defined(__AVX512F__)
-    constexpr float c[] = {1.8671302823e-03f, 9.0170297772e-03f, 5.5799912661e-02f, 2.4016444385e-01f, 6.9315129519e-01f};
-    const Floats r = (Floats)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+    powers_of_two<1>(&x);
+    return x;
 #else
     constexpr float c[] = {1.3264727313e-03f, 9.6715129912e-03f, 5.5507335812e-02f, 2.4022242427e-01f, 6.9314700365e-01f};
     const Floats kept = x < -127.0f ? splat(-127.0f) : x, shift = splat(12582912.0f);  // 1.5 * 2^23: rounds, in the low bits
     const Floats moved = kept + shift, r = kept - (moved - shift);
-#endif
     Floats p = splat(c[0]);
     for (size_t i = 1; i < 5; ++i) p = fma(p, r, splat(c[i]));
     p = fma(p, r, splat(1.0f));
-#if defined(__AVX512F__)
-    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
-#else
     return p * (Floats)(((Ints)moved << 23) + (127 << 23));
 #endif
 }

@@ -55,38 +55,35 @@ struct Work {
     // Of channels: the sources are groups, or each two are gate and up.
     size_t groups(size_t sources) const { return up != nullptr ? sources / 2 : sources; }
 
-    // Rows of `s` up to `end`. The outputs of rows a little later are asked for: written without, each line waits for
-    // the one before.
-    template <Finish HOW>
-    OCTAVO_FORCED void finish_as(Sums<Kind>& s, size_t end) const {
-        constexpr bool gated = HOW == Finish::kSiluMul;
-        const size_t sources = gated ? 2 : 1, row = s.row + s.finished, count = end - s.finished;
-        const size_t half = s.finished / kTileMaxRows * 2, at = s.finished % kTileMaxRows;
-        for (size_t g = 0; g < s.num_sources / sources; ++g) {
-            const typename Kind::Values sums(kind, part, s.group + g, row), ups(kind, gated ? *up : part, s.group + g, row);
-            const auto* from = s.tiles[half + g * sources][at];
-            float* out = out_of(s, g) + s.finished * a.epilogue.channels;
-            size_t r = 0;
-            for (; r + kRowsAtOnce <= count; r += kRowsAtOnce)
-                finish_rows<gated, kRowsAtOnce>(sums, ups, r, from + r * kChannels, out + r * a.epilogue.channels);
-            for (; r < count; ++r) finish_rows<gated, 1>(sums, ups, r, from + r * kChannels, out + r * a.epilogue.channels);
-        }
-        s.finished = end;
-    }
-    template <bool GATED, size_t N, class Values, class Sum>
-    OCTAVO_FORCED void finish_rows(const Values& sums, const Values& ups, size_t r, const Sum* from, float* out) const {
-        const size_t stride = a.epilogue.channels;
-        Floats v[N];
+    // The next N rows of `s`. The outputs of rows a little later are asked for: written without, each line waits for the
+    // one before.
+    template <Finish HOW, size_t N>
+    OCTAVO_FORCED void finish_rows(Sums<Kind>& s) const {
+        if constexpr (HOW == Finish::kAny) {
+            finish_any(s, s.finished + N);
+        } else {
+            constexpr bool gated = HOW == Finish::kSiluMul;
+            constexpr size_t sources = gated ? 2 : 1;
+            const size_t half = s.finished / kTileMaxRows * 2, at = s.finished % kTileMaxRows;
+            const size_t row = s.row + s.finished, stride = a.epilogue.channels;
+            for (size_t g = 0; g < s.num_sources / sources; ++g) {
+                const typename Kind::Values sums(kind, part, s.group + g, row), ups(kind, gated ? *up : part, s.group + g, row);
+                const auto* from = s.tiles[half + g * sources][at];
+                float* out = out_of(s, g) + s.finished * stride;
+                Floats v[N];
 #pragma GCC unroll 8
-        for (size_t i = 0; i < N; ++i) {
-            __builtin_prefetch(out + (kRowsAhead + i) * stride, 1);
-            v[i] = sums.of(r + i, from + i * kChannels);
-        }
-        if constexpr (GATED) silu_each<N>(v);
+                for (size_t i = 0; i < N; ++i) {
+                    __builtin_prefetch(out + (kRowsAhead + i) * stride, 1);
+                    v[i] = sums.of(i, from + i * kChannels);
+                }
+                if constexpr (gated) silu_each<N>(v);
 #pragma GCC unroll 8
-        for (size_t i = 0; i < N; ++i) {
-            if constexpr (GATED) v[i] *= ups.of(r + i, from + (kTileMaxRows + i) * kChannels);
-            store(out + i * stride, v[i]);
+                for (size_t i = 0; i < N; ++i) {
+                    if constexpr (gated) v[i] *= ups.of(i, from + (kTileMaxRows + i) * kChannels);
+                    store(out + i * stride, v[i]);
+                }
+            }
+            s.finished += N;
         }
     }
     void finish_any(Sums<Kind>& s, size_t end) const {
@@ -103,17 +100,19 @@ struct Work {
             }
         }
     }
-    // `end` is in the same tile of rows as what is finished.
-    OCTAVO_FORCED void finish_some(Sums<Kind>& s, size_t end) const {
-        if (end == s.finished) return;
-        const bool whole = part.channels / kChannels >= s.group + s.num_sources / (up != nullptr ? 2 : 1);
-        if (how == Finish::kPlain && whole) return finish_as<Finish::kPlain>(s, end);
-        if (how == Finish::kSiluMul && whole) return finish_as<Finish::kSiluMul>(s, end);
-        finish_any(s, end);
+    // body<HOW>(), HOW being how `s` is finished: a call for each few rows would take as many instructions as they do.
+    template <class Body>
+    OCTAVO_FORCED void decided(const Sums<Kind>& s, const Body& body) const {
+        const bool whole = part.channels / kChannels >= s.group + groups(s.num_sources);
+        if (!whole || how == Finish::kAny) return body.template operator()<Finish::kAny>();
+        if (how == Finish::kPlain) return body.template operator()<Finish::kPlain>();
+        body.template operator()<Finish::kSiluMul>();
     }
-    void finish(Sums<Kind>& s, size_t end) const {
-        if (s.finished < kTileMaxRows && end > kTileMaxRows) finish_some(s, kTileMaxRows);
-        finish_some(s, end);
+    // What is left.
+    template <Finish HOW>
+    void finish(Sums<Kind>& s) const {
+        while (s.finished + kRowsAtOnce <= s.num_rows) finish_rows<HOW, kRowsAtOnce>(s);
+        while (s.finished < s.num_rows) finish_rows<HOW, 1>(s);
     }
     // Asks for the outputs of the first rows.
     void fetch_first(const Sums<Kind>& s) const {
@@ -159,7 +158,7 @@ void configure(size_t num_rows) {
 }
 
 // s = the sums of its rows. `fresh`: lines are not prepared yet. The sums `before` are finished on the way.
-template <class Kind, bool SECOND>
+template <class Kind, bool SECOND, Finish HOW>
 void pass(const Work<Kind>& w, const typename Kind::Lines* lines, bool fresh, Sums<Kind>& s, Sums<Kind>& before) {
     const size_t num_blocks = w.a.num_blocks;
     const RowTiles rows = w.kind.rows(w.a);
@@ -178,9 +177,9 @@ void pass(const Work<Kind>& w, const typename Kind::Lines* lines, bool fresh, Su
             multiply_source<Kind, SECOND>(i, lines[i].at(block));
         }
         for (shares += before.num_rows; shares >= num_blocks; shares -= num_blocks) ++due;
-        if (due >= before.finished + kRowsAtOnce) w.finish(before, due / kRowsAtOnce * kRowsAtOnce);
+        while (due >= before.finished + kRowsAtOnce) w.template finish_rows<HOW, kRowsAtOnce>(before);
     }
-    w.finish(before, before.num_rows);
+    w.template finish<HOW>(before);
     w.fetch_first(s);
     store_tile<0>(s.tiles[0], kTileRowBytes);
     store_tile<1>(s.tiles[1], kTileRowBytes);
@@ -206,16 +205,19 @@ void run_passes(const Work<Kind>& w, size_t group, size_t last_group) {
         }
         for (size_t row = 0; row < num_rows; row += kPassRows, turn ^= 1) {
             const size_t rows = num_rows - row < kPassRows ? num_rows - row : kPassRows;
-            Sums<Kind>& s = sums[turn];
+            Sums<Kind>&s = sums[turn], &before = sums[turn ^ 1];
             s.group = group, s.row = row, s.num_rows = rows, s.num_sources = num_sources, s.finished = 0;
             if (rows != configured) configure(configured = rows);
-            if (rows > kTileMaxRows)
-                pass<Kind, true>(w, lines, row == 0, s, sums[turn ^ 1]);
-            else
-                pass<Kind, false>(w, lines, row == 0, s, sums[turn ^ 1]);
+            w.decided(before, [&]<Finish HOW>() {
+                if (rows > kTileMaxRows)
+                    pass<Kind, true, HOW>(w, lines, row == 0, s, before);
+                else
+                    pass<Kind, false, HOW>(w, lines, row == 0, s, before);
+            });
         }
     }
-    w.finish(sums[turn ^ 1], sums[turn ^ 1].num_rows);
+    Sums<Kind>& last = sums[turn ^ 1];
+    w.decided(last, [&]<Finish HOW>() { w.template finish<HOW>(last); });
     release_tiles();
 }
 
