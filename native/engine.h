@@ -134,6 +134,7 @@ private:
     void attention(const OctavoNode& node, const OctavoStep& step);
     const AttentionPlan& plan_attention(const OctavoNode& node, const OctavoStep& step);
     void split(AttentionPlan& plan, const octavo::KVCache& cache);
+    void deal(std::vector<AttentionTask>& tasks);
     void gather_rows(const OctavoNode& node, const OctavoStep& step);
     void sample(const OctavoStep& step);
 
@@ -184,7 +185,7 @@ private:
     size_t min_blocks_tokens_ = 0, block_rows_ = 0;  // of a step that is cut into blocks, and of one of them
     std::vector<int64_t> block_times_;  // [thread][node of a run]
     std::vector<octavo::SamplerScratch> sampler_scratch_;
-    octavo::Shares shares_;  // of them
+    octavo::Shares shares_;  // of the tasks of a Linear, of blocks, or of an attention
     octavo::Mapping rounded_;  // inputs of a packed Linear, or of experts
     octavo::Mapping expert_sums_;
     std::vector<ExpertChoice> expert_choices_;  // [rows][top_k]

@@ -149,6 +149,8 @@ struct QueryTile {
     size_t first_position;  // of that token in its request
     size_t num_tokens;
     size_t kv_head;
+    const QueryTile* next;  // what the thread goes on with, as far as is known, or null
+    size_t next_range;      // the first KV range of it
 };
 
 // The KV cache and attention of a level.

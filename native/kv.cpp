@@ -112,9 +112,10 @@ void OctavoEngine::attention(const OctavoNode& node, const OctavoStep& step) {
         .softcap = node.softcap,
     };
     const AttentionPlan& plan = plan_attention(node, step);
-    pool_.run(plan.tasks.size(), [&](size_t index, size_t thread) {
+    shares_.fill(plan.tasks.size());
+    pool_.run(plan.tasks.size(), [&](size_t, size_t thread) {
         const FlushDenormals in_softmax;
-        const AttentionTask& task = plan.tasks[index];
+        const AttentionTask& task = plan.tasks[shares_.take(thread)];
         float* states = task.state == kWhole ? nullptr : states_.data() + task.state;
         kernels_.kv->attention(args, task.tile, task.last_head, task.first_range, task.last_range,
                                scratch_[thread].as<uint8_t>(), states);
@@ -155,7 +156,7 @@ const OctavoEngine::AttentionPlan& OctavoEngine::plan_attention(const OctavoNode
             const size_t last = position + count;
             const size_t cost = (last - oldest) * (count * rows + kGroup);  // reading KV weighs as much as 16 rows
             for (size_t head = 0; head < num_heads; head += task_heads)
-                plan->tasks.push_back({{table, token, position, count, head},
+                plan->tasks.push_back({{table, token, position, count, head, nullptr, 0},
                                        head + task_heads,
                                        oldest / kKVRange,
                                        (last + kKVRange - 1) / kKVRange,
@@ -164,11 +165,11 @@ const OctavoEngine::AttentionPlan& OctavoEngine::plan_attention(const OctavoNode
         }
     }
     split(*plan, layer.cache);
+    deal(plan->tasks);
     return *plan;
 }
 
-// Splits tasks that would keep one thread busy while the others have nothing left, and puts the long ones last: the
-// pool takes tasks from the end.
+// Splits tasks that would keep one thread busy while the others have nothing left.
 void OctavoEngine::split(AttentionPlan& plan, const KVCache& cache) {
     plan.merges.clear();
     size_t total = 0, floats = 0;
@@ -196,6 +197,22 @@ void OctavoEngine::split(AttentionPlan& plan, const KVCache& cache) {
     }
     std::erase_if(plan.tasks, [](const AttentionTask& task) { return task.cost == 0; });
     if (states_.size() < floats) states_.resize(floats);
-    std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
-                     [](const AttentionTask& a, const AttentionTask& b) { return a.cost < b.cost; });
+}
+
+// Gives each thread a run of as much work, the long tasks first; what one has not begun at its end, others may take.
+void OctavoEngine::deal(std::vector<AttentionTask>& tasks) {
+    std::stable_sort(tasks.begin(), tasks.end(), [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
+    const size_t threads = pool_.num_threads();
+    std::vector<AttentionTask> dealt(tasks.size());
+    size_t next = 0;
+    for (size_t turn = 0; next < tasks.size(); ++turn)
+        for (size_t thread = 0; thread < threads; ++thread) {
+            const auto [first, end] = Shares::of(thread, threads, tasks.size());
+            if (first + turn >= end) continue;
+            AttentionTask& task = dealt[first + turn] = tasks[next++];
+            if (turn == 0) continue;
+            QueryTile& before = dealt[first + turn - 1].tile;
+            before.next = &task.tile, before.next_range = task.first_range;
+        }
+    tasks = std::move(dealt);  // which stay where they are in memory
 }

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace octavo {
@@ -63,11 +64,16 @@ class Shares {
 public:
     explicit Shares(size_t num_threads) : ranges_(num_threads) {}
 
+    // The run of a thread, [first, end).
+    static std::pair<size_t, size_t> of(size_t thread, size_t num_threads, size_t num_tasks) {
+        return {num_tasks * thread / num_threads, num_tasks * (thread + 1) / num_threads};
+    }
+
     void fill(size_t num_tasks) {
-        for (size_t i = 0; i < ranges_.size(); ++i)
-            ranges_[i].range.store(static_cast<uint64_t>(num_tasks * i / ranges_.size()) << 32 |
-                                       num_tasks * (i + 1) / ranges_.size(),
-                                   std::memory_order_relaxed);
+        for (size_t i = 0; i < ranges_.size(); ++i) {
+            const auto [first, end] = of(i, ranges_.size(), num_tasks);
+            ranges_[i].range.store(static_cast<uint64_t>(first) << 32 | end, std::memory_order_relaxed);
+        }
     }
 
     // To be called once for each task.

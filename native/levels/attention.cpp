@@ -332,7 +332,8 @@ size_t attention_scratch(size_t rows, const KVCache& cache) {
     uint8_t* const start = nullptr;
     const size_t bytes = static_cast<size_t>(Scratch(start, rows, cache).end - start);
 #if defined(__AMX_BF16__)
-    const size_t tiled = tiled_attention_scratch(rows, cache);
+    const bool int8 = cache.type == OCTAVO_KV_INT8;
+    const size_t tiled = int8 ? int8_tiled_attention_scratch(rows, cache) : tiled_attention_scratch(rows, cache);
     return bytes > tiled ? bytes : tiled;
 #endif
     return bytes;
@@ -341,6 +342,8 @@ size_t attention_scratch(size_t rows, const KVCache& cache) {
 void attention(const AttentionArgs& a, const QueryTile& t, size_t last_head, size_t first_range, size_t last_range,
                uint8_t* scratch, float* states) {
 #if defined(__AMX_BF16__)
+    if (a.cache.type == OCTAVO_KV_INT8)
+        return int8_tiled_attention(a, t, last_head, first_range, last_range, scratch, states);
     if (has_tiled_attention(a.cache))
         return tiled_attention(a, t, last_head, first_range, last_range, scratch, states);
 #endif

@@ -1,4 +1,4 @@
-// Attention on AMX, for caches of bf16 and int8 whose heads are whole steps of 32.
+// Attention on AMX, for caches of bf16 whose heads are whole steps of 32.
 //
 // A unit of work is up to 16 rows against one range of kKVRange positions, where nothing is rescaled: scores of the
 // whole range, their maximum, weights, and values, summed in tiles from the first position to the last. Ranges are
@@ -10,6 +10,7 @@
 // tile unit multiplies the queries of the next with K and the weights of the one before with V. Units follow each other
 // over row tiles, ranges and heads.
 #include "attention.h"
+#include "softmax_tiles.h"
 #include "tiles.h"
 
 namespace octavo::OCTAVO_LEVEL {
@@ -24,8 +25,6 @@ constexpr size_t kScoresStride = kKVTile * sizeof(float);
 static_assert(kLanes == kGroup);
 
 using Span = KVSpan<kGroups>;
-
-inline size_t wide_bytes(const KVCache& c) { return kKVRange * (c.key_dim + c.value_width) * 2; }
 
 // Where scores of a unit lie from a group on: [kKVRange / kKVTile][16][kKVTile]. Rows of all the range would be a kilobyte
 // apart, and tiles of them are stored at a third of the speed. Weights take the place of the first half of a row.
@@ -42,7 +41,7 @@ struct Scratch {
     float* scores[kStages];       // of units
     uint16_t* q;                  // [padded rows, key_dim]
     uint8_t* pieces[kStages];     // for spans: of blocks that are no whole groups
-    uint8_t* wide[kStages];       // the same in bfloat16
+    uint8_t* cleared[kStages];    // for V of a group that is not whole
     uint8_t* end;
 
     Scratch(uint8_t* memory, size_t rows, const KVCache& c) {
@@ -59,7 +58,7 @@ struct Scratch {
         q = reinterpret_cast<uint16_t*>(take(padded * c.key_dim * 2 + sizeof(Halves)));
         for (size_t i = 0; i < kStages; ++i) {
             pieces[i] = take(kGroups * c.piece_bytes);
-            wide[i] = take(wide_bytes(c));
+            cleared[i] = take(kGroup * c.value_width * 2);
         }
         end = memory;
     }
@@ -134,23 +133,13 @@ private:
 
     // Another range, or another head: its span.
     void enter(size_t start) {
-        const size_t slot = num_spans++ % kStages, newest = t.first_position + t.num_tokens;
-        const size_t oldest = oldest_seen(a, t.first_position) / kGroup * kGroup;
-        const auto end_of = [&](size_t of_range) {
-            return (of_range + 1) * kKVRange < newest ? (of_range + 1) * kKVRange : newest;
-        };
-        const auto begin_of = [&](size_t of_range) {
-            return of_range * kKVRange > oldest ? of_range * kKVRange : oldest;
-        };
+        const size_t slot = num_spans++ % kStages;
         if (range == first_range) round_queries(a, t, head, rows, round_up(rows, kTileMaxRows), s.q);
+        const Seen of_range = positions_of(a, t, range);
         Span& span = spans[slot];
         span.start = start;
-        span.locate(a, t, head, begin_of(range), end_of(range), s.pieces[slot], s.wide[slot]);
-        if (range + 1 < last_range)
-            span.locate_next(a, t, head, begin_of(range + 1), end_of(range + 1));
-        else if (head + 1 < last_head)
-            span.locate_next(a, t, head + 1, begin_of(first_range), end_of(first_range));
-        if (a.cache.type == OCTAVO_KV_INT8) widen(a.cache, s.wide[slot], s.wide[slot] + kKVRange * a.cache.key_dim * 2, span);
+        span.locate(a, t, head, of_range.first, of_range.last, s.pieces[slot], s.cleared[slot]);
+        locate_next(a, t, head, range, last_head, first_range, last_range, span);
     }
 };
 
@@ -207,8 +196,7 @@ struct Scoring {
         }
     }
     OCTAVO_FORCED void fetch(size_t of) const {
-        const uint8_t* piece = u.span->next[of];
-        for (size_t line = 0; line < a.cache.piece_bytes; line += 64) __builtin_prefetch(piece + line, 0, 2);
+        for (size_t part = 0; part < 4; ++part) fetch_part(u.span->next[of], a.cache.piece_bytes, part);
     }
 };
 
@@ -221,6 +209,7 @@ struct Mixing {
     size_t num_items() const { return (u.last - u.first) * (a.cache.value_width / (2 * kGroup)); }
 
     OCTAVO_FORCED void advance(size_t items) {
+        const size_t width = a.cache.value_width;
         for (; items > 0; --items) {
             if (group == u.first) {
                 zero_tile<0>();
@@ -232,6 +221,9 @@ struct Mixing {
             multiply_tiles<0, 2, 3>();
             load_tile<3>(v + kTileRowBytes, a.cache.value_width * 4);
             multiply_tiles<1, 2, 3>();
+            if (u.fetches)
+                for (size_t part = 4 + 4 * column / width; part < 4 + 4 * (column + 2 * kGroup) / width; ++part)
+                    fetch_part(u.span->next[group], a.cache.piece_bytes, part);
             if (++group < u.last) continue;
             store_tile<0>(u.sums.rows + column, state_width(a.cache) * sizeof(float));
             store_tile<1>(u.sums.rows + column + kGroup, state_width(a.cache) * sizeof(float));
@@ -240,37 +232,13 @@ struct Mixing {
     }
 };
 
-// 2^t for t <= 0 or a rounding above it, within 9e-5 of itself; rounding a weight to bfloat16 costs up to 2e-3. The fraction by
-// a polynomial that is 1 at 0, fitted for the least relative error.
-inline Floats exp2(Floats t) {
-    const Floats r = (Floats)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t)
-    Floats p = splat(7.7067041988e-2f);
-    p = fma(p, r, splat(2.2764499121e-1f));
-    p = fma(p, r, splat(6.9511678641e-1f));
-    p = fma(p, r, splat(1.0f));
-    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)t);
-}
-
-// Lanes of a vector of positions from `at` on that lie in [first, last).
-inline __mmask16 lanes_in(size_t at, size_t first, size_t last) {
-    const auto below = [at](size_t end) { return end <= at ? 0u : end - at >= kLanes ? 0xffffu : (1u << (end - at)) - 1u; };
-    return static_cast<__mmask16>(below(last) & ~below(first));
-}
-
-inline size_t min(size_t a, size_t b) { return a < b ? a : b; }
-inline size_t max(size_t a, size_t b) { return a > b ? a : b; }
 inline __m512 at(const float* values, size_t group) { return _mm512_loadu_ps(values + score_at(group)); }
 
 // Turns the scores of row `row` into weights of bfloat16 in their place; positions outside [first, last) of the range weigh 0.
-template <bool SCALED>
 void weigh(const AttentionArgs& a, const Unit& u, size_t first, size_t last, size_t row) {
     float* const scores = u.scores + row * kKVTile;
-    for (size_t g = u.first; (SCALED || a.softcap != 0.0f) && g < u.last; ++g) {
-        Floats score = (Floats)at(scores, g);
-        if constexpr (SCALED) score *= load(u.span->scales[g]);
-        if (a.softcap != 0.0f) score = a.softcap * tanh(score * a.scale / a.softcap);
-        store(scores + score_at(g), score);
-    }
+    for (size_t g = u.first; a.softcap != 0.0f && g < u.last; ++g)
+        store(scores + score_at(g), a.softcap * tanh((Floats)at(scores, g) * a.scale / a.softcap));
     // Vectors [whole, whole_end) are seen whole. Two go together; even and odd ones have sums of their own.
     const size_t begin = u.first / 2 * 2, end = (u.last + 1) / 2 * 2;
     const size_t whole = min(((first + kLanes - 1) / kLanes + 1) / 2 * 2, end);
@@ -291,15 +259,10 @@ void weigh(const AttentionArgs& a, const Unit& u, size_t first, size_t last, siz
     uint16_t* const weights = reinterpret_cast<uint16_t*>(scores);
     Floats even_sum{}, odd_sum{};
     const auto weigh_pair = [&](size_t v, __mmask16 even_seen, __mmask16 odd_seen) OCTAVO_INLINE_LAMBDA {
-        // The scale of a position that is not seen may be anything.
-        __m512 even = _mm512_maskz_mov_ps(even_seen, (__m512)exp2(fma((Floats)at(scores, v), by, shift)));
-        __m512 odd = _mm512_maskz_mov_ps(odd_seen, (__m512)exp2(fma((Floats)at(scores, v + 1), by, shift)));
+        const __m512 even = _mm512_maskz_mov_ps(even_seen, (__m512)exp2(fma((Floats)at(scores, v), by, shift)));
+        const __m512 odd = _mm512_maskz_mov_ps(odd_seen, (__m512)exp2(fma((Floats)at(scores, v + 1), by, shift)));
         even_sum += (Floats)even;
         odd_sum += (Floats)odd;
-        if constexpr (SCALED) {
-            even = _mm512_maskz_mul_ps(even_seen, even, at(u.span->scales[v], 1));
-            odd = _mm512_maskz_mul_ps(odd_seen, odd, at(u.span->scales[v + 1], 1));
-        }
         const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
         std::memcpy(weights + weight_at(v), &rounded, sizeof rounded);
     };
@@ -323,20 +286,11 @@ void see_nothing(const KVCache& c, const Unit& u, size_t row) {
 
 // Takes over what a unit summed.
 void finish(const AttentionArgs& a, const QueryTile& t, const Unit& u, const Sums& of_all) {
-    const Sums merged = of_all.from(u.row, a.cache);
-    if (u.starts && u.ends) return write_out(a, t, u.head, u.row, u.sums, u.num_rows);
-    if (u.starts) {
-        std::memcpy(merged.rows, u.sums.rows, u.num_rows * state_width(a.cache) * sizeof(float));
-        std::memcpy(merged.tops, u.sums.tops, kTileMaxRows * sizeof(float));
-    } else {
-        merge(a.cache, u.sums, merged, u.num_rows);
-    }
-    if (u.ends) write_out(a, t, u.head, u.row, merged, u.num_rows);
+    take_over(a, t, u.head, u.row, u.num_rows, u.starts, u.ends, u.sums, of_all.from(u.row, a.cache));
 }
 
 // Weighs the scores of `u`; the tiles work for the units after and before it, and what was summed before that is taken
 // over, if there are any.
-template <bool SCALED>
 void weigh_rows(const AttentionArgs& a, const QueryTile& t, const Unit& u, Scoring* after, Mixing* before,
                 const Unit* done, const Sums& merged) {
     const size_t share = a.num_heads / a.cache.num_kv_heads, start = u.span->start;
@@ -352,7 +306,7 @@ void weigh_rows(const AttentionArgs& a, const QueryTile& t, const Unit& u, Scori
         const size_t first = oldest > start ? oldest - start : 0;
         const size_t last = newest < start ? 0 : newest + 1 - start < kKVRange ? newest + 1 - start : kKVRange;
         if (first < last)
-            weigh<SCALED>(a, u, first, last, r);
+            weigh(a, u, first, last, r);
         else
             see_nothing(a.cache, u, r);
     }
@@ -360,7 +314,7 @@ void weigh_rows(const AttentionArgs& a, const QueryTile& t, const Unit& u, Scori
 
 }  // namespace
 
-bool has_tiled_attention(const KVCache& c) { return c.type != OCTAVO_KV_FLOAT32 && c.head_dim % kDims == 0; }
+bool has_tiled_attention(const KVCache& c) { return c.type == OCTAVO_KV_BFLOAT16 && c.head_dim % kDims == 0; }
 
 size_t tiled_attention_scratch(size_t rows, const KVCache& cache) {
     uint8_t* const start = nullptr;
@@ -392,10 +346,7 @@ void tiled_attention(const AttentionArgs& a, const QueryTile& t, size_t last_hea
         Scoring scoring = {a, unit_at(turn + 1), more ? queries(unit_at(turn + 1)) : nullptr};
         Mixing mixing = {a, unit_at(turn + kStages)};
         const Unit* done = turn >= 2 && states == nullptr ? &unit_at(turn + 2) : nullptr;
-        if (a.cache.type == OCTAVO_KV_INT8)
-            weigh_rows<true>(a, t, u, more ? &scoring : nullptr, turn >= 1 ? &mixing : nullptr, done, s.merged);
-        else
-            weigh_rows<false>(a, t, u, more ? &scoring : nullptr, turn >= 1 ? &mixing : nullptr, done, s.merged);
+        weigh_rows(a, t, u, more ? &scoring : nullptr, turn >= 1 ? &mixing : nullptr, done, s.merged);
     }
     if (known > 0) {
         Mixing mixing = {a, unit_at(known - 1)};

@@ -25,6 +25,9 @@ bool has_tiled_attention(const KVCache&);
 size_t tiled_attention_scratch(size_t rows, const KVCache&);
 void tiled_attention(const AttentionArgs&, const QueryTile&, size_t last_head, size_t first_range, size_t last_range,
                      uint8_t* scratch, float* states);
+size_t int8_tiled_attention_scratch(size_t rows, const KVCache&);
+void int8_tiled_attention(const AttentionArgs&, const QueryTile&, size_t last_head, size_t first_range, size_t last_range,
+                          uint8_t* scratch, float* states);
 extern const KVKernels kv;
 void chunk_maxima(const float* values, size_t count, float* maxima);
 void sum_exp(const float* values, size_t count, const float* maxima, float top, float temperature, double* sums);

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace octavo::OCTAVO_LEVEL {
 namespace {
@@ -98,8 +99,8 @@ inline void multiply_tiles() {
     }
 }
 
-// The same of bytes, signed by unsigned, into int32.
-template <int C, int A, int B>
+// The same of bytes, of types OF_A and OF_B, into int32.
+template <int C, int A, int B, class OF_A = int8_t, class OF_B = uint8_t>
 inline void multiply_byte_tiles() {
     check_shapes<C, A, B>();
     for (size_t row = 0; row < emulated.config.rows[C]; ++row)
@@ -107,7 +108,8 @@ inline void multiply_byte_tiles() {
             int32_t total;
             std::memcpy(&total, emulated.bytes[C][row] + 4 * column, sizeof total);
             for (size_t k = 0; k < 4 * emulated.config.rows[B]; ++k)
-                total += static_cast<int8_t>(emulated.bytes[A][row][k]) * emulated.bytes[B][k / 4][4 * column + k % 4];
+                total += static_cast<OF_A>(emulated.bytes[A][row][k]) *
+                         static_cast<OF_B>(emulated.bytes[B][k / 4][4 * column + k % 4]);
             std::memcpy(emulated.bytes[C][row] + 4 * column, &total, sizeof total);
         }
 }
@@ -144,10 +146,15 @@ inline void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
-// C += A * B, signed by unsigned bytes into int32.
-template <int C, int A, int B>
+// C += A * B, bytes of types OF_A and OF_B into int32.
+template <int C, int A, int B, class OF_A = int8_t, class OF_B = uint8_t>
 inline void multiply_byte_tiles() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+    if constexpr (!std::is_signed_v<OF_A>)
+        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+    else if constexpr (std::is_signed_v<OF_B>)
+        asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+    else
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
 #endif

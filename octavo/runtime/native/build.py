@@ -38,7 +38,7 @@ _LEVEL_FILES = {
     "avxvnni": {"int8"},
     "avx512vnni": {"int8"},
     "avx512bf16": {"attention", "cache", "int8", "packed", "probe"},
-    "amx": {"attention", "attention_tiles", "cache", "int8_tiles", "packed_tiles", "probe"},
+    "amx": {"attention", "attention_int8_tiles", "attention_tiles", "cache", "int8_tiles", "packed_tiles", "probe"},
 }
 
 
