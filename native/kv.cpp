@@ -45,7 +45,7 @@ void OctavoEngine::allocate_kv(int64_t num_blocks, int64_t block_size, int32_t k
         starts[static_cast<size_t>(layer.layer.place)] = bytes;
         bytes += round_up(groups * row, 4096);
     }
-    kv_ = Mapping(bytes, false);
+    kv_ = Mapping(bytes + 1024, false);  // a tile of AMX is read whole, also from a last piece that is shorter
     for (Layer& layer : layers_) {
         layer.cache = kv_layout(kv_type, layer.cache.num_kv_heads, layer.cache.head_dim);
         layer.cache.data = kv_.as<uint8_t>() + starts[static_cast<size_t>(layer.layer.place)];

@@ -21,7 +21,7 @@ constexpr float kWeightTop = 65280.0f;         // below 2^16: the largest weight
 
 using Span = KVSpan<kGroups>;
 
-// Of a query: whole tiles. What a tile of K reads behind a shorter K is V, multiplied with zeros.
+// Of a query: whole tiles. What a tile of K reads behind a shorter K, whatever it is, is multiplied with zeros.
 inline size_t query_bytes(const KVCache& c) { return round_up(c.key_dim, kTileRowBytes); }
 
 struct Scratch {
