@@ -34,19 +34,15 @@ struct Scratch {
     uint8_t* end;
 
     Scratch(uint8_t* memory, size_t rows, const KVCache& c) {
-        const auto take = [&memory](size_t bytes) {
-            uint8_t* piece = memory;
-            memory += round_up(bytes, 64);
-            return piece;
-        };
-        range = Sums::in(reinterpret_cast<float*>(take(Sums::size(rows, c) * 4)), rows, c);
-        merged = Sums::in(reinterpret_cast<float*>(take(Sums::size(rows, c) * 4)), rows, c);
-        scores = reinterpret_cast<float*>(take(kTogether * kKVTile * 4));
-        weights = reinterpret_cast<Rounded*>(take(kTogether * kKVTile * sizeof(Rounded)));
-        q = reinterpret_cast<Rounded*>(take(rows * c.key_dim * sizeof(Rounded)));
-        pieces = take(kTileGroups * c.piece_bytes);
-        wide = take(kTileGroups * kGroup * (c.key_dim + c.value_width) * 2);
-        end = memory;
+        Cutter cutter{memory};
+        range = Sums::in(cutter.take<float>(Sums::size(rows, c)), rows, c);
+        merged = Sums::in(cutter.take<float>(Sums::size(rows, c)), rows, c);
+        scores = cutter.take<float>(kTogether * kKVTile);
+        weights = cutter.take<Rounded>(kTogether * kKVTile);
+        q = cutter.take<Rounded>(rows * c.key_dim);
+        pieces = cutter.take(kTileGroups * c.piece_bytes);
+        wide = cutter.take(kTileGroups * kGroup * (c.key_dim + c.value_width) * 2);
+        end = cutter.end;
     }
 };
 

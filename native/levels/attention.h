@@ -18,6 +18,18 @@ inline float score_unit(const AttentionArgs& a) { return a.softcap != 0.0f ? kLo
 // What a row has summed: [value_width] weighted values, then the sum of weights by lane.
 inline size_t state_width(const KVCache& c) { return c.value_width + kGroup; }
 
+// Cuts a task's memory into pieces, each on cache lines of its own.
+struct Cutter {
+    uint8_t* end;
+
+    template <class T = uint8_t>
+    T* take(size_t count) {
+        T* piece = reinterpret_cast<T*>(end);
+        end += round_up(count * sizeof(T), 64);
+        return piece;
+    }
+};
+
 // What rows that follow each other have summed.
 struct Sums {
     float* rows;  // [count, state_width]

@@ -38,24 +38,19 @@ struct Scratch {
     uint8_t* end;
 
     Scratch(uint8_t* memory, size_t rows, const KVCache& c) {
-        const auto take = [&memory](size_t bytes) {
-            uint8_t* piece = memory;
-            memory += round_up(bytes, 64);
-            return piece;
-        };
-        const auto take_floats = [&take](size_t count) { return reinterpret_cast<float*>(take(count * sizeof(float))); };
+        Cutter cutter{memory};
         const size_t padded = round_up(rows, kTileMaxRows);
-        unit = Sums::in(take_floats(Sums::size(kTileMaxRows, c)), kTileMaxRows, c);
-        merged = Sums::in(take_floats(Sums::size(padded, c)), padded, c);
-        q = take(kBytes * padded * query_bytes(c));
-        q_scales = take_floats(padded);
-        dots = reinterpret_cast<int32_t*>(take(2 * kBytes * kTileMaxRows * kKVTile * sizeof(int32_t)));
-        scores = take_floats(kTileMaxRows * kKVRange);
-        weights = take(kBytes * kTileMaxRows * kKVRange);
-        v_scales = take_floats(kKVRange);
-        pieces = take(kGroups * c.piece_bytes);
-        values = take(kKVRange * c.value_width);
-        end = memory;
+        unit = Sums::in(cutter.take<float>(Sums::size(kTileMaxRows, c)), kTileMaxRows, c);
+        merged = Sums::in(cutter.take<float>(Sums::size(padded, c)), padded, c);
+        q = cutter.take(kBytes * padded * query_bytes(c));
+        q_scales = cutter.take<float>(padded);
+        dots = cutter.take<int32_t>(2 * kBytes * kTileMaxRows * kKVTile);
+        scores = cutter.take<float>(kTileMaxRows * kKVRange);
+        weights = cutter.take(kBytes * kTileMaxRows * kKVRange);
+        v_scales = cutter.take<float>(kKVRange);
+        pieces = cutter.take(kGroups * c.piece_bytes);
+        values = cutter.take(kKVRange * c.value_width);
+        end = cutter.end;
     }
 };
 

@@ -45,22 +45,17 @@ struct Scratch {
     uint8_t* end;
 
     Scratch(uint8_t* memory, size_t rows, const KVCache& c) {
-        const auto take = [&memory](size_t bytes) {
-            uint8_t* piece = memory;
-            memory += round_up(bytes, 64);
-            return piece;
-        };
-        const auto take_floats = [&take](size_t count) { return reinterpret_cast<float*>(take(count * sizeof(float))); };
+        Cutter cutter{memory};
         const size_t padded = round_up(rows, kTileMaxRows);
-        for (Sums& of_unit : sums) of_unit = Sums::in(take_floats(Sums::size(kTileMaxRows, c)), kTileMaxRows, c);
-        merged = Sums::in(take_floats(Sums::size(padded, c)), padded, c);
-        for (float*& of_unit : scores) of_unit = take_floats(kTileMaxRows * kKVRange);
-        q = reinterpret_cast<uint16_t*>(take(padded * c.key_dim * 2 + sizeof(Halves)));
+        for (Sums& of_unit : sums) of_unit = Sums::in(cutter.take<float>(Sums::size(kTileMaxRows, c)), kTileMaxRows, c);
+        merged = Sums::in(cutter.take<float>(Sums::size(padded, c)), padded, c);
+        for (float*& of_unit : scores) of_unit = cutter.take<float>(kTileMaxRows * kKVRange);
+        q = cutter.take<uint16_t>(padded * c.key_dim + sizeof(Halves) / 2);
         for (size_t i = 0; i < kStages; ++i) {
-            pieces[i] = take(kGroups * c.piece_bytes);
-            cleared[i] = take(kGroup * c.value_width * 2);
+            pieces[i] = cutter.take(kGroups * c.piece_bytes);
+            cleared[i] = cutter.take(kGroup * c.value_width * 2);
         }
-        end = memory;
+        end = cutter.end;
     }
 };
 
